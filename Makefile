@@ -1,0 +1,85 @@
+# Everything is installed in .venv inside this folder. Written for GNU make 3.81 (macOS) and newer, and any POSIX shell.
+
+PY := .venv/bin/python
+# Tried in this order; `make clean setup PYTHONS=/opt/python3.12/bin/python3` asks for one.
+PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
+# The folders that are subpackages of pix2seq, mapped in pyproject.toml.
+BESIDE := tokenizers train infer configs
+
+# albumentations asks the registry for a newer release at every import unless told not to.
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: help setup demo test test-slow lint bench lock clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+setup: .venv/ready ## install the package and all that it needs in .venv (the other commands do it too)
+	@echo "The environment in .venv is ready"
+
+demo: .venv/ready ## train and predict on generated pictures, on the CPU, in minutes; results in demo/
+	.venv/bin/pix2seq demo --out demo
+
+test: .venv/ready ## the fast tests
+	$(PY) -m pytest
+
+test-slow: .venv/ready ## the tests that train or convert something larger
+	$(PY) -m pytest -m slow
+
+lint: .venv/ready ## ruff, its formatter and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@rm -rf .typecheck && mkdir -p .typecheck/pix2seq
+	@for entry in pix2seq/* $(BESIDE); do \
+		case $$entry in */__pycache__) ;; *) ln -s "../../$$entry" .typecheck/pix2seq/ || exit 1 ;; esac; \
+	done
+	@broken=`find -L .typecheck -type l`; \
+	if [ -n "$$broken" ]; then echo "mypy would miss these broken links:" $$broken >&2; exit 1; fi
+	@echo "mypy -p pix2seq (in .typecheck, a tree of links: mypy does not read the mapping in pyproject.toml)"; \
+	report=`cd .typecheck && ../$(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p pix2seq 2>&1`; \
+	status=$$?; \
+	printf '%s\n' "$$report" | sed -E 's#^pix2seq/(tokenizers|train|infer|configs)/#\1/#'; \
+	if [ $$status -ne 0 ]; then exit $$status; fi; \
+	checked=`printf '%s\n' "$$report" | sed -n 's/^Success: .* in \([0-9]*\) source files*$$/\1/p'`; \
+	expected=`find pix2seq $(BESIDE) -name '*.py' | wc -l`; \
+	if [ "$${checked:-0}" -lt "$$expected" ]; then \
+		echo "mypy checked $${checked:-0} files, but the package has" $$expected >&2; exit 1; \
+	fi
+
+bench: .venv/ready ## run every script in benchmarks/
+	@for script in benchmarks/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+
+lock: ## write requirements.txt from pyproject.toml; needs uv; LOCK=--upgrade moves every pin
+	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --quiet $(LOCK) \
+		--custom-compile-command 'make lock' --output-file requirements.txt
+
+clean: ## remove .venv, caches and build leftovers; keeps demo/ and runs/
+	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist pix2seq.egg-info
+	find pix2seq $(BESIDE) tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp holds this folder's path, because an environment stops working when its folder is moved or copied.
+ifneq ($(shell cat .venv/ready 2>/dev/null),$(CURDIR))
+.PHONY: .venv/ready
+endif
+
+.venv/ready: pyproject.toml requirements.txt
+	@if uv --version >/dev/null 2>&1; then uv=yes; venv=sys; pip=sys; else uv=; venv='ensurepip, venv'; pip=pip; fi; \
+	usable() { "$$1" -c "import sys, $$2; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }; \
+	if ! usable $(PY) "$$pip"; then \
+		found=; \
+		for python in $(PYTHONS); do \
+			if usable "$$python" "$$venv"; then found=`"$$python" -c 'import sys; print(sys.executable)'`; break; fi; \
+		done; \
+		if [ -z "$$found" ] && [ -n "$$uv" ]; then \
+			found=`uv python find --no-python-downloads '>=3.11' 2>/dev/null || true`; \
+		fi; \
+		if [ -z "$$found" ]; then \
+			echo "Python 3.11 or newer with its venv module is needed; tried: $(PYTHONS). Install it (Debian, Ubuntu: python3-venv; macOS: python.org), then run make again." >&2; \
+			exit 1; \
+		fi; \
+		echo "Setting up .venv with `"$$found" --version`; on Linux, PyTorch and its CUDA libraries are a download of several GB"; \
+		if [ -n "$$uv" ]; then uv venv --quiet --no-project --clear --python "$$found" .venv; else "$$found" -m venv --clear .venv; fi || exit 1; \
+	fi; \
+	if [ -n "$$uv" ]; then install="uv pip install --python $(PY)"; \
+	else install="$(PY) -m pip install --disable-pip-version-check"; fi; \
+	$$install -r requirements.txt && $$install --no-deps --no-build-isolation -e . && pwd -P > .venv/ready

@@ -1,0 +1,44 @@
+"""Fixtures and settings that every test shares."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch is imported, and inherited by the commands that tests start: with more threads than
+# this, tensors as small as the tests' are slower, and a shared machine is worse.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no request to the registry at import
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference arrays and small data sets beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"the reference arrays and data sets are not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity_ops(shared: Path) -> Mapping[str, np.ndarray]:
+    """Inputs and outputs of the official code's pure functions."""
+    return np.load(shared / "parity" / "ops.npz")
