@@ -1,0 +1,154 @@
+"""The autoregressive decoder: token ids and image memory to hidden states and logits.
+
+Shapes: B images, I sequences an image, R = B * I rows, T tokens, N memory tokens, D width,
+V vocabulary. Row r belongs to image r // I, and the rows of an image read its memory without
+copying it.
+
+Reference: google-research/pix2seq, `architectures/transformers.py` (`AutoregressiveDecoder`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pix2seq.model.kv_cache import KVCache, LayerCache
+from pix2seq.model.layers import (
+    NORM_EPS,
+    DropPath,
+    FeedForward,
+    SelfAttention,
+    attend,
+    init_weights,
+    merge_heads,
+    split_heads,
+)
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to memory; keys and values are projected once per image."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory (B, N, D) to keys and values, each (B, H, N, D / H)."""
+        keys, values = self.key_value(memory).chunk(2, dim=-1)
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(R, T, D) to (R, T, D), with keys and values of B images, R a multiple of B."""
+        num_images, num_tokens = keys.shape[0], x.shape[1]
+        # No mask between tokens here, so the sequences of an image can stand in one line of queries.
+        q = split_heads(self.query(x).reshape(num_images, -1, x.shape[-1]), self.num_heads)
+        attended = merge_heads(attend(q, keys, values))
+        return self.out(attended.reshape(-1, num_tokens, x.shape[-1]))
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention and a feed-forward layer, each pre-norm and residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.self_attention = SelfAttention(dim, num_heads)
+        self.cross_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cross_attention = CrossAttention(dim, num_heads)
+        self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = FeedForward(dim, mlp_dim, dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """Teacher forcing: x (R, T, D), memory (B, N, D)."""
+        x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=True))
+        keys, values = self.cross_attention.project_memory(memory)
+        x = x + self.drop_path(self.cross_attention(self.cross_norm(x), keys, values))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+    def step(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
+        """Continue at position `start`: x (R, t, D) are new tokens, whose keys and values enter the cache."""
+        end = start + x.shape[1]
+        q, k, v = self.self_attention.project(self.self_norm(x))
+        cache.self_keys[:, :, start:end] = k
+        cache.self_values[:, :, start:end] = v
+        # New tokens see everything cached and, among themselves, what stands before them. With one
+        # new token nothing is masked; with a prompt at the start plain causality is right.
+        if start > 0 and x.shape[1] > 1:
+            raise ValueError("several tokens at once can only be read at the start of a sequence")
+        attended = attend(
+            q, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], is_causal=x.shape[1] > 1
+        )
+        x = x + self.self_attention.out(merge_heads(attended))
+        x = x + self.cross_attention(self.cross_norm(x), cache.memory_keys, cache.memory_values)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Learned token and position embeddings, blocks, and an output layer tied to the embedding."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        max_seq_len: int,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.position_embedding = nn.Parameter(torch.empty(max_seq_len, dim))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.token_embedding.weight, std=0.02)
+        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence there are positions for, prompt included."""
+        return len(self.position_embedding)
+
+    def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        """Hidden states (R, T, D) of tokens (R, T) read left to right; memory is (B, N, D)."""
+        x = self._embed(tokens, 0)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V)."""
+        return F.linear(hidden, self.token_embedding.weight, self.output_bias)
+
+    def new_cache(self, memory: Tensor, *, rows_per_image: int, num_slots: int) -> KVCache:
+        """An empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""
+        projected = [block.cross_attention.project_memory(memory) for block in self.blocks]
+        return KVCache.allocate(projected, num_rows=len(memory) * rows_per_image, num_slots=num_slots)
+
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read the next tokens (R, t) of every row, and give the hidden state (R, D) after the last."""
+        x = self._embed(tokens, cache.length)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block.step(x, layer, cache.length)
+        cache.length += tokens.shape[1]
+        return self.norm(x[:, -1])
+
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        end = start + tokens.shape[1]
+        if end > self.max_seq_len:
+            raise ValueError(
+                f"a sequence of {end} tokens is longer than the decoder's {self.max_seq_len} positions; "
+                "raise model.decoder.max_seq_len or ask for fewer tokens"
+            )
+        return self.token_embedding(tokens) + self.position_embedding[start:end]

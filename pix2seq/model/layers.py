@@ -1,0 +1,116 @@
+"""Pre-norm Transformer parts that the encoder and the decoder share.
+
+Shapes: B batch, T tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6  # the official layer norms
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, D) to (B, H, T, D / H)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D / H) to (B, T, D)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+    """Scaled dot-product attention of queries (B, H, T, d) on keys and values (B, H, N, d).
+
+    On the CPU the gradient of PyTorch's fused kernel is about four times slower in bf16 than in
+    float32, so training there computes attention, and nothing else, in float32.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+            return out.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is dropped for whole samples (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1 - self.rate)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, T, D / H)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def forward(self, x: Tensor, *, is_causal: bool = False) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        q, k, v = self.project(x)
+        return self.out(merge_heads(attend(q, k, v, is_causal=is_causal)))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an exact GELU, with dropout on the hidden units."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return self.contract(self.dropout(F.gelu(self.expand(x))))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and a feed-forward layer, each on a normalised input and added back."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attention = SelfAttention(dim, num_heads)
+        self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = FeedForward(dim, mlp_dim, dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x = x + self.drop_path(self.attention(self.attention_norm(x)))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Glorot-uniform kernels and zero biases, as Keras layers start; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
