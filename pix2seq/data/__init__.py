@@ -1,0 +1,1 @@
+"""Reading, checking, generating and batching annotated pictures."""

@@ -1,0 +1,41 @@
+"""Which image comes when: an endless, seeded stream of (epoch, index), cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), each epoch a new permutation that depends on (seed, epoch) alone.
+
+    The stream is infinite and a batch may straddle two epochs, so no image is left out or padded.
+    `start` skips that many batches at no cost: a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, *, seed: int, start: int = 0) -> None:
+        if num_images < 1:
+            raise ValueError("there is no image to sample from")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position = self.start * self.batch_size
+        epoch, offset = divmod(position, self.num_images)
+        order = self._order(epoch)
+        while True:
+            batch = []
+            while len(batch) < self.batch_size:
+                if offset == self.num_images:
+                    epoch, offset = epoch + 1, 0
+                    order = self._order(epoch)
+                batch.append((epoch, int(order[offset])))
+                offset += 1
+            yield batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)

@@ -1,0 +1,117 @@
+"""What is known of one image: boxes, masks, keypoints and captions in pixels.
+
+Pixel coordinates are x to the right and y down, the left edge of the first column is 0.0 and the
+right edge of the last is `width`; shapes use N objects and K keypoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Segmentation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
+"""Either the outer rings of a mask, each (P, 2) as x, y with P >= 3, or a COCO RLE with `size` (h, w) and `counts`."""
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class of objects. `label` is the model's number for it, `id` the data set's."""
+
+    label: int  # 1 to 899; its token is 100 + label
+    id: int  # as written in the data set's files
+    name: str
+    keypoints: tuple[str, ...] = ()  # names of the K points, in order
+    skeleton: tuple[tuple[int, int], ...] = ()  # pairs of indices into `keypoints`, from 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a config file, the inverse of `from_json`."""
+        return {
+            "label": self.label,
+            "id": self.id,
+            "name": self.name,
+            "keypoints": list(self.keypoints),
+            "skeleton": [list(pair) for pair in self.skeleton],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Category:
+        """Read what `to_json` wrote."""
+        return cls(
+            label=value["label"],
+            id=value["id"],
+            name=value["name"],
+            keypoints=tuple(value.get("keypoints", ())),
+            skeleton=tuple((a, b) for a, b in value.get("skeleton", ())),
+        )
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Where a picture lies and how large it is once its EXIF orientation is applied."""
+
+    id: int
+    path: Path
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """The annotations of one image that survived the checks of the reader."""
+
+    image: ImageRecord
+    boxes_xyxy: NDArray[np.float32]  # (N, 4) in pixels, x1 > x0 and y1 > y0, inside the picture
+    labels: NDArray[np.int64]  # (N,) `Category.label`
+    areas: NDArray[np.float32]  # (N,) mask area in square pixels, the box's where there is no mask
+    iscrowd: NDArray[np.bool_]  # (N,)
+    annotation_ids: NDArray[np.int64]  # (N,)
+    segmentations: tuple[Segmentation | None, ...]  # N entries
+    keypoints: NDArray[np.float32]  # (N, K, 3) x, y and COCO visibility 0, 1 or 2; K is 0 without keypoints
+    captions: tuple[str, ...] = ()
+
+
+class Dataset(Protocol):
+    """What every reader gives: pictures with targets, and a table of everything that was read."""
+
+    root: Path
+    split: str
+    categories: tuple[Category, ...]
+    images: Sequence[ImageRecord]
+    objects: pd.DataFrame  # a row per annotation as read: see `data.coco.OBJECT_COLUMNS`
+    defects: pd.DataFrame  # a row per defect: image, annotation_id, defect, action, detail
+
+    def __len__(self) -> int: ...
+
+    def target(self, index: int) -> Target:
+        """The annotations of image `index`, in the data set's own labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One predicted object, in pixels of the original picture."""
+
+    box_xyxy: tuple[float, float, float, float]
+    category: Category
+    score: float  # 0 to 1
+    polygons: list[NDArray[np.float32]] = field(default_factory=list)  # rings (P, 2) as x, y
+    keypoints: NDArray[np.float32] | None = None  # (K, 3) x, y, visibility
+
+    def to_json(self) -> dict[str, Any]:
+        """The COCO-like entry of NAME.json: `bbox` is x, y, width, height."""
+        x0, y0, x1, y1 = self.box_xyxy
+        points = [] if self.keypoints is None else [round(float(v), 2) for v in self.keypoints.ravel()]
+        return {
+            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+            "category_id": self.category.id,
+            "category": self.category.name,
+            "score": round(self.score, 6),
+            "segmentation": [[round(float(v), 2) for v in ring.ravel()] for ring in self.polygons],
+            "keypoints": points,
+        }

@@ -1,0 +1,178 @@
+"""Data sets in Pascal VOC layout: boxes of one split.
+
+    Annotations/2007_000027.xml, JPEGImages/2007_000027.jpg, ImageSets/Main/train.txt
+
+VOC counts pixels from 1 and includes the last one, so a box covers xmin - 1 to xmax in edges counted
+from 0. Tools that write 0 for xmin mean the edge; clipping to the picture puts that right.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pix2seq.data.image import image_size
+from pix2seq.data.table import OBJECT_COLUMNS, Defects, clip_box, label_categories
+from pix2seq.data.target import Category, ImageRecord, Target
+from pix2seq.errors import InputError
+
+VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
+
+
+@dataclass(frozen=True)
+class VocDataset:
+    """See `pix2seq.data.target.Dataset`. Objects marked difficult count as crowd: neither trained on nor scored."""
+
+    root: Path
+    split: str
+    categories: tuple[Category, ...]
+    images: list[ImageRecord]
+    objects: pd.DataFrame  # VOC_COLUMNS
+    defects: pd.DataFrame
+    _first: NDArray[np.int64]  # (images + 1,) where each image's annotations start
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def target(self, index: int) -> Target:
+        """The annotations of image `index`."""
+        rows = self.objects.iloc[int(self._first[index]) : int(self._first[index + 1])]
+        xywh = rows[["x", "y", "width", "height"]].to_numpy(np.float32)
+        label_of = {category.id: category.label for category in self.categories}
+        return Target(
+            image=self.images[index],
+            boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+            labels=np.array([label_of[i] for i in rows["category_id"]], np.int64),
+            areas=rows["area"].to_numpy(np.float32),
+            iscrowd=rows["iscrowd"].to_numpy(bool),
+            annotation_ids=rows["annotation_id"].to_numpy(np.int64),
+            segmentations=(None,) * len(rows),
+            keypoints=np.zeros((len(rows), 0, 3), np.float32),
+        )
+
+    @classmethod
+    def read(cls, root: str | Path, split: str) -> VocDataset:
+        """Read a split. Raises `InputError` where its list is missing or an XML file is damaged."""
+        root = Path(root)
+        names = read_split(root, split)
+        # Ids and classes come from all files, so that they are the same in every split.
+        everything = sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
+        image_ids = {name: position for position, name in enumerate(everything, start=1)}
+        parsed = {name: _parse(root / "Annotations" / f"{name}.xml") for name in everything}
+        classes = sorted({_text(o, "name") for tree in parsed.values() for o in tree.iter("object")} - {""})
+        if not classes:
+            raise InputError(f"{root / 'Annotations'} has no object in any file; expected <object> with <name> and <bndbox>")
+        categories = label_categories([(i, name, (), ()) for i, name in enumerate(classes, start=1)])
+        return _read_objects(root, split, names, image_ids, parsed, categories)
+
+
+def is_voc(root: Path) -> bool:
+    """Whether a folder looks like Pascal VOC."""
+    return (root / "Annotations").is_dir() and any((root / "Annotations").glob("*.xml"))
+
+
+def read_split(root: Path, split: str) -> list[str]:
+    """Names in ImageSets/Main/SPLIT.txt, without extension."""
+    path = root / "ImageSets" / "Main" / f"{split}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        others = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        raise InputError(f"{path} does not exist; splits of this data set: {others}") from None
+    return list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
+
+
+def _parse(path: Path) -> ElementTree.Element:
+    try:
+        content = path.read_bytes()
+        if b"<!ENTITY" in content:  # entities can grow without bound, and annotations need none
+            raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
+        return ElementTree.fromstring(content)
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"{path} is no readable XML ({error}); the file is damaged: copy it again") from None
+
+
+def _read_objects(
+    root: Path,
+    split: str,
+    names: list[str],
+    image_ids: dict[str, int],
+    parsed: dict[str, ElementTree.Element],
+    categories: tuple[Category, ...],
+) -> VocDataset:
+    defects = Defects()
+    files = {os.path.splitext(entry.name)[0]: Path(entry.path) for entry in os.scandir(_image_folder(root))}
+    category_of = {category.name: category for category in categories}
+    images: list[ImageRecord] = []
+    first = [0]
+    rows: list[tuple] = []
+    for name in names:
+        if name not in parsed or name not in files:
+            missing = "annotation" if name not in parsed else "image"
+            defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
+            continue
+        tree, image_id = parsed[name], image_ids[name]
+        width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
+        if not (width > 0 and height > 0):
+            try:
+                width, height = image_size(files[name])
+            except InputError as error:
+                defects.add(image_id, None, "unreadable image", "dropped", str(error))
+                continue
+            defects.add(image_id, None, "no width and height", "read from the file", name)
+        image = ImageRecord(image_id, files[name], int(width), int(height))
+        images.append(image)
+        for position, entry in enumerate(tree.findall("object")):
+            annotation_id = image_id * 10_000 + position
+            category = category_of.get(_text(entry, "name"))
+            if category is None:
+                defects.add(image_id, annotation_id, "object without a name", "dropped", name)
+                continue
+            xmin, ymin, xmax, ymax = (_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+            # Told on the numbers as written: 237 to 237 is one column in VOC's counting, yet all such
+            # boxes are slips of the mouse.
+            degenerate = xmax <= xmin or ymax <= ymin
+            box, defect = clip_box((xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1), image.width, image.height)
+            if degenerate:
+                box, defect = None, "box has no area"
+            if defect is not None and not (box is not None and min(xmin, ymin) >= 0 and xmax <= width and ymax <= height):
+                action = "dropped" if box is None else "clipped"
+                defects.add(image_id, annotation_id, defect, action, f"{name}: {xmin:g} {ymin:g} {xmax:g} {ymax:g}")
+            if box is None:
+                continue
+            x0, y0, x1, y1 = box
+            difficult, truncated = (_number(entry, flag) == 1 for flag in ("difficult", "truncated"))
+            rows.append(
+                (image_id, annotation_id, category.id, category.name, x0, y0, x1 - x0, y1 - y0)
+                + ((x1 - x0) * (y1 - y0), difficult, 0, 0, difficult, truncated)
+            )
+        first.append(len(rows))
+    if not images:
+        raise InputError(f"{root} has none of the {len(names)} pictures of split {split!r}; expected them in JPEGImages/")
+    table = pd.DataFrame(rows, columns=list(VOC_COLUMNS))
+    return VocDataset(root, split, categories, images, table, defects.frame(), np.array(first))
+
+
+def _image_folder(root: Path) -> Path:
+    folder = root / "JPEGImages"
+    if not folder.is_dir():
+        raise InputError(f"{root} has no folder JPEGImages; expected Pascal VOC layout")
+    return folder
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    """The number at `path`, NaN where there is none."""
+    try:
+        return float(_text(element, path))
+    except ValueError:
+        return float("nan")
