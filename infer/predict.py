@@ -1,0 +1,103 @@
+"""Boxes on pictures: `python infer/predict.py IMAGE... --checkpoint DIR --out DIR`, or `pix2seq predict`.
+
+Writes NAME.json and NAME.png for every picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pix2seq.cli import add_predict, run_guarded
+from pix2seq.data.image import read_image
+from pix2seq.data.target import Instance
+from pix2seq.drawing import draw_instances
+from pix2seq.errors import InputError
+from pix2seq.predictor import EncodedImage, Predictor
+
+
+def predict_files(
+    images: Sequence[Path],
+    *,
+    checkpoint: Path,
+    out: Path,
+    num_objects: int | None = None,
+    min_score: float = 0.3,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    bf16: bool = False,
+) -> None:
+    """Detect objects in picture files and write NAME.json and NAME.png for each into `out`.
+
+    A picture that cannot be read stops nothing: the others are done first, then an `InputError`
+    names it. `min_score` applies to the drawing alone.
+    """
+    if not images:
+        raise InputError("no picture was given; name one or more image files")
+    repeated = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
+    if repeated:
+        raise InputError(f"{len(repeated)} names are shared by several pictures, {repeated[0]!r} for one; rename them")
+    predictor = Predictor.from_pretrained(checkpoint, device=device, bf16=bf16)
+    if num_objects is not None:
+        predictor.set_num_objects(num_objects)
+    out.mkdir(parents=True, exist_ok=True)
+
+    unreadable: list[InputError] = []
+    with tqdm(total=len(images), unit="image", disable=len(images) <= batch_size) as bar:
+        for start in range(0, len(images), batch_size):
+            some = images[start : start + batch_size]
+            readable, encoded = _encode(predictor, some, unreadable)
+            detected = predictor.detect_batch(encoded, seed=seed) if encoded else []
+            for path, image, instances in zip(readable, encoded, detected, strict=True):
+                write_result(out / path.stem, path, image, instances, min_score=min_score)
+            bar.update(len(some))
+    if unreadable:
+        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        raise InputError(f"{unreadable[0]}{more}")
+
+
+def _encode(
+    predictor: Predictor, paths: Sequence[Path], unreadable: list[InputError]
+) -> tuple[list[Path], list[EncodedImage]]:
+    readable, pictures = [], []
+    for path in paths:
+        try:
+            pictures.append(read_image(path))
+            readable.append(path)
+        except InputError as error:
+            unreadable.append(error)
+    return readable, predictor.encode_batch(pictures) if pictures else []
+
+
+def write_result(
+    stem: Path, source: Path, image: EncodedImage, instances: Sequence[Instance], *, min_score: float
+) -> None:
+    """Write `stem`.json and `stem`.png."""
+    width, height = image.size
+    content = {
+        "image": source.name,
+        "width": width,
+        "height": height,
+        "instances": [instance.to_json() for instance in instances],
+        "captions": [],
+    }
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draw_instances(image.pixels, instances, min_score=min_score).save(stem.with_name(f"{stem.name}.png"))
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_predict(parser)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(_main, sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""The `pix2seq` command. Bad input ends with one line on stderr and exit code 2, a bug with 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pix2seq.errors import InputError, unknown_name
+
+TASK_NAMES = ("detection",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code; also the console script's entry."""
+    return run_guarded(_main, sys.argv[1:] if argv is None else argv)
+
+
+def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Call a command so that an `InputError` becomes one line and exit code 2."""
+    try:
+        return command(argv) or 0
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, in place of the whole usage."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = _Parser(prog="pix2seq", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
+    add_eval(commands.add_parser("eval", help="COCO metrics of a checkpoint on a data set"))
+    add_predict(commands.add_parser("predict", help="boxes on pictures, as JSON and as an annotated PNG each"))
+    data = commands.add_parser("data", help="make or check a data set")
+    data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
+    add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
+    add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
+    add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """`a,b` to task names. Raises `InputError` for an unknown one."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in TASK_NAMES:
+            raise unknown_name("task", name, TASK_NAMES)
+    if not names:
+        raise InputError(f"no task was named; expected some of {', '.join(TASK_NAMES)}")
+    return names
+
+
+def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> None:
+    """Options of training; `task` fixes it, as the scripts in train/ do."""
+    if task is None:
+        parser.add_argument("--task", default="detection", help="tasks to train, separated by commas")
+    parser.add_argument("--config", help="YAML file of settings, see configs/")
+    parser.add_argument("--resume", default="never", help="never, auto (newest checkpoint of the run) or a checkpoint")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
+
+    def run(args: argparse.Namespace) -> None:
+        tasks = parse_tasks(task or args.task)
+        from pix2seq.training.config import load_config
+        from pix2seq.training.loop import run as train
+
+        config = load_config(args.config, args.settings, tasks=list(tasks))
+        print(f"checkpoint: {train(config, resume=args.resume)}")
+
+    parser.set_defaults(run=run)
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """Options of evaluation."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
+    parser.add_argument("--data", required=True, type=Path, help="COCO or Pascal VOC folder")
+    parser.add_argument("--task", default="detection")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--out", type=Path, help="JSON file for the metrics")
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--limit", type=_positive, default=0, help="only the first N pictures")
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        parse_tasks(args.task)
+        from pix2seq.data.folder import open_dataset
+        from pix2seq.evaluation import evaluate
+        from pix2seq.predictor import Predictor
+
+        predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
+        dataset = open_dataset(args.data, args.split)
+        result = evaluate(predictor, dataset, batch_size=args.batch_size, limit=args.limit, progress=True)
+        print(result.ap.text())
+        print(result.summary())
+        if args.out:
+            result.save(args.out)
+
+    parser.set_defaults(run=run)
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Options of prediction."""
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
+    parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name a picture")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
+    parser.add_argument("--task", default="detection")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
+    parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
+    parser.add_argument("--min-score", type=float, default=0.3, help="least score of a drawn box; JSON has them all")
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        parse_tasks(args.task)
+        from pix2seq.infer.predict import predict_files
+
+        predict_files(
+            [*args.images, *args.image],
+            checkpoint=args.checkpoint,
+            out=args.out,
+            num_objects=args.num_objects,
+            min_score=args.min_score,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=args.device,
+            bf16=args.bf16,
+        )
+
+    parser.set_defaults(run=run)
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Options of the generated data set."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=4000, help="training pictures")
+    parser.add_argument("--val", type=int, default=500, help="validation pictures")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.data.shapes import write_shapes
+
+        write_shapes(
+            args.folder, num_train=args.train, num_val=args.val, size=args.size, seed=args.seed, workers=args.workers
+        )
+        print(f"{args.train} training and {args.val} validation pictures in {args.folder}")
+
+    parser.set_defaults(run=run)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Options of the data check."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--split", help="one split; all that are found by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    def run(args: argparse.Namespace) -> int:
+        from pix2seq.data.check import check_dataset
+
+        report = check_dataset(args.folder, args.split)
+        print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
+        return 0 if report.usable else 2
+
+    parser.set_defaults(run=run)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Options of the demonstration."""
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over configs/demo.yaml")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.demo import run_demo
+
+        run_demo(args.out, args.settings)
+
+    parser.set_defaults(run=run)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast; faster, scores differ in the third digit")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""From nothing to boxes on a picture: make data, train, evaluate, predict."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from pix2seq.data.folder import open_dataset
+from pix2seq.data.shapes import write_shapes
+from pix2seq.drawing import draw_instances
+from pix2seq.errors import InputError
+from pix2seq.evaluation import evaluate
+from pix2seq.infer.predict import predict_files
+from pix2seq.predictor import Predictor
+from pix2seq.training.config import config_file, load_config
+from pix2seq.training.loop import run
+
+NUM_TRAIN, NUM_VAL = 8000, 200
+NUM_SHOWN = 8
+MIN_SCORE = 0.4
+
+
+def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
+    """Leave a data set, a trained model, metrics and `demo.png` in `out`, a folder that is new or an old demo's."""
+    if out.exists() and any(out.iterdir()) and not (out / "shapes").is_dir():
+        raise InputError(f"{out} is not empty and holds no earlier demo; give another folder with --out")
+    for folder in (out / "run", out / "predictions"):
+        shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+
+    config = load_config(config_file("demo.yaml"), overrides, data=str(out / "shapes"), out=str(out / "run"))
+    print(f"1/4  {NUM_TRAIN + NUM_VAL} pictures of shapes, generated into {out / 'shapes'}")
+    shutil.rmtree(out / "shapes", ignore_errors=True)
+    write_shapes(out / "shapes", num_train=NUM_TRAIN, num_val=NUM_VAL, size=config.model.image_size[0], workers=2)
+
+    print("2/4  a detector, trained on them from scratch")
+    checkpoint = run(config)
+
+    print("3/4  its score on pictures that it has not seen")
+    predictor = Predictor.from_pretrained(checkpoint, device=config.device)
+    dataset = open_dataset(out / "shapes", "val")
+    result = evaluate(predictor, dataset)
+    print(result.ap.text())
+    result.save(out / "metrics.json")
+
+    print("4/4  what it sees")
+    shown = [image.path for image in dataset.images[:NUM_SHOWN]]
+    predict_files(shown, checkpoint=checkpoint, out=out / "predictions", min_score=MIN_SCORE, device=config.device)
+    encoded = predictor.encode_batch(shown)
+    drawn = [
+        draw_instances(image.pixels, instances, min_score=MIN_SCORE)
+        for image, instances in zip(encoded, predictor.detect_batch(encoded), strict=True)
+    ]
+    tile(drawn, columns=4).save(out / "demo.png")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")
+
+
+def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
+    """Pictures of one size, side by side and row by row on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (column * (width + gap), row * (height + gap)))
+    return sheet

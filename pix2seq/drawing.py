@@ -1,0 +1,154 @@
+"""Pictures for people: boxes, masks, keypoints and captions drawn by Pillow."""
+
+from __future__ import annotations
+
+import colorsys
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pix2seq.data.target import Category, Instance, Target
+
+Color = tuple[int, int, int]
+
+MIN_SIDE = 512  # the longer side of what is drawn on: labels on a thumbnail could not be read
+MASK_OPACITY = 0.35
+
+
+def draw_instances(
+    image: NDArray[np.uint8], instances: Sequence[Instance], *, min_score: float = 0.0, caption: str | None = None
+) -> Image.Image:
+    """Draw instances of at least `min_score` on a picture (H, W, 3), the best on top.
+
+    Small pictures are enlarged to a longer side of 512 pixels first. Line widths and letters grow
+    with the picture, and a class has the same colour in every picture.
+    """
+    canvas, scale = _enlarged(image)
+    shown = sorted((i for i in instances if i.score >= min_score), key=lambda i: i.score)
+    for instance in shown:
+        _blend_polygons(canvas, [ring * scale for ring in instance.polygons], category_color(instance.category.name))
+    draw = ImageDraw.Draw(canvas)
+    for instance in shown:
+        _box(draw, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
+        if instance.keypoints is not None:
+            _skeleton(draw, instance.keypoints * [scale, scale, 1], instance.category, canvas.size)
+    for instance in shown:  # labels last, so that no box crosses them
+        text = f"{instance.category.name} {instance.score:.2f}"
+        _label(draw, text, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
+    return canvas if caption is None else _with_caption(canvas, caption)
+
+
+def draw_target(image: NDArray[np.uint8], target: Target, categories: Sequence[Category]) -> Image.Image:
+    """Draw what is annotated, with the first caption beneath."""
+    by_label = {category.label: category for category in categories}
+    instances = [
+        Instance(
+            (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+            by_label[int(label)],
+            1.0,
+            rings if isinstance(rings, list) else [],
+            points if len(points) else None,
+        )
+        for box, label, rings, points in zip(
+            target.boxes_xyxy, target.labels, target.segmentations, target.keypoints, strict=True
+        )
+    ]
+    return draw_instances(image, instances, caption=target.captions[0] if target.captions else None)
+
+
+def category_color(name: str) -> Color:
+    """A strong colour that depends on the name alone."""
+    digest = zlib.crc32(name.encode("utf-8"))
+    hue, value = digest % 360 / 360, 0.75 + 0.25 * (digest >> 12 & 1)
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _enlarged(image: NDArray[np.uint8]) -> tuple[Image.Image, float]:
+    height, width = image.shape[:2]
+    scale = max(MIN_SIDE / max(height, width), 1.0)
+    canvas = Image.fromarray(image).convert("RGB")
+    if scale > 1:
+        canvas = canvas.resize((max(round(width * scale), 1), max(round(height * scale), 1)), Image.Resampling.BICUBIC)
+    return canvas, scale
+
+
+def _line_width(size: tuple[int, int]) -> int:
+    return max(round(max(size) / 320), 2)
+
+
+def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(max(max(size) / 42, 11))
+
+
+def _blend_polygons(canvas: Image.Image, rings: Sequence[NDArray[np.floating]], color: Color) -> None:
+    mask = Image.new("L", canvas.size, 0)
+    draw = ImageDraw.Draw(mask)
+    for ring in rings:
+        if len(ring) >= 3 and np.isfinite(ring).all():
+            draw.polygon([tuple(point) for point in ring.tolist()], fill=round(MASK_OPACITY * 255))
+    canvas.paste(color, mask=mask)
+
+
+def _box(draw: ImageDraw.ImageDraw, xyxy: NDArray[np.floating], color: Color, size: tuple[int, int]) -> None:
+    x0, y0, x1, y1 = _inside(xyxy, size)
+    draw.rectangle((x0, y0, x1, y1), outline=color, width=_line_width(size))
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, text: str, xyxy: NDArray[np.floating], color: Color, size: tuple[int, int]
+) -> None:
+    font = _font(size)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = _line_width(size)
+    width, height = right - left + 2 * pad, bottom - top + 2 * pad
+    x0, y0, _, _ = _inside(xyxy, size)
+    # Above the box where there is room, else just inside; never beyond the picture.
+    x = min(max(x0, 0), max(size[0] - width, 0))
+    y = y0 - height if y0 >= height else min(y0, max(size[1] - height, 0))
+    draw.rectangle((x, y, x + width, y + height), fill=color)
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    ink = "black" if luminance > 140 else "white"
+    draw.text((x + pad - left, y + pad - top), text, font=font, fill=ink)
+
+
+def _skeleton(
+    draw: ImageDraw.ImageDraw, points: NDArray[np.floating], category: Category, size: tuple[int, int]
+) -> None:
+    color, width = category_color(category.name), _line_width(size)
+    seen = (points[:, 2] > 0) & np.isfinite(points).all(axis=1)
+    for a, b in category.skeleton:
+        if seen[a] and seen[b]:
+            draw.line([tuple(points[a, :2]), tuple(points[b, :2])], fill=color, width=width)
+    for (x, y, visibility), is_seen in zip(points.tolist(), seen, strict=True):
+        if is_seen:
+            fill = "white" if visibility == 2 else color  # hollow: hidden
+            draw.ellipse((x - width, y - width, x + width, y + width), fill=fill, outline=color)
+
+
+def _with_caption(canvas: Image.Image, caption: str) -> Image.Image:
+    font = _font(canvas.size)
+    draw = ImageDraw.Draw(canvas)
+    lines, line = [], ""
+    for word in caption.split():
+        longer = f"{line} {word}".strip()
+        if line and draw.textlength(longer, font=font) > canvas.width - 16:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    text = "\n".join([*lines, line])
+    _, _, _, bottom = draw.multiline_textbbox((0, 0), text, font=font)
+    sheet = Image.new("RGB", (canvas.width, canvas.height + round(bottom) + 16), "white")
+    sheet.paste(canvas)
+    ImageDraw.Draw(sheet).multiline_text((8, canvas.height + 6), text, font=font, fill="black")
+    return sheet
+
+
+def _inside(xyxy: NDArray[np.floating], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    limits = np.array([size[0] - 1, size[1] - 1] * 2)
+    x0, y0, x1, y1 = np.clip(np.nan_to_num(xyxy), 0, limits).tolist()
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)

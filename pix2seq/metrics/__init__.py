@@ -1,0 +1,1 @@
+"""Scores: COCO average precision."""

@@ -1,0 +1,213 @@
+"""Average precision by pycocotools, behind a check of its input.
+
+pycocotools is the reference for COCO AP, and takes no care of what it is given: an annotation with
+id 0 counts as missed, an empty list of results raises, one NaN in a polygon ends the process. Here
+annotations are numbered anew, every number is checked, and what is undefined comes out as None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pix2seq.data.target import Category, ImageRecord, Instance, Segmentation, Target
+
+Kind = Literal["box", "mask", "keypoint"]
+
+_IOU_TYPES = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+_NUM_COCO_KEYPOINTS = 17
+
+
+@dataclass(frozen=True)
+class ApResult:
+    """COCO's numbers. None stands for what is undefined: nothing of that kind was there to be found."""
+
+    metrics: dict[str, float | None]  # under COCO's names, 0 to 1
+    per_class: pd.DataFrame  # category, num_ground_truth, num_detections, AP, AP50
+    num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        rows = [
+            {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
+            for row in self.per_class.to_dict(orient="records")
+        ]
+        return {"metrics": self.metrics, "per_class": rows, "num_dropped": self.num_dropped}
+
+    def text(self) -> str:
+        """A table for the terminal."""
+        show = lambda value: "    -" if value is None or np.isnan(value) else f"{value:5.3f}"  # noqa: E731
+        width = max([len("category"), *(len(name) for name in self.per_class["category"])])
+        lines = [f"{'category':<{width}}  objects  found     AP   AP50"]
+        lines += [
+            f"{row.category:<{width}}  {row.num_ground_truth:7d}{row.num_detections:7d}  {show(row.AP)}  {show(row.AP50)}"
+            for row in self.per_class.itertuples()
+            if row.num_ground_truth or row.num_detections
+        ]
+        lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
+        return "\n".join(lines)
+
+
+def average_precision(
+    targets: Sequence[Target],
+    categories: Sequence[Category],
+    predictions: Mapping[int, Sequence[Instance]],
+    *,
+    kind: Kind = "box",
+) -> ApResult:
+    """Score predictions, lists of instances by image id, against targets, both in pixels of the picture.
+
+    Classes are matched by name. With ground truth and no detections everything is 0; without ground
+    truth everything is None. Crowd regions are ignored as COCO does: what lies in them is neither
+    right nor wrong.
+    """
+    ids = {category.name: position for position, category in enumerate(categories, start=1)}
+    id_of_label = {category.label: ids[category.name] for category in categories}
+    annotations = _ground_truth(targets, id_of_label, kind)
+    known_images = {target.image.id: target.image for target in targets}
+    detections: list[dict[str, Any]] = []
+    dropped = 0
+    for image_id, instances in predictions.items():
+        for instance in instances:
+            image = known_images.get(image_id)
+            entry = None if image is None else _detection(instance, image.width, image.height, ids, kind)
+            if entry is None:
+                dropped += 1
+            else:
+                detections.append(entry | {"image_id": image_id})
+
+    names = _KEYPOINT_METRICS if kind == "keypoint" else _METRICS
+    counted = [a for a in annotations if not a["iscrowd"] and (kind != "keypoint" or a["num_keypoints"])]
+    scored = _evaluate(list(known_images.values()), annotations, detections, ids, kind) if counted and detections else None
+    if scored is not None:
+        metrics = {name: _defined(value) for name, value in zip(names, scored.stats, strict=True)}
+    else:
+        metrics = dict.fromkeys(names, 0.0 if counted else None)
+        if counted:
+            # Sizes of which there is no object stay undefined.
+            for letter, low, high in (("s", 0, 32**2), ("m", 32**2, 96**2), ("l", 96**2, 1e10)):
+                if not any(low <= a["area"] <= high for a in counted):
+                    metrics |= {name: None for name in metrics if name in (f"AP{letter}", f"AR{letter}")}
+    return ApResult(metrics, _per_class(scored, ids, counted, detections), dropped)
+
+
+def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: Kind) -> list[dict[str, Any]]:
+    annotations = []
+    for target in targets:
+        for i in range(len(target.labels)):
+            x0, y0, x1, y1 = map(float, target.boxes_xyxy[i])
+            points = target.keypoints[i]
+            entry = {
+                "id": len(annotations) + 1,
+                "image_id": target.image.id,
+                "category_id": id_of_label[int(target.labels[i])],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": float(target.areas[i]),
+                "iscrowd": int(target.iscrowd[i]),
+                "num_keypoints": int((points[:, 2] > 0).sum()),
+            }
+            if kind == "mask":
+                entry["segmentation"] = _run_lengths(target.segmentations[i], target.image.width, target.image.height)
+                if entry["segmentation"] is None:
+                    continue
+            if kind == "keypoint":
+                entry["keypoints"] = points.ravel().astype(float).tolist()
+            annotations.append(entry)
+    return annotations
+
+
+def _detection(instance: Instance, width: int, height: int, ids: dict[str, int], kind: Kind) -> dict[str, Any] | None:
+    box = np.array(instance.box_xyxy, np.float64)
+    if instance.category.name not in ids or not np.isfinite([*box, instance.score]).all():
+        return None
+    x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
+    if x1 <= x0 or y1 <= y0:
+        return None
+    entry: dict[str, Any] = {
+        "category_id": ids[instance.category.name],
+        "score": float(instance.score),
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+    }
+    if kind == "mask":
+        rings = [np.clip(ring, 0, [width, height]) for ring in instance.polygons if len(ring) >= 3]
+        if not rings or not all(np.isfinite(ring).all() for ring in rings):
+            return None
+        entry["segmentation"] = _run_lengths(rings, width, height)
+    if kind == "keypoint":
+        if instance.keypoints is None or not np.isfinite(instance.keypoints).all():
+            return None
+        entry["keypoints"] = instance.keypoints.ravel().astype(float).tolist()
+    return entry
+
+
+def _run_lengths(segmentation: Segmentation | None, width: int, height: int) -> dict[str, Any] | None:
+    if segmentation is None:
+        return None
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        return mask_utils.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+    rings = [ring.ravel().astype(float).tolist() for ring in segmentation]
+    return mask_utils.merge(mask_utils.frPyObjects(rings, height, width))
+
+
+def _evaluate(
+    images: list[ImageRecord],
+    annotations: list[dict[str, Any]],
+    detections: list[dict[str, Any]],
+    ids: dict[str, int],
+    kind: Kind,
+) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": i.id, "width": i.width, "height": i.height} for i in images],
+            "annotations": annotations,
+            "categories": [{"id": category_id, "name": name} for name, category_id in ids.items()],
+            "info": {},
+        }
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), _IOU_TYPES[kind])
+        if kind == "keypoint":
+            num_points = len(detections[0]["keypoints"]) // 3
+            if num_points != _NUM_COCO_KEYPOINTS:
+                # Only COCO's person has published sigmas; other skeletons get their mean.
+                evaluation.params.kpt_oks_sigmas = np.full(num_points, evaluation.params.kpt_oks_sigmas.mean())
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _per_class(
+    scored: COCOeval | None,
+    ids: dict[str, int],
+    counted: list[dict[str, Any]],
+    detections: list[dict[str, Any]],
+) -> pd.DataFrame:
+    truths = np.bincount([a["category_id"] for a in counted], minlength=len(ids) + 1)
+    found = np.bincount([d["category_id"] for d in detections], minlength=len(ids) + 1)
+    rows = []
+    for position, (name, category_id) in enumerate(ids.items()):
+        ap = ap50 = 0.0 if truths[category_id] else float("nan")
+        if scored is not None and truths[category_id]:
+            # (IoU thresholds, recalls, classes, areas, detections): all sizes, most detections
+            precision: NDArray[np.float64] = scored.eval["precision"][:, :, position, 0, -1]
+            ap, ap50 = float(precision.mean()), float(precision[0].mean())
+        rows.append((name, int(truths[category_id]), int(found[category_id]), ap, ap50))
+    return pd.DataFrame(rows, columns=["category", "num_ground_truth", "num_detections", "AP", "AP50"])
+
+
+def _defined(value: float) -> float | None:
+    return None if value < 0 else float(value)

@@ -1,0 +1,174 @@
+"""A recipe's settings: frozen dataclasses, filled by YAML, then by `key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from pix2seq.data.transforms import AugmentConfig
+from pix2seq.errors import InputError, unknown_name
+from pix2seq.model.config import ModelConfig
+from pix2seq.tasks import TASKS
+from pix2seq.tasks.detection import DetectionConfig
+from pix2seq.training.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on; saved beside its checkpoints and enough to repeat it."""
+
+    data: Any = None  # folder, or a mapping of task names to folders
+    out: str = "runs/detection"  # folder of checkpoints and logs
+    tasks: tuple[str, ...] = ("detection",)
+    train_split: str = "train"
+    val_split: str = "val"
+    steps: int = 10_000  # optimiser steps
+    batch_size: int = 32  # images a step
+    accumulate: int = 1  # micro-batches a step; must divide batch_size
+    lr: float = 1e-4  # peak, reached after warm-up
+    seed: int = 0
+    checkpoint_every: int = 1000  # steps; the last step is always saved
+    keep_checkpoints: int = 3  # newest kept
+    eval_every: int = 0  # steps; 0 evaluates only after the last
+    eval_images: int = 0  # of the validation split; 0 takes all
+    eval_batch_size: int = 16
+    log_every: int = 20  # steps
+    num_workers: int = 1  # processes that prepare samples; 0 prepares them in between steps
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    bf16: bool = True  # bf16 autocast
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0  # 0 does not clip
+    ema_decay: float = 0.999  # 0 evaluates and saves the raw weights
+    init: str | None = None  # checkpoint to start from
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown_name("task", task, TASKS)
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+    def data_of(self, task: str) -> Path:
+        """The data folder of a task. Raises `InputError` where none was given."""
+        folder = self.data.get(task) if isinstance(self.data, Mapping) else self.data
+        if not folder:
+            raise InputError("no data was given; add data=FOLDER with a COCO or Pascal VOC data set")
+        return Path(folder)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed: Any) -> TrainConfig:
+    """Defaults, then the YAML file, then `key=value` strings, then `fixed` values.
+
+    Raises `InputError` for an unreadable file, for a key that does not exist (naming the nearest one)
+    and for a value of the wrong type or range.
+    """
+    sources: list[dict[str, Any]] = []
+    if path is not None:
+        sources.append(read_yaml(path))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"setting {override!r} is not of the form key=value")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"the value of setting {override!r} cannot be read as YAML; quote it") from None
+        sources.append(_nested(key, _number(parsed)))
+    sources.append(fixed)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), *sources))
+    except ConfigKeyError as error:
+        raise _unknown_key(str(error.full_key or error.key)) from None
+    except OmegaConfBaseException as error:
+        first_line = str(error).splitlines()[0]
+        key = f" ({error.full_key})" if getattr(error, "full_key", None) else ""
+        raise InputError(f"setting cannot be used: {first_line}{key}") from None
+    except ValueError as error:
+        raise InputError(f"setting cannot be used: {error}") from None
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def config_file(name: str) -> Path:
+    """A recipe that comes with the package."""
+    return Path(str(resources.files("pix2seq.configs").joinpath(name)))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `InputError` where there is none."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist; see the folder configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"config {path} holds a {type(content).__name__}, expected key: value lines")
+    return {key: _number(value) for key, value in content.items()}
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved settings as YAML, to be read again with `load_config`."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b.c` and a value to nested mappings."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string, because it lacks a point."""
+    if isinstance(value, dict):
+        return {key: _number(entry) for key, entry in value.items()}
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[0] in "0123456789.+-" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _unknown_key(key: str) -> InputError:
+    known = _known_keys(TrainConfig)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # the same last part elsewhere, say top_p for detection.top_p
+        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        near = [last[match] for match in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    hint = f"did you mean {near[0]!r}?" if near else "see pix2seq/training/config.py for all settings"
+    return InputError(f"unknown setting {key!r}; {hint}")
+
+
+def _known_keys(schema: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for entry in dataclasses.fields(schema):
+        keys.append(prefix + entry.name)
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if dataclasses.is_dataclass(default):
+            keys += _known_keys(default, f"{prefix}{entry.name}.")
+    return keys

@@ -1,0 +1,281 @@
+"""Training: schedule, accumulation, order, augmentation, resume, and that a tiny model learns."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pix2seq.affine import Affine, fit_affine
+from pix2seq.data.sampler import EpochSampler
+from pix2seq.data.target import Category, ImageRecord, Target
+from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
+from pix2seq.errors import InputError
+from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.pix2seq import build_model
+from pix2seq.tasks.detection import Detection, DetectionConfig
+from pix2seq.tasks.example import Sample, collate
+from pix2seq.training.config import load_config
+from pix2seq.training.ema import Ema
+from pix2seq.training.schedule import ScheduleConfig, learning_rate
+from pix2seq.training.step import build_optimizer, sequence_loss, train_step
+from pix2seq.vocab import Vocab
+
+VOCAB = Vocab(num_bins=32, size=1040)
+CATEGORIES = (Category(1, 1, "cat"), Category(2, 2, "dog"))
+
+
+def target_of(boxes, labels=None, *, width=64, height=48, crowd=False, keypoints=None):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    count = len(boxes)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    return Target(
+        image=ImageRecord(1, None, width, height),
+        boxes_xyxy=boxes,
+        labels=np.array(labels if labels is not None else [1] * count, np.int64),
+        areas=sizes.prod(axis=1),
+        iscrowd=np.full(count, crowd),
+        annotation_ids=np.arange(1, count + 1),
+        segmentations=tuple([b.reshape(2, 2)[[0, 1, 1]]] for b in boxes),
+        keypoints=np.zeros((count, 0, 3), np.float32) if keypoints is None else keypoints,
+    )
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return build_model(
+        ModelConfig(
+            image_size=(32, 32),
+            encoder=EncoderConfig(name="vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, drop_path=0.0),
+            decoder=DecoderConfig(dim=32, num_layers=1, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0),
+            vocab=VOCAB,
+        ),
+        CATEGORIES,
+    ).train()
+
+
+def random_batch(size=4, seed=0, **settings):
+    rng = np.random.default_rng(seed)
+    task = Detection(DetectionConfig(**{"max_objects": 6, "noise_objects": 2} | settings), VOCAB, CATEGORIES)
+    samples = []
+    for i in range(size):
+        corners = np.sort(rng.random((i % 3 + 1, 2, 2)) * 32, axis=1).reshape(-1, 4)
+        target = target_of(corners, rng.integers(1, 3, len(corners)), width=32, height=32)
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        samples.append(Sample(image, task.examples(target, (32, 32), rng), i))
+    return collate(samples)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "none"])
+def test_the_schedule_equals_the_official_one(parity_ops, name):
+    official = parity_ops[f"lr_{name}_base3e-5_warm100_total1000_end.01"]
+    schedule = ScheduleConfig(name=name, warmup_steps=100, end_factor=0.01)
+    ours = [learning_rate(step, 1000, 3e-5, schedule) for step in range(0, 1001, 25)]
+    np.testing.assert_allclose(ours, official, rtol=2e-6, atol=1e-12)
+
+
+def test_the_loss_is_the_weighted_mean_cross_entropy_of_all_positions():
+    model, batch = tiny_model().eval(), random_batch()
+    logits = model(batch.images.float() / 255, batch.tokens)
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    expected = (losses * batch.weights.flatten()).sum()
+    torch.testing.assert_close(sequence_loss(model, batch), expected)
+
+
+def test_neither_prompts_padding_nor_noise_coordinates_are_scored():
+    batch = random_batch()
+    padding = batch.targets == 0
+    assert (batch.weights[padding].unique() == torch.tensor([0.0, 0.1])).all()
+    ends = (batch.weights == 0.1).sum(-1)
+    assert (ends == 1).all()
+    for tokens, weights, targets in zip(batch.tokens[:, 0], batch.weights[:, 0], batch.targets[:, 0], strict=True):
+        assert tokens[0] == 10
+        for start in range(0, int((targets != 0).sum()), 5):
+            is_noise = targets[start + 4] == 30
+            assert weights[start : start + 5].tolist() == ([0, 0, 0, 0, 1] if is_noise else [1] * 5)
+
+
+def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
+    gradients = []
+    for parts in (1, 4):
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        whole = random_batch(8)
+        each = 8 // parts
+        split = [
+            type(whole)(*(t[i : i + each] for t in (whole.images, whole.tokens, whole.targets, whole.weights)), whole.image_ids[i : i + each])
+            for i in range(0, 8, each)
+        ]
+        train_step(model, optimizer, split, max_grad_norm=0, bf16=False)
+        gradients.append([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)])
+    for whole, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, split, atol=2e-6, rtol=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm():
+    model = tiny_model()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    _, norm = train_step(model, optimizer, [random_batch()], max_grad_norm=0.01, bf16=False)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert norm > 0.01
+    assert math.isclose(float((after - before).norm()), 0.01, rel_tol=1e-3)
+
+
+def test_norms_biases_and_embeddings_do_not_decay():
+    model = tiny_model()
+    decayed, kept = (group["params"] for group in build_optimizer(model, lr=1, weight_decay=0.1, betas=(0.9, 0.95)).param_groups)
+    assert all(p.ndim >= 2 for p in decayed)
+    assert any(p is model.decoder.token_embedding.weight for p in kept)
+    assert len(decayed) + len(kept) == len(list(model.parameters()))
+
+
+def test_the_average_follows_its_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = Ema(model, 0.9)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, 1)  # decay (1 + 1) / (10 + 1)
+    assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11, rel_tol=1e-6)
+    ema.update(model, 10_000)
+    assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11 * 0.9, rel_tol=1e-6)
+
+
+def test_a_tiny_model_overfits_four_images():
+    model, batch = tiny_model(), random_batch(4, noise_objects=0, class_corruption="none", order="corner")
+    optimizer = build_optimizer(model, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95))
+    losses = [train_step(model, optimizer, [batch], max_grad_norm=1.0, bf16=False)[0].item() for _ in range(150)]
+    assert losses[0] > 5
+    assert losses[-1] < 0.1
+
+
+def test_every_epoch_shows_every_image_once_and_a_resumed_stream_goes_on():
+    def take(start, count):
+        stream = iter(EpochSampler(10, 4, seed=3, start=start))
+        return [next(stream) for _ in range(count)]
+
+    batches = take(0, 5)
+    seen = [key for batch in batches for key in batch]
+    assert sorted(seen) == [(epoch, index) for epoch in (0, 1) for index in range(10)]
+    assert [index for epoch, index in seen if epoch == 0] != [index for epoch, index in seen if epoch == 1]
+    assert take(3, 2) == batches[3:]
+
+
+SIDES = st.integers(1, 200)
+
+
+@given(SIDES, SIDES, st.integers(0, 2**32))
+def test_flipping_moves_boxes_points_and_pixels_alike(height, width, seed):
+    rng = np.random.default_rng(seed)
+    affine = random_affine((height, width), (64, 96), AugmentConfig(flip=1.0), rng)
+    box = np.array([0.2, 0.3, 0.6, 0.9]) * [width, height, width, height]
+    corners = affine.points(box.reshape(2, 2))
+    moved = affine.boxes(box)
+    np.testing.assert_allclose(moved, [*corners.min(0), *corners.max(0)], rtol=1e-5)
+    np.testing.assert_allclose(affine.inverse().boxes(moved), box, atol=1e-2)
+
+
+def test_a_box_stays_around_its_pixels_through_jitter_crop_and_flip():
+    image = np.zeros((80, 120, 3), np.uint8)
+    image[20:50, 30:90] = 255
+    target = target_of([[30, 20, 90, 50]], width=120, height=80)
+    for seed in range(50):
+        affine = random_affine((80, 120), (64, 64), AugmentConfig(), np.random.default_rng(seed))
+        moved = transform_target(target, affine, (64, 64))
+        pixels = affine.image(image, (64, 64))[..., 0] > 170
+        if not len(moved.boxes_xyxy):
+            assert pixels.sum() <= 64
+            continue
+        x0, y0, x1, y1 = moved.boxes_xyxy[0]
+        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+        if len(rows):
+            np.testing.assert_allclose([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], [x0, y0, x1, y1], atol=1.01)
+
+
+def test_objects_cropped_away_go_and_keypoints_outside_become_unlabelled():
+    keypoints = np.array([[[5, 5, 2], [60, 40, 1]], [[1, 1, 2], [2, 2, 2]]], np.float32)
+    target = target_of([[4, 4, 62, 44], [0, 0, 3, 3]], [1, 2], keypoints=keypoints)
+    moved = transform_target(target, Affine(1, 1, -4, -4), (32, 32))
+    assert moved.labels.tolist() == [1]
+    assert moved.boxes_xyxy.tolist() == [[0, 0, 32, 32]]
+    assert moved.keypoints.tolist() == [[[1, 1, 2], [0, 0, 0]]]
+    assert len(transform_target(target, Affine(1, 1, -4, -4), (32, 32), min_visible=0.5).labels) == 0
+
+
+def test_eval_resizing_equals_the_official_one(shared):
+    from pix2seq.data.image import read_image
+
+    arrays = np.load(shared / "parity" / "preprocess.npz")
+    names = {name.rsplit("_", 1)[0] for name in arrays.files if name.endswith("_image")}
+    assert len(names) == 8
+    for name in names:
+        file, size = name.rsplit("_", 1)
+        height, width = map(int, size.split("x"))
+        image = read_image(shared / "data" / "coco_mini" / "val2017" / file)
+        affine = fit_affine(image.shape[:2], (height, width))
+        scaled = np.array([image.shape[0] * affine.scale_y, image.shape[1] * affine.scale_x])
+        np.testing.assert_array_equal(scaled.round(6), arrays[f"{name}_unpadded_hw"])
+        difference = affine.image(image, (height, width)) / 255 - arrays[f"{name}_image"].astype(np.float32)
+        assert np.abs(difference).mean() < 0.004
+        fractions = np.array([[0, 0, 1, 1], [0.1, 0.25, 0.9, 0.5]])  # xyxy of the recorded yxyx boxes
+        pixels = affine.boxes(fractions * [image.shape[1], image.shape[0]] * 2 if False else fractions * np.array([image.shape[1], image.shape[0]] * 2))
+        ours = (pixels / [width, height, width, height])[:, [1, 0, 3, 2]]
+        np.testing.assert_allclose(ours, arrays[f"{name}_bbox_yxyx"], atol=1e-6)
+
+
+def test_color_jitter_is_a_function_of_its_generator():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    config = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4)
+    draws = [color_jitter(image, config, np.random.default_rng(seed)) for seed in (1, 2, 1)]
+    np.testing.assert_array_equal(draws[0], draws[2])
+    assert (draws[0] != draws[1]).any()
+    assert color_jitter(image, AugmentConfig(), np.random.default_rng(0)) is image
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lrr=3", "did you mean 'lr'"),
+        ("model.encoder.dims=3", "did you mean 'model.encoder.dim'"),
+        ("top_p=0.3", "did you mean 'detection.top_p'"),
+        ("lr=abc", "lr"),
+        ("lr=-1", "lr must be positive"),
+        ("steps", "key=value"),
+        ("detection.order=big", "random, area or corner"),
+        ("batch_size=0", "at least 1"),
+        ("accumulate=5", "does not divide"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line_that_helps(setting, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(None, [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_go_over_the_file_and_the_saved_file_repeats_the_run(tmp_path):
+    from pix2seq.training.config import save_config
+
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\ndetection: {top_p: 0.5}\nmodel: {image_size: [64, 96]}\n")
+    config = load_config(tmp_path / "a.yaml", ["detection.noise_objects=3", "data=here"])
+    assert (config.lr, config.detection.top_p, config.model.image_size) == (1e-3, 0.5, (64, 96))
+    save_config(config, tmp_path / "b.yaml")
+    assert load_config(tmp_path / "b.yaml") == config
+
+
+def test_every_config_builds_its_model():
+    from importlib import resources
+
+    files = [f for f in resources.files("pix2seq.configs").iterdir() if f.name.endswith(".yaml")]
+    assert files
+    for file in files:
+        config = load_config(str(file), ["model.encoder.pretrained=false"])
+        with torch.device("meta"):
+            model = build_model(config.model, CATEGORIES)
+        task = Detection(config.detection, config.model.vocab, CATEGORIES)
+        assert task.max_seq_len <= model.decoder.max_seq_len, file.name
+        assert config.model.image_size[0] % model.encoder.stride == 0, file.name
