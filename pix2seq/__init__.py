@@ -1,6 +1,21 @@
 """Pix2Seq in PyTorch: pictures to sequences of tokens to boxes, polygons, keypoints and captions."""
 
-from pix2seq.model.pix2seq import Pix2Seq
-from pix2seq.predictor import Predictor
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pix2seq.model.pix2seq import Pix2Seq
+    from pix2seq.predictor import Predictor
 
 __all__ = ["Pix2Seq", "Predictor"]
+
+_HOMES = {"Pix2Seq": "pix2seq.model.pix2seq", "Predictor": "pix2seq.predictor"}
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up on first use: torch and timm take seconds to import, and `pix2seq --help` needs neither.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

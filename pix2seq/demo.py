@@ -7,11 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from pix2seq.data.folder import open_dataset
 from pix2seq.data.shapes import write_shapes
-from pix2seq.drawing import draw_instances
+from pix2seq.drawing import draw_instances, tile
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.infer.predict import predict_files
@@ -59,13 +57,3 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")
 
-
-def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
-    """Pictures of one size, side by side and row by row on white."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        sheet.paste(picture, (column * (width + gap), row * (height + gap)))
-    return sheet

@@ -15,28 +15,35 @@ from pix2seq.data.target import Category, Instance, Target
 Color = tuple[int, int, int]
 
 MIN_SIDE = 512  # the longer side of what is drawn on: labels on a thumbnail could not be read
-MASK_OPACITY = 0.35
 
 
 def draw_instances(
-    image: NDArray[np.uint8], instances: Sequence[Instance], *, min_score: float = 0.0, caption: str | None = None
+    image: NDArray[np.uint8],
+    instances: Sequence[Instance],
+    *,
+    min_score: float = 0.0,
+    caption: str | None = None,
+    scores: bool = True,
+    mask_opacity: float = 0.35,
 ) -> Image.Image:
     """Draw instances of at least `min_score` on a picture (H, W, 3), the best on top.
 
     Small pictures are enlarged to a longer side of 512 pixels first. Line widths and letters grow
-    with the picture, and a class has the same colour in every picture.
+    with the picture, and a class has the same colour in every picture. `scores` writes them beside
+    the class names.
     """
     canvas, scale = _enlarged(image)
     shown = sorted((i for i in instances if i.score >= min_score), key=lambda i: i.score)
     for instance in shown:
-        _blend_polygons(canvas, [ring * scale for ring in instance.polygons], category_color(instance.category.name))
+        rings = [ring * scale for ring in instance.polygons]
+        _mask(canvas, rings, category_color(instance.category.name), mask_opacity)
     draw = ImageDraw.Draw(canvas)
     for instance in shown:
         _box(draw, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
         if instance.keypoints is not None:
             _skeleton(draw, instance.keypoints * [scale, scale, 1], instance.category, canvas.size)
     for instance in shown:  # labels last, so that no box crosses them
-        text = f"{instance.category.name} {instance.score:.2f}"
+        text = f"{instance.category.name} {instance.score:.2f}" if scores else instance.category.name
         _label(draw, text, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
     return canvas if caption is None else _with_caption(canvas, caption)
 
@@ -56,7 +63,23 @@ def draw_target(image: NDArray[np.uint8], target: Target, categories: Sequence[C
             target.boxes_xyxy, target.labels, target.segmentations, target.keypoints, strict=True
         )
     ]
-    return draw_instances(image, instances, caption=target.captions[0] if target.captions else None)
+    caption = target.captions[0] if target.captions else None
+    # Masks as outlines: a tint would hide the very colours that captions speak of.
+    return draw_instances(image, instances, caption=caption, scores=False, mask_opacity=0)
+
+
+def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
+    """Pictures side by side and row by row on white, each row as high as its tallest."""
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    cell = max(picture.width for picture in pictures)
+    heights = [max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (columns * (cell + gap) - gap, sum(heights) + gap * (len(rows) - 1)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (cell + gap), top))
+        top += height + gap
+    return sheet
 
 
 def category_color(name: str) -> Color:
@@ -84,13 +107,16 @@ def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
     return ImageFont.load_default(max(max(size) / 42, 11))
 
 
-def _blend_polygons(canvas: Image.Image, rings: Sequence[NDArray[np.floating]], color: Color) -> None:
-    mask = Image.new("L", canvas.size, 0)
-    draw = ImageDraw.Draw(mask)
-    for ring in rings:
-        if len(ring) >= 3 and np.isfinite(ring).all():
-            draw.polygon([tuple(point) for point in ring.tolist()], fill=round(MASK_OPACITY * 255))
-    canvas.paste(color, mask=mask)
+def _mask(canvas: Image.Image, rings: Sequence[NDArray[np.floating]], color: Color, opacity: float) -> None:
+    """Outline the rings of a mask, and tint what they enclose."""
+    usable = [[tuple(point) for point in ring.tolist()] for ring in rings if len(ring) >= 3 and np.isfinite(ring).all()]
+    if opacity and usable:
+        tint = Image.new("L", canvas.size, 0)
+        for ring in usable:
+            ImageDraw.Draw(tint).polygon(ring, fill=round(opacity * 255))
+        canvas.paste(color, mask=tint)
+    for ring in usable:
+        ImageDraw.Draw(canvas).line([*ring, ring[0]], fill=color, width=max(_line_width(canvas.size) // 2, 1))
 
 
 def _box(draw: ImageDraw.ImageDraw, xyxy: NDArray[np.floating], color: Color, size: tuple[int, int]) -> None:

@@ -204,10 +204,11 @@ def _per_class(
         if scored is not None and truths[category_id]:
             # (IoU thresholds, recalls, classes, areas, detections): all sizes, most detections
             precision: NDArray[np.float64] = scored.eval["precision"][:, :, position, 0, -1]
-            ap, ap50 = float(precision.mean()), float(precision[0].mean())
+            ap, ap50 = round(float(precision.mean()), 12), round(float(precision[0].mean()), 12)
         rows.append((name, int(truths[category_id]), int(found[category_id]), ap, ap50))
     return pd.DataFrame(rows, columns=["category", "num_ground_truth", "num_detections", "AP", "AP50"])
 
 
 def _defined(value: float) -> float | None:
-    return None if value < 0 else float(value)
+    # pycocotools adds 2e-16 to every denominator, so that a perfect score falls that much short of 1.
+    return None if value < 0 else round(float(value), 12)

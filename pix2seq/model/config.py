@@ -44,4 +44,5 @@ class ModelConfig:
     image_size: tuple[int, int] = (640, 640)  # height, width in pixels the model is trained and used at
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    positions: str = "fourier"  # codes of places: fourier, or sincos as published; see model/positions.py
     vocab: Vocab = field(default_factory=Vocab)

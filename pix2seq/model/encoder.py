@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.layers import NORM_EPS, EncoderBlock, init_weights
-from pix2seq.model.positions import sincos_2d
+from pix2seq.model.positions import PositionKind, grid_codes
 
 
 class Encoder(Protocol):
@@ -77,7 +77,7 @@ class ConvStem(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A pre-norm ViT with fixed sin-cos positions, at home on any rectangle of patches."""
+    """A pre-norm ViT with fixed positions, at home on any rectangle of patches."""
 
     def __init__(
         self,
@@ -91,9 +91,11 @@ class VisionTransformer(nn.Module):
         stem_blocks: int = 0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        positions: PositionKind = "sincos",
     ) -> None:
         super().__init__()
         self.dim = dim
+        self.positions = positions
         self.stride = patch_size
         if stem == "conv":
             self.stem: nn.Module = ConvStem(dim, patch_size, stem_blocks)
@@ -111,7 +113,7 @@ class VisionTransformer(nn.Module):
         features = self.stem(images)
         grid = (features.shape[-2], features.shape[-1])
         x = self.stem_norm(features.flatten(2).transpose(1, 2))
-        x = x + sincos_2d(*grid, self.dim).to(x)
+        x = x + grid_codes(self.positions, *grid, self.dim).to(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), grid

@@ -27,10 +27,12 @@ from pix2seq.model.encoder import Encoder, TimmEncoder, VisionTransformer
 from pix2seq.model.generate import Generated, generate
 from pix2seq.model.grammar import Grammar
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
-from pix2seq.model.positions import sincos_2d
+from pix2seq.model.positions import PositionKind, fourier_1d, grid_codes
+from pix2seq.vocab import Vocab
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+COORD_INIT_SCALE = 0.05
 
 
 class MemoryProjection(nn.Module):
@@ -40,8 +42,11 @@ class MemoryProjection(nn.Module):
     answer is a place, learns far faster from fresh ones. Reference: `models/ar_model.py`, mode `mlp`.
     """
 
-    def __init__(self, in_dim: int, dim: int, mlp_dim: int, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, mlp_dim: int, dropout: float, drop_path: float, positions: PositionKind
+    ) -> None:
         super().__init__()
+        self.positions = positions
         self.linear = nn.Linear(in_dim, dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -52,7 +57,7 @@ class MemoryProjection(nn.Module):
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features (B, N, in_dim) on a grid of N places to memory (B, N, dim)."""
         x = self.norm(self.linear(features))
-        x = x + sincos_2d(*grid, x.shape[-1]).to(x)
+        x = x + grid_codes(self.positions, *grid, x.shape[-1]).to(x)
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
 
 
@@ -186,9 +191,12 @@ def build_model(
     config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True
 ) -> Pix2Seq:
     """A model with fresh weights, or timm's for the encoder where its config asks and `load_pretrained`."""
-    encoder = build_encoder(config.encoder, config.image_size, load_pretrained=load_pretrained)
+    if config.positions not in ("sincos", "fourier"):
+        raise InputError(f"model.positions is {config.positions!r}; expected sincos or fourier")
+    positions: PositionKind = config.positions  # type: ignore[assignment]
+    encoder = build_encoder(config.encoder, config.image_size, positions, load_pretrained=load_pretrained)
     dec = config.decoder
-    projection = MemoryProjection(encoder.dim, dec.dim, dec.mlp_dim, dec.dropout, dec.drop_path)
+    projection = MemoryProjection(encoder.dim, dec.dim, dec.mlp_dim, dec.dropout, dec.drop_path, positions)
     decoder = Decoder(
         vocab_size=config.vocab.size,
         dim=dec.dim,
@@ -199,11 +207,25 @@ def build_model(
         dropout=dec.dropout,
         drop_path=dec.drop_path,
     )
+    if positions == "fourier":
+        _start_bins_from_codes(decoder, config.vocab)
     return Pix2Seq(encoder, projection, decoder, config, categories)
 
 
+@torch.no_grad()
+def _start_bins_from_codes(decoder: Decoder, vocab: Vocab) -> None:
+    """Let each coordinate's embedding start as the code of its place, on both axes.
+
+    Neighbouring bins then begin as neighbours, and in the language in which memory tells its places;
+    with random rows every bin has to be learned by itself.
+    """
+    rows = decoder.token_embedding.weight[vocab.coord_base : vocab.coord_end]
+    code = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), rows.shape[1] // 2)
+    rows.copy_(COORD_INIT_SCALE * torch.cat([code, code], dim=1))
+
+
 def build_encoder(
-    config: EncoderConfig, image_size: tuple[int, int], *, load_pretrained: bool
+    config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
 ) -> VisionTransformer | TimmEncoder:
     """The encoder that a config names."""
     if config.name != "vit":
@@ -223,6 +245,7 @@ def build_encoder(
         patch_size=config.patch_size,
         stem=config.stem,  # type: ignore[arg-type]
         stem_blocks=config.stem_blocks,
+        positions=positions,
         dropout=config.dropout,
         drop_path=config.drop_path,
     )

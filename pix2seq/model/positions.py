@@ -1,15 +1,26 @@
-"""Fixed sin-cos position codes, in one and two dimensions.
+"""Fixed position codes, in one and two dimensions. Two kinds:
 
-Coordinates are scaled to [0, 2 pi] whatever the length, so the same place in a picture has the same
-code at every resolution. Reference: google-research/pix2seq, `architectures/transformers.py`.
+`sincos` is the official one (google-research/pix2seq, `architectures/transformers.py`): one wave across the
+picture at most, and many slower ones. `fourier` has waves from half a cycle to `MAX_CYCLES` across
+the picture, so that neighbouring places differ clearly; from scratch it learns to localise from
+about half as many pictures. Both depend on the place as a share of the picture, not on its size.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+PositionKind = Literal["sincos", "fourier"]
+MIN_CYCLES, MAX_CYCLES = 0.5, 16.0  # waves across the picture
+
+
+def grid_codes(kind: PositionKind, height: int, width: int, dim: int) -> Tensor:
+    """Codes (height * width, dim) of the centres of a grid's cells, row by row."""
+    return sincos_2d(height, width, dim) if kind == "sincos" else fourier_2d(height, width, dim)
 
 
 def sincos_1d(length: int, dim: int) -> Tensor:
@@ -26,6 +37,23 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
         return sincos_1d(height * width, dim)
     y = _codes(_scaled_positions(height), dim // 2)[:, None].expand(-1, width, -1)
     x = _codes(_scaled_positions(width), dim // 2)[None].expand(height, -1, -1)
+    return torch.cat([y, x], dim=-1).reshape(height * width, dim)
+
+
+def fourier_1d(places: Tensor, dim: int) -> Tensor:
+    """Codes (N, dim) of places (N,) in [0, 1]: sines of all frequencies, then cosines. `dim` must be even."""
+    if dim % 2:
+        raise ValueError(f"Fourier codes need an even width, got {dim}")
+    share = torch.arange(dim // 2) / max(dim // 2 - 1, 1)
+    cycles = MIN_CYCLES * (MAX_CYCLES / MIN_CYCLES) ** share
+    angles = 2 * math.pi * places[:, None] * cycles
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def fourier_2d(height: int, width: int, dim: int) -> Tensor:
+    """Codes (height * width, dim), row by row: the first half of `dim` holds y, the second x. `dim` must divide by 4."""
+    y = fourier_1d((torch.arange(height) + 0.5) / height, dim // 2)[:, None].expand(-1, width, -1)
+    x = fourier_1d((torch.arange(width) + 0.5) / width, dim // 2)[None].expand(height, -1, -1)
     return torch.cat([y, x], dim=-1).reshape(height * width, dim)
 
 

@@ -1,0 +1,140 @@
+"""Five differently worded English captions of a scene, each of them true.
+
+A caption is made of facts: how many figures of a colour and class there are, where in the picture
+one stands, and how two stand to each other. A relation is claimed only where the boxes leave no
+doubt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from numpy.random import Generator
+
+from pix2seq.data.shapes.scene import Figure, Scene
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+PLURALS = {"person": "people", "cross": "crosses"}
+MARGIN = 0.12  # of the picture's side, between centres, before a relation is claimed
+
+
+def captions(scene: Scene, rng: Generator) -> list[str]:
+    """Five captions, no two the same."""
+    size = scene.image.shape[0]
+    told: list[str] = []
+    for maker in (_listing, _counting, _places, _relation, _summary):
+        text = maker(scene.figures, size, rng)
+        while text in told:  # a scene of one figure has little to tell; another wording comes up soon
+            text = (_listing, _places, _summary)[int(rng.integers(3))](scene.figures, size, rng)
+        told.append(text)
+    return told
+
+
+def noun(name: str, count: int = 1) -> str:
+    """The class in singular or plural."""
+    return name if count == 1 else PLURALS.get(name, f"{name}s")
+
+
+def phrase(figure: Figure) -> str:
+    """Colour and class; a person's colour is its clothes'."""
+    return f"person in {figure.colour}" if figure.name == "person" else f"{figure.colour} {figure.name}"
+
+
+def place(figure: Figure, size: int) -> str:
+    """Where the centre of a figure's box lies, in ninths of the picture."""
+    x, y = (min(int(value / size * 3), 2) for value in figure.centre)
+    if (x, y) == (1, 1):
+        return "in the middle"
+    across, down = ("left", "", "right")[x], ("top", "", "bottom")[y]
+    if across and down:
+        return f"in the {down} {across} corner"
+    return f"on the {across}" if across else f"at the {down}"
+
+
+def relation(a: Figure, b: Figure, size: int) -> str | None:
+    """How `a` stands to `b`, by the centres of their boxes, or None where it could be argued about."""
+    dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
+    if max(abs(dx), abs(dy)) < MARGIN * size or 0.6 < abs(dx) / max(abs(dy), 1e-9) < 1.7:
+        return None
+    if abs(dx) > abs(dy):
+        return "to the left of" if dx > 0 else "to the right of"
+    return "above" if dy > 0 else "below"
+
+
+def article(words: str) -> str:
+    """The words with `a` or `an`."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def counted(figures: list[Figure]) -> list[str]:
+    """`two red stars`, `a person in blue`, for every kind of figure, in order of appearance."""
+    parts = []
+    for words, count in Counter(phrase(figure) for figure in figures).items():
+        if count == 1:
+            parts.append(article(words))
+        elif words.startswith("person in "):
+            parts.append(f"{NUMBERS[count]} people in {words.removeprefix('person in ')}")
+        else:
+            colour, name = words.split(" ", 1)
+            parts.append(f"{NUMBERS[count]} {colour} {noun(name, count)}")
+    return parts
+
+
+def join(parts: list[str]) -> str:
+    """An English list."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _listing(figures: list[Figure], size: int, rng: Generator) -> str:
+    lead = ("", "a picture of ", "there {be} ", "this image shows ")[int(rng.integers(4))]
+    parts = counted(figures)
+    first_is_one = parts[0].startswith(("a ", "an "))
+    return _sentence(lead.replace("{be}", "is" if first_is_one else "are") + join(parts))
+
+
+def _counting(figures: list[Figure], size: int, rng: Generator) -> str:
+    counts = Counter(figure.name for figure in figures)
+    parts = [f"{NUMBERS[count]} {noun(name, count)}" for name, count in counts.items()]
+    lead = ("there {be} ", "i can see ", "the picture contains ")[int(rng.integers(3))]
+    be = "is" if next(iter(counts.values())) == 1 else "are"
+    return _sentence(lead.replace("{be}", be) + join(parts))
+
+
+def _places(figures: list[Figure], size: int, rng: Generator) -> str:
+    order = rng.permutation(len(figures))[:2]
+    chosen = [figures[i] for i in sorted(order)]
+    form = int(rng.integers(2))
+    told = []
+    for figure in chosen:
+        words, where = article(phrase(figure)), place(figure, size)
+        told.append(f"{where} is {words}" if form else f"{words} {where}")
+    return _sentence((", and " if form else " and ").join(told))
+
+
+def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
+    pairs = [
+        (a, b, words)
+        for a in figures
+        for b in figures
+        if a is not b and phrase(a) != phrase(b) and (words := relation(a, b, size)) is not None
+    ]
+    if not pairs:
+        return _places(figures, size, rng)
+    a, b, words = pairs[int(rng.integers(len(pairs)))]
+    verb = " is " if rng.random() < 0.5 else " "
+    return _sentence(f"{article(phrase(a))}{verb}{words} {article(phrase(b))}")
+
+
+def _summary(figures: list[Figure], size: int, rng: Generator) -> str:
+    largest = max(figures, key=lambda figure: figure.area)
+    others = len(figures) - 1
+    words = f"{article(phrase(largest))} {place(largest, size)}"
+    if others == 0:
+        return _sentence(f"{words} and nothing else" if rng.random() < 0.5 else f"only {words}")
+    more = f"{NUMBERS[others]} other {'thing' if others == 1 else 'things'}"
+    lead = ("", "the largest thing is ")[int(rng.integers(2))]
+    return _sentence(f"{lead}{words}, with {more} around" if not lead else f"{lead}{words}, next to {more}")

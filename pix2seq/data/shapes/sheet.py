@@ -1,0 +1,22 @@
+"""A contact sheet of a data set: pictures with everything that is annotated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from pix2seq.data.coco import CocoDataset
+from pix2seq.data.image import read_image
+from pix2seq.drawing import draw_target, tile
+
+
+def contact_sheet(folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", width: int = 1200) -> Image.Image:
+    """The first pictures of a COCO-layout split with boxes, masks, skeletons and a caption, `width` pixels wide."""
+    dataset = CocoDataset.read(folder, split)
+    drawn = []
+    for index in range(min(rows * columns, len(dataset))):
+        target = dataset.target(index)
+        drawn.append(draw_target(read_image(target.image.path), target, dataset.categories))
+    sheet = tile(drawn, columns=columns)
+    return sheet.resize((width, round(sheet.height * width / sheet.width)), Image.Resampling.LANCZOS)

@@ -1,0 +1,138 @@
+"""A generated data set on disk, in COCO layout with COCO's file names.
+
+Picture i of a split is a function of (seed, split, i), so the number of processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from pix2seq.data.shapes.captions import captions
+from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
+from pix2seq.data.shapes.scene import CLASS_NAMES, Figure, make_scene
+from pix2seq.errors import InputError
+
+SPLITS = {"train": 0, "val": 1}  # their share in the seed; also keeps image ids apart
+VAL_IDS_FROM = 5_000_000
+JPEG_QUALITY = 92
+# As in COCO, ids have gaps, and the person comes first; code that mistakes ids for indices shows here.
+CATEGORY_IDS = {name: 1 if name == "person" else 3 + 2 * i for i, name in enumerate(CLASS_NAMES)}
+
+Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
+
+
+def write_shapes(
+    out: str | Path, *, num_train: int, num_val: int, size: int = 128, seed: int = 0, workers: int = 1
+) -> None:
+    """Write `num_train` and `num_val` pictures of `size` pixels a side into `out`, a new or empty folder.
+
+    Raises `InputError` for a folder with something in it and for numbers out of range.
+    """
+    out = Path(out)
+    if not 32 <= size <= 2048:
+        raise InputError(f"size is {size}; expected 32 to 2048 pixels")
+    for name, count in (("train", num_train), ("val", num_val)):
+        if not 0 <= count < VAL_IDS_FROM:
+            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} pictures")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; expected 0 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already exists and is not an empty folder; name a new one, or remove it first")
+    partial_folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    (partial_folder / "annotations").mkdir(parents=True)
+    try:
+        for split, count in (("train", num_train), ("val", num_val)):
+            _write_split(partial_folder, split, count, size=size, seed=seed, workers=workers)
+        if out.exists():
+            out.rmdir()
+        partial_folder.rename(out)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _write_split(folder: Path, split: str, count: int, *, size: int, seed: int, workers: int) -> None:
+    pictures = folder / f"{split}2017"
+    pictures.mkdir()
+    write = partial(write_picture, pictures, split=split, size=size, seed=seed)
+    images: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    bar = tqdm(_spread(write, range(count), workers), total=count, unit="image", desc=f"shapes {split}")
+    for image, annotations, sentences in bar:
+        images.append(image)
+        for annotation in annotations:
+            instances.append({"id": VAL_IDS_FROM * SPLITS[split] + len(instances) + 1, **annotation})
+        for sentence in sentences:
+            entry = {"id": VAL_IDS_FROM * SPLITS[split] + len(texts) + 1, "image_id": image["id"], "caption": sentence}
+            texts.append(entry)
+    people = [annotation for annotation in instances if "keypoints" in annotation]
+    plain = [{k: v for k, v in a.items() if k not in ("keypoints", "num_keypoints")} for a in instances]
+    categories = [
+        {"supercategory": "figure" if name == "person" else "shape", "id": category_id, "name": name}
+        for name, category_id in sorted(CATEGORY_IDS.items(), key=lambda item: item[1])
+    ]
+    person = {**categories[0], "keypoints": KEYPOINTS, "skeleton": [list(pair) for pair in SKELETON]}
+    common = {
+        "info": {"description": f"Generated shapes, {split}, seed {seed}", "version": "1.0", "year": 2026},
+        "licenses": [{"id": 1, "name": "Generated; no rights reserved", "url": ""}],
+        "images": images,
+    }
+    for kind, part in (
+        ("instances", {"annotations": plain, "categories": categories}),
+        ("person_keypoints", {"annotations": people, "categories": [person]}),
+        ("captions", {"annotations": texts}),
+    ):
+        path = folder / "annotations" / f"{kind}_{split}2017.json"
+        path.write_text(json.dumps({**common, **part}), encoding="utf-8")
+
+
+def _spread(write: Any, indices: Iterable[int], workers: int) -> Iterator[Written]:
+    if workers <= 1:
+        yield from map(write, indices)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_one_thread) as pool:
+        yield from pool.imap(write, indices, chunksize=32)
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+def write_picture(folder: Path, index: int, *, split: str, size: int, seed: int) -> Written:
+    """Draw and save picture `index` of a split; return its COCO entries, the annotations without ids."""
+    rng = np.random.default_rng((seed, SPLITS[split], index))
+    scene = make_scene(rng, size)
+    image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
+    name = f"{image_id:012d}.jpg"
+    encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    (folder / name).write_bytes(encoded.tobytes())
+    image = {"license": 1, "file_name": name, "height": size, "width": size, "id": image_id}
+    return image, [_annotation(figure, image_id) for figure in scene.figures], captions(scene, rng)
+
+
+def _annotation(figure: Figure, image_id: int) -> dict[str, Any]:
+    x0, y0, x1, y1 = figure.box_xyxy
+    entry: dict[str, Any] = {
+        "image_id": image_id,
+        "category_id": CATEGORY_IDS[figure.name],
+        "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+        "area": round(figure.area, 3),
+        "iscrowd": 0,
+        "segmentation": [[round(v, 3) for v in ring.ravel().tolist()] for ring in figure.rings],
+    }
+    if figure.keypoints is not None:
+        points = figure.keypoints
+        entry["keypoints"] = [v for x, y, seen in points.tolist() for v in (round(x, 2), round(y, 2), int(seen))]
+        entry["num_keypoints"] = int((points[:, 2] > 0).sum())
+    return entry

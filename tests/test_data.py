@@ -1,0 +1,313 @@
+"""Reading pictures and annotations: against Pillow, pycocotools and files written by hand."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+
+from pix2seq.data.check import check_dataset
+from pix2seq.data.coco import CocoDataset
+from pix2seq.data.folder import find_splits, labels_by_name, open_dataset
+from pix2seq.data.image import image_size, read_image
+from pix2seq.data.target import Category
+from pix2seq.data.voc import VocDataset
+from pix2seq.errors import InputError
+
+# Pictures
+
+
+def manifest(shared):
+    lines = (shared / "data/odd/manifest.tsv").read_text().splitlines()
+    names = lines[0].split("\t")
+    return [dict(zip(names, line.split("\t"), strict=False)) for line in lines[1:]]
+
+
+def test_odd_pictures_are_read_upright_and_whole(shared):
+    for row in manifest(shared):
+        path = shared / "data/odd" / row["path"]
+        if row["path"].startswith("damaged/") and "mpo" not in row["path"] and "junk" not in row["path"]:
+            with pytest.raises(InputError, match=path.name):
+                read_image(path)
+            continue
+        pixels = read_image(path)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[2] == 3
+        assert image_size(path) == (pixels.shape[1], pixels.shape[0])
+        if row["mode"] == "RGB":
+            reference = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            np.testing.assert_array_equal(pixels, np.asarray(reference), err_msg=row["path"])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_the_same(tmp_path, orientation):
+    upright = np.zeros((4, 6, 3), np.uint8)
+    upright[0, 0], upright[3, 5] = (255, 0, 0), (0, 0, 255)
+    undo = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+            5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+            8: lambda a: np.rot90(a, -1)}[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(undo(upright))).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), upright)
+    assert image_size(tmp_path / "a.png") == (6, 4)
+
+
+def encoded(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def test_wide_greys_alpha_and_palettes_become_8_bit_rgb():
+    grey16 = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
+    assert read_image(encoded(grey16))[0, :, 0].tolist() == [0, 1, 255]
+    clear = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0]]], np.uint8))
+    assert read_image(encoded(clear))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert read_image(encoded(palette))[0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert read_image(encoded(palette, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert read_image(np.array([[7]], np.uint8)).tolist() == [[[7, 7, 7]]]
+
+
+def test_pictures_that_cannot_be_used_end_in_one_line(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    Image.effect_noise((64, 64), 60).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    cases = {"nowhere.jpg": "does not exist", "text.jpg": "no image", "empty.png": "no image", "cut.jpg": "(?i)truncated"}
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+    with pytest.raises(InputError, match="folder"):
+        read_image(tmp_path)
+    with pytest.raises(InputError, match="limit is 100"):
+        read_image(encoded(Image.new("RGB", (20, 20))), max_pixels=100)
+    with pytest.raises(InputError, match="expected an array"):
+        read_image(np.zeros((2, 2), np.float32))
+
+
+def test_a_truncated_picture_is_refused_even_where_pillow_was_told_to_be_lenient(tmp_path, monkeypatch):
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(InputError, match="damaged"):
+        read_image(whole[: len(whole) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+# COCO
+
+
+def test_coco_mini_is_read_as_pycocotools_reads_it(shared, capsys):
+    root = shared / "data/coco_mini"
+    dataset = CocoDataset.read(root, "val")
+    coco = COCO(root / "annotations/instances_val2017.json")
+    people = COCO(root / "annotations/person_keypoints_val2017.json")
+    texts = COCO(root / "annotations/captions_val2017.json")
+    assert len(dataset) == len(coco.imgs) == 40
+    assert not len(dataset.defects)
+    for index in range(len(dataset)):
+        target = dataset.target(index)
+        theirs = {a["id"]: a for a in coco.imgToAnns[target.image.id]}
+        assert set(target.annotation_ids.tolist()) == set(theirs)
+        for i, annotation_id in enumerate(target.annotation_ids.tolist()):
+            annotation = theirs[annotation_id]
+            x, y, w, h = annotation["bbox"]
+            np.testing.assert_allclose(target.boxes_xyxy[i], [x, y, x + w, y + h], atol=0.51)
+            assert target.labels[i] == annotation["category_id"]  # COCO's ids are the official labels
+            assert target.areas[i] == pytest.approx(annotation["area"], rel=1e-5)
+            assert target.iscrowd[i] == annotation["iscrowd"]
+            segmentation = target.segmentations[i]
+            if annotation["iscrowd"]:
+                assert segmentation == annotation["segmentation"]
+            else:
+                assert [r.ravel().tolist() for r in segmentation] == [pytest.approx(p) for p in annotation["segmentation"]]
+            expected = people.anns[annotation_id]["keypoints"] if annotation_id in people.anns else [0] * 51
+            np.testing.assert_allclose(target.keypoints[i].ravel(), expected)
+        assert list(target.captions) == [" ".join(a["caption"].split()) for a in texts.imgToAnns[target.image.id]]
+
+
+def write_coco(root, annotations, images=None, categories=None, split="train", kind="instances"):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / split).mkdir(exist_ok=True)
+    images = images if images is not None else [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}]
+    for image in images:
+        Image.new("RGB", (40, 30)).save(root / split / str(image.get("file_name", "x.png")))
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = categories or [{"id": 7, "name": "cat"}]
+    (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def box(bbox, **more):
+    return {"id": more.pop("id", 1), "image_id": 1, "category_id": 7, "bbox": bbox} | more
+
+
+@pytest.mark.parametrize(
+    ("annotation", "defect", "action"),
+    [
+        (box([float("nan"), 1, 5, 5]), "box is not four numbers", "dropped"),
+        (box([1, 1, float("inf"), 5]), "box is not four numbers", "dropped"),
+        (box([1, 1, 5]), "box is not four numbers", "dropped"),
+        (box("large"), "box is not four numbers", "dropped"),
+        (box([1e9, 1, 5, 5]), "box is absurdly large", "dropped"),
+        (box([1, 1, 0, 5]), "box has no area", "dropped"),
+        (box([1, 1, -3, 5]), "box has no area", "dropped"),
+        (box([50, 1, 5, 5]), "box lies outside the picture", "dropped"),
+        (box([30, 20, 20, 20]), "box reaches outside the picture", "clipped"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5]]), "polygon of fewer than three points or odd length", "part left out"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, 5, 2]]), "polygon of fewer than three points or odd length", "part left out"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, float("nan")]]), "polygon with unusable numbers", "part left out"),
+        (box([1, 1, 5, 5], segmentation={"size": [30, 40], "counts": [3, 4]}), "bad run-length mask", "mask left out"),
+        (box([1, 1, 5, 5], category_id=9), "unknown category id", "dropped"),
+        (box([1, 1, 5, 5], image_id=9), "unknown image id", "dropped"),
+        (box([0, 0, 0, 0], segmentation=[[2, 3, 12, 3, 12, 9]]), "no box", "rebuilt from mask or keypoints"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_each_defect_has_its_policy(tmp_path, annotation, defect, action):
+    sound = box([1, 2, 3, 4], id=2)
+    dataset = CocoDataset.read(write_coco(tmp_path, [annotation, sound]), "train")
+    assert dataset.defects[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
+    ids = dataset.target(0).annotation_ids.tolist()
+    assert ids == ([2] if action == "dropped" else [1, 2])
+    boxes = dataset.target(0).boxes_xyxy
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert boxes[-1].tolist() == [1, 2, 4, 6]
+    if action.startswith("rebuilt"):
+        assert boxes[0].tolist() == [2, 3, 12, 9]
+    assert "1" in check_dataset(tmp_path).text()
+
+
+def test_duplicates_missing_files_and_missing_sizes_are_noted(tmp_path):
+    images = [
+        {"id": 1, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 1, "file_name": "b.png", "width": 40, "height": 30},
+        {"id": 2, "file_name": "c.png"},
+        {"id": 3, "file_name": "gone.png", "width": 4, "height": 3},
+    ]
+    root = write_coco(tmp_path, [box([1, 1, 5, 5]), box([1, 1, 5, 5]), box([1, 1, 5, 5], id=3, image_id=3)], images)
+    (root / "train/gone.png").unlink()
+    dataset = CocoDataset.read(root, "train")
+    assert [(i.id, i.width, i.height) for i in dataset.images] == [(1, 40, 30), (2, 40, 30)]
+    assert sorted(dataset.defects["defect"]) == [
+        "duplicate annotation id", "duplicate image id", "missing image file", "no width and height",
+    ]  # fmt: skip
+
+
+def test_ids_beyond_the_vocabulary_get_labels_by_order_and_a_bom_is_read(tmp_path):
+    categories = [{"id": 5000, "name": "b"}, {"id": 0, "name": "a"}]
+    root = write_coco(tmp_path, [box([1, 1, 5, 5], category_id=5000)], categories=categories)
+    path = root / "annotations/instances_train.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    dataset = CocoDataset.read(root, "train")
+    assert [(c.label, c.id, c.name) for c in dataset.categories] == [(1, 0, "a"), (2, 5000, "b")]
+    assert dataset.target(0).labels.tolist() == [2]
+
+
+def test_folders_that_cannot_be_used_end_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    root = write_coco(tmp_path / "coco", [])
+    cases = [(tmp_path / "empty", "has no annotations"), (tmp_path / "nowhere", "does not exist")]
+    cut = write_coco(tmp_path / "cut", [box([1, 1, 5, 5])])
+    text = (cut / "annotations/instances_train.json").read_text()
+    (cut / "annotations/instances_train.json").write_text(text[:-20])
+    cases.append((cut, "not valid JSON at line 1, column"))
+    lost = write_coco(tmp_path / "lost", [])
+    (lost / "train/a.png").unlink()
+    cases.append((lost, "none of the 1 pictures"))
+    for folder, message in cases:
+        with pytest.raises(InputError, match=message) as caught:
+            open_dataset(folder, "train")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="split 'val'"):
+        open_dataset(root, "val")
+    (root / "annotations/instances_train.json").write_text("[1]")
+    with pytest.raises(InputError, match="holds a list"):
+        open_dataset(root, "train")
+
+
+def test_a_labelling_tools_export_gets_its_boxes_from_keypoints(shared, tmp_path):
+    source = json.loads((shared / "data/odd/annotations/keypoints_without_boxes.json").read_text())
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train").mkdir()
+    for image in source["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "train" / image["file_name"])
+    (tmp_path / "annotations/person_keypoints_train.json").write_text(json.dumps(source))
+    dataset = CocoDataset.read(tmp_path, "train")
+    rebuilt = (dataset.defects["defect"] == "no box").sum()
+    without = sum(a["bbox"] == [0, 0, 0, 0] for a in source["annotations"])
+    assert rebuilt + (dataset.defects["defect"] == "box has no area").sum() == without == 89
+    assert rebuilt > 80
+    assert dataset.categories[0].name == "person"
+    assert len(dataset.objects) == len(source["annotations"]) - (dataset.defects["action"] == "dropped").sum()
+
+
+# Pascal VOC
+
+
+def test_bccd_is_read_as_its_xml_says(shared):
+    import xml.dom.minidom
+
+    root = shared / "data/bccd"
+    dataset = VocDataset.read(root, "val")
+    assert [c.name for c in dataset.categories] == ["Platelets", "RBC", "WBC"]
+    assert len(dataset) == 87
+    for index in (0, 40, 86):
+        target = dataset.target(index)
+        document = xml.dom.minidom.parse(str(root / "Annotations" / f"{target.image.path.stem}.xml"))
+        value = lambda node, tag: node.getElementsByTagName(tag)[0].firstChild.data  # noqa: E731
+        expected = [
+            [max(int(value(o, "xmin")) - 1, 0), max(int(value(o, "ymin")) - 1, 0), min(int(value(o, "xmax")), 640), min(int(value(o, "ymax")), 480)]
+            for o in document.getElementsByTagName("object")
+        ]
+        assert target.boxes_xyxy.tolist() == expected
+    assert dataset.defects["detail"].str.contains("BloodImage_00338").any()
+    assert find_splits(root) == ["test", "train", "trainval", "val"]
+
+
+def test_difficult_objects_are_set_aside_and_damaged_xml_is_named(tmp_path):
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages/a.jpg")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\n\n")
+    thing = "<object><name>x</name><difficult>{}</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>{}</ymax></bndbox></object>"
+    path = tmp_path / "Annotations/a.xml"
+    path.write_text(f"<annotation>{thing.format(0, 5)}{thing.format(1, 10)}</annotation>")
+    target = VocDataset.read(tmp_path, "train").target(0)
+    assert target.boxes_xyxy.tolist() == [[0, 0, 20, 5], [0, 0, 20, 10]]
+    assert target.iscrowd.tolist() == [False, True]
+    with pytest.raises(InputError, match="splits of this data set: train"):
+        VocDataset.read(tmp_path, "val")
+    path.write_text("<annotation><object>")
+    with pytest.raises(InputError, match=r"a\.xml is no readable XML"):
+        VocDataset.read(tmp_path, "train")
+
+
+def test_classes_are_matched_by_name():
+    data = [Category(3, 3, " Cat"), Category(4, 4, "dog")]
+    model = [Category(1, 9, "dog"), Category(2, 8, "cat")]
+    assert labels_by_name(data, model) == {3: 2, 4: 1}
+    with pytest.raises(InputError, match="bird"):
+        labels_by_name([Category(1, 1, "bird")], model)
+
+
+def test_the_check_reports_unreadable_and_mismatched_pictures(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in (1, 2, 3)]
+    root = write_coco(tmp_path, [box([1, 1, 5, 5])], images)
+    Image.new("RGB", (10, 10)).save(root / "train/2.png")
+    (root / "train/3.png").write_bytes(b"junk")
+    report = check_dataset(root)
+    assert report.usable
+    kinds = [d["defect"] for d in report.to_json()["splits"][0]["defects"]]
+    assert kinds == ["size disagrees with the annotations", "unreadable image"]
+    assert "2.png is 10x10, the annotations say 40x30" in report.text()
