@@ -56,4 +56,3 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     tile(drawn, columns=4).save(out / "demo.png")
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")
-

@@ -51,7 +51,9 @@ class Predictor:
     def __init__(self, model: Pix2Seq, *, bf16: bool = False) -> None:
         self.model = model.eval()
         self.bf16 = bf16
-        self.tasks = {name: TASKS[name].from_settings(model, settings) for name, settings in model.task_settings.items()}
+        self.tasks = {
+            name: TASKS[name].from_settings(model, settings) for name, settings in model.task_settings.items()
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
@@ -101,9 +103,7 @@ class Predictor:
                 eos_id=task.eos_id,
                 generator=torch.Generator(memory.device).manual_seed(seed),
             )
-        return [
-            task.instances(out, row, np.array(image.canvas_size), image.size) for row, image in enumerate(images)
-        ]
+        return [task.instances(out, row, np.array(image.canvas_size), image.size) for row, image in enumerate(images)]
 
     def set_num_objects(self, num_objects: int) -> None:
         """Ask for this many objects from now on, whether or not the model would end before."""

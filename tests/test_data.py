@@ -80,7 +80,12 @@ def test_pictures_that_cannot_be_used_end_in_one_line(tmp_path):
     Image.effect_noise((64, 64), 60).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    cases = {"nowhere.jpg": "does not exist", "text.jpg": "no image", "empty.png": "no image", "cut.jpg": "(?i)truncated"}
+    cases = {
+        "nowhere.jpg": "does not exist",
+        "text.jpg": "no image",
+        "empty.png": "no image",
+        "cut.jpg": "(?i)truncated",
+    }
     for name, message in cases.items():
         with pytest.raises(InputError, match=message) as caught:
             read_image(tmp_path / name)
@@ -130,7 +135,9 @@ def test_coco_mini_is_read_as_pycocotools_reads_it(shared, capsys):
             if annotation["iscrowd"]:
                 assert segmentation == annotation["segmentation"]
             else:
-                assert [r.ravel().tolist() for r in segmentation] == [pytest.approx(p) for p in annotation["segmentation"]]
+                assert [r.ravel().tolist() for r in segmentation] == [
+                    pytest.approx(p) for p in annotation["segmentation"]
+                ]
             expected = people.anns[annotation_id]["keypoints"] if annotation_id in people.anns else [0] * 51
             np.testing.assert_allclose(target.keypoints[i].ravel(), expected)
         assert list(target.captions) == [" ".join(a["caption"].split()) for a in texts.imgToAnns[target.image.id]]
@@ -152,10 +159,14 @@ def box(bbox, **more):
     return {"id": more.pop("id", 1), "image_id": 1, "category_id": 7, "bbox": bbox} | more
 
 
+NAN = float("nan")
+SHORT = "polygon of fewer than three points or odd length"
+
+
 @pytest.mark.parametrize(
     ("annotation", "defect", "action"),
     [
-        (box([float("nan"), 1, 5, 5]), "box is not four numbers", "dropped"),
+        (box([NAN, 1, 5, 5]), "box is not four numbers", "dropped"),
         (box([1, 1, float("inf"), 5]), "box is not four numbers", "dropped"),
         (box([1, 1, 5]), "box is not four numbers", "dropped"),
         (box("large"), "box is not four numbers", "dropped"),
@@ -164,9 +175,9 @@ def box(bbox, **more):
         (box([1, 1, -3, 5]), "box has no area", "dropped"),
         (box([50, 1, 5, 5]), "box lies outside the picture", "dropped"),
         (box([30, 20, 20, 20]), "box reaches outside the picture", "clipped"),
-        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5]]), "polygon of fewer than three points or odd length", "part left out"),
-        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, 5, 2]]), "polygon of fewer than three points or odd length", "part left out"),
-        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, float("nan")]]), "polygon with unusable numbers", "part left out"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5]]), SHORT, "part left out"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, 5, 2]]), SHORT, "part left out"),
+        (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, NAN]]), "polygon with unusable numbers", "part left out"),
         (box([1, 1, 5, 5], segmentation={"size": [30, 40], "counts": [3, 4]}), "bad run-length mask", "mask left out"),
         (box([1, 1, 5, 5], category_id=9), "unknown category id", "dropped"),
         (box([1, 1, 5, 5], image_id=9), "unknown image id", "dropped"),
@@ -267,7 +278,12 @@ def test_bccd_is_read_as_its_xml_says(shared):
         document = xml.dom.minidom.parse(str(root / "Annotations" / f"{target.image.path.stem}.xml"))
         value = lambda node, tag: node.getElementsByTagName(tag)[0].firstChild.data  # noqa: E731
         expected = [
-            [max(int(value(o, "xmin")) - 1, 0), max(int(value(o, "ymin")) - 1, 0), min(int(value(o, "xmax")), 640), min(int(value(o, "ymax")), 480)]
+            [
+                max(int(value(o, "xmin")) - 1, 0),
+                max(int(value(o, "ymin")) - 1, 0),
+                min(int(value(o, "xmax")), 640),
+                min(int(value(o, "ymax")), 480),
+            ]
             for o in document.getElementsByTagName("object")
         ]
         assert target.boxes_xyxy.tolist() == expected
@@ -280,7 +296,8 @@ def test_difficult_objects_are_set_aside_and_damaged_xml_is_named(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages/a.jpg")
     (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\n\n")
-    thing = "<object><name>x</name><difficult>{}</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>{}</ymax></bndbox></object>"
+    corners = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>{}</ymax></bndbox>"
+    thing = "<object><name>x</name><difficult>{}</difficult>" + corners + "</object>"
     path = tmp_path / "Annotations/a.xml"
     path.write_text(f"<annotation>{thing.format(0, 5)}{thing.format(1, 10)}</annotation>")
     target = VocDataset.read(tmp_path, "train").target(0)

@@ -122,9 +122,7 @@ def test_an_image_without_objects_gets_only_random_noise():
 
 
 def test_an_end_token_follows_where_it_has_a_weight():
-    response = encode_objects(
-        np.zeros((1, 4)), np.array([3]), VOCAB, np.random.default_rng(0), eos_weight=0.1
-    )
+    response = encode_objects(np.zeros((1, 4)), np.array([3]), VOCAB, np.random.default_rng(0), eos_weight=0.1)
     assert response.targets.tolist() == [1000, 1000, 1000, 1000, 103, 0]
     np.testing.assert_allclose(response.weights, [1, 1, 1, 1, 1, 0.1])
 

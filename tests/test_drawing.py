@@ -47,7 +47,9 @@ def test_a_class_keeps_its_colour():
     st.sampled_from([(1, 1), (3, 700), (64, 64)]),
 )
 def test_nothing_makes_drawing_fail(box, name, size):
-    instance = Instance(box, Category(1, 1, name, ("a", "b", "c"), ((0, 1),)), 0.5, [np.array([[0, 0], [5, 0], [np.nan, 5]])], POINTS)
+    instance = Instance(
+        box, Category(1, 1, name, ("a", "b", "c"), ((0, 1),)), 0.5, [np.array([[0, 0], [5, 0], [np.nan, 5]])], POINTS
+    )
     assert max(draw_instances(np.zeros((*size, 3), np.uint8), [instance]).size) >= 512
 
 

@@ -61,7 +61,12 @@ def test_all_twelve_numbers_equal_pycocotools(shared):
     dataset = CocoDataset.read(root, "val")
     predictions = jittered(dataset, np.random.default_rng(0))
     results = [
-        {"image_id": i, "category_id": p.category.id, "score": p.score, "bbox": [p.box_xyxy[0], p.box_xyxy[1], p.box_xyxy[2] - p.box_xyxy[0], p.box_xyxy[3] - p.box_xyxy[1]]}
+        {
+            "image_id": i,
+            "category_id": p.category.id,
+            "score": p.score,
+            "bbox": [p.box_xyxy[0], p.box_xyxy[1], p.box_xyxy[2] - p.box_xyxy[0], p.box_xyxy[3] - p.box_xyxy[1]],
+        }
         for i, instances in predictions.items()
         for p in instances
     ]
@@ -97,7 +102,9 @@ def slow_ap(truths, detections, threshold):
     precision = [sum(hits[: k + 1]) / (k + 1) for k in range(len(hits))]
     recall = [sum(hits[: k + 1]) / len(truths) for k in range(len(hits))]
     levels = np.linspace(0, 1, 101)  # COCO's own: 0.7 is a hair more than 7 of 10
-    return sum(max((p for p, r in zip(precision, recall, strict=True) if r >= level), default=0) for level in levels) / 101
+    return (
+        sum(max((p for p, r in zip(precision, recall, strict=True) if r >= level), default=0) for level in levels) / 101
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -64,7 +64,9 @@ def test_position_codes_of_a_single_place_are_numbers():
 def test_every_kind_of_encoder_takes_any_rectangle_of_patches(encoder):
     model = tiny_model(**encoder)
     for height, width in [(32, 48), (64, 32), (96, 64)]:
-        height, width = (max(side, model.encoder.stride) // model.encoder.stride * model.encoder.stride for side in (height, width))
+        height, width = (
+            max(side, model.encoder.stride) // model.encoder.stride * model.encoder.stride for side in (height, width)
+        )
         memory = model.encode(torch.rand(2, 3, height, width))
         assert memory.shape == (2, height * width // model.encoder.stride**2, 32)
     with pytest.raises(ValueError, match="do not divide"):
@@ -122,7 +124,10 @@ def test_a_batch_equals_its_images_one_by_one(model):
     images = torch.rand(5, 3, 32, 48, generator=torch.Generator().manual_seed(3))
     prompt = torch.full((5, 1), 10)
     together = model.generate(images, prompt, max_new_tokens=24, temperature=0, eos_id=None).tokens
-    alone = [model.generate(images[i : i + 1], prompt[:1], max_new_tokens=24, temperature=0, eos_id=None).tokens for i in range(5)]
+    alone = [
+        model.generate(images[i : i + 1], prompt[:1], max_new_tokens=24, temperature=0, eos_id=None).tokens
+        for i in range(5)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
@@ -133,7 +138,9 @@ def test_rows_come_out_image_by_image_prompt_by_prompt_sample_by_sample(model):
     assert out.shape == (12, 6)
     for image in range(3):
         for prompt in range(2):
-            single = model.generate(IMAGES[image : image + 1], prompts[image, prompt][None], max_new_tokens=6, temperature=0, eos_id=None)
+            single = model.generate(
+                IMAGES[image : image + 1], prompts[image, prompt][None], max_new_tokens=6, temperature=0, eos_id=None
+            )
             for copy in range(2):
                 torch.testing.assert_close(out[image * 4 + prompt * 2 + copy], single.tokens[0], rtol=0, atol=0)
 
@@ -170,7 +177,14 @@ def test_a_finished_row_stays_padded_and_the_last_one_stops_the_loop():
     from pix2seq.model.generate import generate
 
     decoder = Script([[5, 0, 7, 8, 9], [5, 6, 7, 0, 9]])
-    out = generate(decoder, torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.long), max_new_tokens=5, temperature=0, score_range=(4, 7))
+    out = generate(
+        decoder,
+        torch.zeros(2, 1, 1),
+        torch.ones(2, 1, dtype=torch.long),
+        max_new_tokens=5,
+        temperature=0,
+        score_range=(4, 7),
+    )
     assert out.tokens.tolist() == [[5, 0, 0, 0], [5, 6, 7, 0]]
     assert (out.logprobs[0, 2:] == 0).all()
     assert out.best_tokens[1, :2].tolist() == [5, 6]

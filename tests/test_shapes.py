@@ -44,7 +44,15 @@ def test_the_layout_is_cocos(folder):
         for split in ("train", "val")
     }
     instances = json.loads((folder / "annotations/instances_train2017.json").read_text())
-    assert set(instances["annotations"][0]) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
+    assert set(instances["annotations"][0]) == {
+        "id",
+        "image_id",
+        "category_id",
+        "bbox",
+        "area",
+        "iscrowd",
+        "segmentation",
+    }
     person = json.loads((folder / "annotations/person_keypoints_train2017.json").read_text())["categories"][0]
     assert (len(person["keypoints"]), len(person["skeleton"]), person["name"]) == (17, 19, "person")
     ids = sorted(category["id"] for category in instances["categories"])
@@ -132,7 +140,19 @@ def test_keypoints_are_seen_hidden_and_missing(scenes):
     assert ((inside >= 0) & (inside <= 128)).all()
 
 
-WORDS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "a": 1, "an": 1}
+WORDS = {
+    "no": 0,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "a": 1,
+    "an": 1,
+}
 KINDS = "|".join(sorted({noun(n, c) for n in CLASS_NAMES for c in (1, 2)}, key=len, reverse=True))
 COLOURS = "|".join(COLOUR_NAMES)
 THING = rf"(?:(?P<colour>{COLOURS}) )?(?P<kind>{KINDS})(?: in (?P<worn>{COLOURS}))?"
@@ -164,8 +184,9 @@ def test_captions_tell_the_truth(scenes):
             relation = re.search(rf"{THING} (?:is )?(to the left of|to the right of|above|below) an? (.+)\.", lower)
             if relation:
                 relations += 1
-                a, b = (list(mentions(f"a {part}"))[0] for part in (relation[0].split(relation[4])[0], relation[5]))
-                assert any(holds(relation[4], p, q) for p in of(scene, a) for q in of(scene, b)), text
+                words = relation[4]
+                first, second = (next(mentions(f"a {part}")) for part in (relation[0].split(words)[0], relation[5]))
+                assert any(holds(words, a, b) for a in of(scene, first) for b in of(scene, second)), text
     assert relations > NUM_SCENES / 2
 
 
@@ -175,7 +196,9 @@ def of(scene, mention):
 
 def holds(words, a, b):
     (ax, ay), (bx, by) = a.centre, b.centre
-    return {"to the left of": bx - ax, "to the right of": ax - bx, "above": by - ay, "below": ay - by}[words] > 128 * 0.1
+    return {"to the left of": bx - ax, "to the right of": ax - bx, "above": by - ay, "below": ay - by}[
+        words
+    ] > 128 * 0.1
 
 
 def test_places_are_ninths_of_the_picture(scenes):

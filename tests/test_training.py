@@ -1,6 +1,5 @@
 """Training: schedule, accumulation, order, augmentation, resume, and that a tiny model learns."""
 
-import json
 import math
 
 import numpy as np
@@ -51,7 +50,9 @@ def tiny_model():
         ModelConfig(
             image_size=(32, 32),
             encoder=EncoderConfig(name="vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, drop_path=0.0),
-            decoder=DecoderConfig(dim=32, num_layers=1, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0),
+            decoder=DecoderConfig(
+                dim=32, num_layers=1, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0
+            ),
             vocab=VOCAB,
         ),
         CATEGORIES,
@@ -108,7 +109,10 @@ def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
         whole = random_batch(8)
         each = 8 // parts
         split = [
-            type(whole)(*(t[i : i + each] for t in (whole.images, whole.tokens, whole.targets, whole.weights)), whole.image_ids[i : i + each])
+            type(whole)(
+                *(t[i : i + each] for t in (whole.images, whole.tokens, whole.targets, whole.weights)),
+                whole.image_ids[i : i + each],
+            )
             for i in range(0, 8, each)
         ]
         train_step(model, optimizer, split, max_grad_norm=0, bf16=False)
@@ -129,7 +133,9 @@ def test_gradients_are_clipped_to_the_norm():
 
 def test_norms_biases_and_embeddings_do_not_decay():
     model = tiny_model()
-    decayed, kept = (group["params"] for group in build_optimizer(model, lr=1, weight_decay=0.1, betas=(0.9, 0.95)).param_groups)
+    decayed, kept = (
+        group["params"] for group in build_optimizer(model, lr=1, weight_decay=0.1, betas=(0.9, 0.95)).param_groups
+    )
     assert all(p.ndim >= 2 for p in decayed)
     assert any(p is model.decoder.token_embedding.weight for p in kept)
     assert len(decayed) + len(kept) == len(list(model.parameters()))
@@ -194,7 +200,9 @@ def test_a_box_stays_around_its_pixels_through_jitter_crop_and_flip():
         x0, y0, x1, y1 = moved.boxes_xyxy[0]
         rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
         if len(rows):
-            np.testing.assert_allclose([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], [x0, y0, x1, y1], atol=1.01)
+            np.testing.assert_allclose(
+                [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], [x0, y0, x1, y1], atol=1.01
+            )
 
 
 def test_objects_cropped_away_go_and_keypoints_outside_become_unlabelled():
@@ -223,7 +231,11 @@ def test_eval_resizing_equals_the_official_one(shared):
         difference = affine.image(image, (height, width)) / 255 - arrays[f"{name}_image"].astype(np.float32)
         assert np.abs(difference).mean() < 0.004
         fractions = np.array([[0, 0, 1, 1], [0.1, 0.25, 0.9, 0.5]])  # xyxy of the recorded yxyx boxes
-        pixels = affine.boxes(fractions * [image.shape[1], image.shape[0]] * 2 if False else fractions * np.array([image.shape[1], image.shape[0]] * 2))
+        pixels = affine.boxes(
+            fractions * [image.shape[1], image.shape[0]] * 2
+            if False
+            else fractions * np.array([image.shape[1], image.shape[0]] * 2)
+        )
         ours = (pixels / [width, height, width, height])[:, [1, 0, 3, 2]]
         np.testing.assert_allclose(ours, arrays[f"{name}_bbox_yxyx"], atol=1e-6)
 

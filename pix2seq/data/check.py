@@ -41,11 +41,16 @@ class SplitReport:
                 f"  objects an image: median {per_image.median():g}, most {per_image.max():g}, "
                 f"{self.num_images - len(counts)} images without any"
             )
-            lines.append("  box side (square root of its area), px: " + ", ".join(
-                f"{name} {value:.0f}" for name, value in zip(("5 %", "median", "95 %"), quantiles, strict=True)
-            ))
-            lines.append(f"  crowd or difficult: {int(objects['iscrowd'].sum())}, with keypoints: "
-                         f"{int((objects['num_keypoints'] > 0).sum())}, with polygons: {int((objects['num_parts'] > 0).sum())}")
+            lines.append(
+                "  box side (square root of its area), px: "
+                + ", ".join(
+                    f"{name} {value:.0f}" for name, value in zip(("5 %", "median", "95 %"), quantiles, strict=True)
+                )
+            )
+            lines.append(
+                f"  crowd or difficult: {int(objects['iscrowd'].sum())}, with keypoints: "
+                f"{int((objects['num_keypoints'] > 0).sum())}, with polygons: {int((objects['num_parts'] > 0).sum())}"
+            )
             classes = objects["category"].value_counts()
             shown = ", ".join(f"{name} {count}" for name, count in classes.head(12).items())
             lines.append(f"  {len(classes)} classes: {shown}" + (" ..." if len(classes) > 12 else ""))

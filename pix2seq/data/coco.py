@@ -237,13 +237,17 @@ class _Reader:
             for entry in self.content.get(kind, {}).get("categories", []):
                 category_id, name = _plain_int(entry.get("id")), entry.get("name")
                 if category_id is None or not isinstance(name, str):
-                    raise InputError(f"{self.files[kind]} has a category without a whole id and a name: {entry!r}"[:300])
+                    raise InputError(
+                        f"{self.files[kind]} has a category without a whole id and a name: {entry!r}"[:300]
+                    )
                 keypoints = tuple(str(point) for point in entry.get("keypoints", ()))
                 skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in entry.get("skeleton", ()))
                 if category_id not in merged or keypoints:
                     merged[category_id] = (category_id, name.strip(), keypoints, skeleton)
         if not merged and "captions" not in self.content:
-            raise InputError(f"{next(iter(self.files.values()))} has no categories; expected a list with id and name each")
+            raise InputError(
+                f"{next(iter(self.files.values()))} has no categories; expected a list with id and name each"
+            )
         return label_categories(list(merged.values()))
 
     def _annotations(self) -> Iterable[dict[str, Any]]:
@@ -316,7 +320,11 @@ class _Reader:
         return points.astype(np.float32)
 
     def _box(
-        self, annotation: dict[str, Any], image: ImageRecord, segmentation: Segmentation | None, points: NDArray[np.float32]
+        self,
+        annotation: dict[str, Any],
+        image: ImageRecord,
+        segmentation: Segmentation | None,
+        points: NDArray[np.float32],
     ) -> tuple[float, float, float, float] | None:
         ids = (image.id, annotation["id"])
         value = annotation.get("bbox")
@@ -343,7 +351,9 @@ class _Reader:
             image_id = entry.get("image_id") if isinstance(entry, dict) else None
             if image_id not in place:
                 if image_id not in self.dropped_images:
-                    self.defects.add(image_id, entry.get("id") if isinstance(entry, dict) else None, "unknown image id", "dropped")
+                    self.defects.add(
+                        image_id, entry.get("id") if isinstance(entry, dict) else None, "unknown image id", "dropped"
+                    )
             elif not text:
                 self.defects.add(image_id, entry.get("id"), "empty caption", "dropped")
             else:

@@ -99,7 +99,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow turns these itself, size and pixels
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # noqa: BLE001 - a broken EXIF block raises anything; the picture itself is sound
+    except Exception:
         return 1
 
 

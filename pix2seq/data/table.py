@@ -67,7 +67,9 @@ def clip_box(
     return (x0, y0, x1, y1), "box reaches outside the picture" if overhang > 0.5 else None
 
 
-def label_categories(categories: Sequence[tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]]) -> tuple[Category, ...]:
+def label_categories(
+    categories: Sequence[tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]],
+) -> tuple[Category, ...]:
     """Categories as id, name, keypoints, skeleton, with labels.
 
     Ids of 1 to 899 are taken as labels, which is the official numbering of COCO; otherwise labels

@@ -17,7 +17,7 @@ from pix2seq.box_ops import box_area, clip_boxes_xyxy
 from pix2seq.data.target import Segmentation, Target
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
-import albumentations as A  # noqa: E402
+import albumentations as A
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale_min <= self.scale_max:
-            raise ValueError(f"augment.scale_min ({self.scale_min}) must be positive and at most scale_max ({self.scale_max})")
+            raise ValueError(
+                f"augment.scale_min ({self.scale_min}) must be positive and at most scale_max ({self.scale_max})"
+            )
 
 
 def random_affine(

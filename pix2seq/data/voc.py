@@ -67,7 +67,9 @@ class VocDataset:
         parsed = {name: _parse(root / "Annotations" / f"{name}.xml") for name in everything}
         classes = sorted({_text(o, "name") for tree in parsed.values() for o in tree.iter("object")} - {""})
         if not classes:
-            raise InputError(f"{root / 'Annotations'} has no object in any file; expected <object> with <name> and <bndbox>")
+            raise InputError(
+                f"{root / 'Annotations'} has no object in any file; expected <object> with <name> and <bndbox>"
+            )
         categories = label_categories([(i, name, (), ()) for i, name in enumerate(classes, start=1)])
         return _read_objects(root, split, names, image_ids, parsed, categories)
 
@@ -141,7 +143,9 @@ def _read_objects(
             box, defect = clip_box((xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1), image.width, image.height)
             if degenerate:
                 box, defect = None, "box has no area"
-            if defect is not None and not (box is not None and min(xmin, ymin) >= 0 and xmax <= width and ymax <= height):
+            if defect is not None and not (
+                box is not None and min(xmin, ymin) >= 0 and xmax <= width and ymax <= height
+            ):
                 action = "dropped" if box is None else "clipped"
                 defects.add(image_id, annotation_id, defect, action, f"{name}: {xmin:g} {ymin:g} {xmax:g} {ymax:g}")
             if box is None:
@@ -154,7 +158,9 @@ def _read_objects(
             )
         first.append(len(rows))
     if not images:
-        raise InputError(f"{root} has none of the {len(names)} pictures of split {split!r}; expected them in JPEGImages/")
+        raise InputError(
+            f"{root} has none of the {len(names)} pictures of split {split!r}; expected them in JPEGImages/"
+        )
     table = pd.DataFrame(rows, columns=list(VOC_COLUMNS))
     return VocDataset(root, split, categories, images, table, defects.frame(), np.array(first))
 

@@ -51,10 +51,10 @@ class ApResult:
         show = lambda value: "    -" if value is None or np.isnan(value) else f"{value:5.3f}"  # noqa: E731
         width = max([len("category"), *(len(name) for name in self.per_class["category"])])
         lines = [f"{'category':<{width}}  objects  found     AP   AP50"]
+        seen = self.per_class[self.per_class[["num_ground_truth", "num_detections"]].any(axis=1)]
         lines += [
-            f"{row.category:<{width}}  {row.num_ground_truth:7d}{row.num_detections:7d}  {show(row.AP)}  {show(row.AP50)}"
-            for row in self.per_class.itertuples()
-            if row.num_ground_truth or row.num_detections
+            f"{name:<{width}}  {num_truths:7d}{num_found:7d}  {show(ap)}  {show(ap50)}"
+            for name, num_truths, num_found, ap, ap50 in seen.itertuples(index=False)
         ]
         lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
         return "\n".join(lines)
@@ -90,7 +90,9 @@ def average_precision(
 
     names = _KEYPOINT_METRICS if kind == "keypoint" else _METRICS
     counted = [a for a in annotations if not a["iscrowd"] and (kind != "keypoint" or a["num_keypoints"])]
-    scored = _evaluate(list(known_images.values()), annotations, detections, ids, kind) if counted and detections else None
+    scored = (
+        _evaluate(list(known_images.values()), annotations, detections, ids, kind) if counted and detections else None
+    )
     if scored is not None:
         metrics = {name: _defined(value) for name, value in zip(names, scored.stats, strict=True)}
     else:

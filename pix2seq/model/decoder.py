@@ -36,6 +36,14 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
+    @torch.no_grad()
+    def start_as_lookup(self) -> None:
+        """Start with queries that find equal keys, and with values that come out as they are."""
+        dim = self.out.in_features
+        self.query.weight.copy_(self.key_value.weight[:dim])
+        nn.init.eye_(self.key_value.weight[dim:])
+        nn.init.eye_(self.out.weight)
+
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, N, D) to keys and values, each (B, H, N, D / H)."""
         keys, values = self.key_value(memory).chunk(2, dim=-1)
@@ -80,9 +88,7 @@ class DecoderBlock(nn.Module):
         # new token nothing is masked; with a prompt at the start plain causality is right.
         if start > 0 and x.shape[1] > 1:
             raise ValueError("several tokens at once can only be read at the start of a sequence")
-        attended = attend(
-            q, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], is_causal=x.shape[1] > 1
-        )
+        attended = attend(q, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], is_causal=x.shape[1] > 1)
         x = x + self.self_attention.out(merge_heads(attended))
         x = x + self.cross_attention(self.cross_norm(x), cache.memory_keys, cache.memory_values)
         return x + self.mlp(self.mlp_norm(x))

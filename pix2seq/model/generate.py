@@ -21,7 +21,9 @@ class Generated:
     """New tokens, without the prompt. After a row's end token everything is padding."""
 
     tokens: Tensor  # (R, T')
-    logprobs: Tensor  # (R, T') of each token under the model itself: no temperature, grammar or truncation; 0 in padding
+    logprobs: (
+        Tensor  # (R, T') of each token under the model itself: no temperature, grammar or truncation; 0 in padding
+    )
     best_tokens: Tensor | None  # (R, T') likeliest id inside `score_range`, if one was given
     best_logprobs: Tensor | None  # (R, T') its log-probability
 
@@ -59,9 +61,7 @@ def generate(
         raise ValueError(f"{prompt.shape[0]} prompts were given for {memory.shape[0]} images")
     rows = prompt.reshape(-1, prompt.shape[-1]).repeat_interleave(num_samples, dim=0)  # (R, P)
     num_rows, prompt_len = rows.shape
-    cache = decoder.new_cache(
-        memory, rows_per_image=num_rows // memory.shape[0], num_slots=prompt_len + max_new_tokens
-    )
+    cache = decoder.new_cache(memory, rows_per_image=num_rows // memory.shape[0], num_slots=prompt_len + max_new_tokens)
 
     tokens = rows.new_full((num_rows, max_new_tokens), pad_id)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=memory.device)

@@ -29,9 +29,7 @@ class KVCache:
         self.length = 0
 
     @classmethod
-    def allocate(
-        cls, memory_keys_values: list[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int
-    ) -> KVCache:
+    def allocate(cls, memory_keys_values: list[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache over the projected memory of each layer, keys and values (B, H, N, d)."""
         layers = []
         for keys, values in memory_keys_values:

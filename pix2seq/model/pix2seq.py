@@ -27,12 +27,12 @@ from pix2seq.model.encoder import Encoder, TimmEncoder, VisionTransformer
 from pix2seq.model.generate import Generated, generate
 from pix2seq.model.grammar import Grammar
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
-from pix2seq.model.positions import PositionKind, fourier_1d, grid_codes
+from pix2seq.model.positions import PositionKind, fourier_1d, grid_codes, sequence_codes
 from pix2seq.vocab import Vocab
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-COORD_INIT_SCALE = 0.05
+CODE_INIT_SCALE = 0.05
 
 
 class MemoryProjection(nn.Module):
@@ -187,9 +187,7 @@ class Pix2Seq(nn.Module):
         return model.eval()
 
 
-def build_model(
-    config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True
-) -> Pix2Seq:
+def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True) -> Pix2Seq:
     """A model with fresh weights, or timm's for the encoder where its config asks and `load_pretrained`."""
     if config.positions not in ("sincos", "fourier"):
         raise InputError(f"model.positions is {config.positions!r}; expected sincos or fourier")
@@ -208,20 +206,28 @@ def build_model(
         drop_path=dec.drop_path,
     )
     if positions == "fourier":
-        _start_bins_from_codes(decoder, config.vocab)
+        _start_from_codes(decoder, config.vocab)
     return Pix2Seq(encoder, projection, decoder, config, categories)
 
 
 @torch.no_grad()
-def _start_bins_from_codes(decoder: Decoder, vocab: Vocab) -> None:
-    """Let each coordinate's embedding start as the code of its place, on both axes.
+def _start_from_codes(decoder: Decoder, vocab: Vocab) -> None:
+    """Let the decoder start as something that looks where it points and says where it looks.
 
-    Neighbouring bins then begin as neighbours, and in the language in which memory tells its places;
-    with random rows every bin has to be learned by itself.
+    Coordinate embeddings begin as the codes of their places on both axes, so that neighbouring bins
+    are neighbours and speak the language of memory's places. Queries and keys of cross-attention
+    begin equal, so that a coordinate attends to its place, and values pass through unchanged, so that
+    the place attended to comes out as a coordinate. Sequence positions begin as sinusoids, in which
+    "the token before" is the same turn everywhere. From random weights all of this has to be found
+    first, and until then nothing else is learned.
     """
-    rows = decoder.token_embedding.weight[vocab.coord_base : vocab.coord_end]
-    code = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), rows.shape[1] // 2)
-    rows.copy_(COORD_INIT_SCALE * torch.cat([code, code], dim=1))
+    dim = decoder.token_embedding.weight.shape[1]
+    place = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), dim // 2)
+    bins = decoder.token_embedding.weight[vocab.coord_base : vocab.coord_end]
+    bins.copy_(CODE_INIT_SCALE * torch.cat([place, place], dim=1))
+    decoder.position_embedding.copy_(CODE_INIT_SCALE * sequence_codes(decoder.max_seq_len, dim))
+    for block in decoder.blocks:
+        block.cross_attention.start_as_lookup()
 
 
 def build_encoder(

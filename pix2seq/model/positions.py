@@ -51,10 +51,17 @@ def fourier_1d(places: Tensor, dim: int) -> Tensor:
 
 
 def fourier_2d(height: int, width: int, dim: int) -> Tensor:
-    """Codes (height * width, dim), row by row: the first half of `dim` holds y, the second x. `dim` must divide by 4."""
+    """Codes (height * width, dim), row by row: the first half of `dim` holds y, the second x; 4 must divide `dim`."""
     y = fourier_1d((torch.arange(height) + 0.5) / height, dim // 2)[:, None].expand(-1, width, -1)
     x = fourier_1d((torch.arange(width) + 0.5) / width, dim // 2)[None].expand(height, -1, -1)
     return torch.cat([y, x], dim=-1).reshape(height * width, dim)
+
+
+def sequence_codes(length: int, dim: int) -> Tensor:
+    """Codes (length, dim) of places in a sequence, waves of 6 to some thousand tokens (arXiv 1706.03762)."""
+    rates = 1000.0 ** (-torch.arange(dim // 2) / (dim // 2))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def _scaled_positions(length: int) -> Tensor:

@@ -139,7 +139,8 @@ class Detection:
 
     def decode(self, out: Generated, row: int) -> tuple[NDArray[np.float32], list[Category], NDArray[np.float32]]:
         """Boxes (N, 4) `xyxy` in [0, 1], categories and scores (N,) of a generated row, best first."""
-        assert out.best_tokens is not None and out.best_logprobs is not None
+        assert out.best_tokens is not None
+        assert out.best_logprobs is not None
         objects = decode_objects(
             out.tokens[row].cpu().numpy(),
             out.best_tokens[row].cpu().numpy(),
@@ -155,7 +156,9 @@ class Detection:
             objects.scores[order],
         )
 
-    def instances(self, out: Generated, row: int, to_pixels: NDArray[np.floating], limits: tuple[int, int]) -> list[Instance]:
+    def instances(
+        self, out: Generated, row: int, to_pixels: NDArray[np.floating], limits: tuple[int, int]
+    ) -> list[Instance]:
         """Objects of a row in pixels of the original picture.
 
         `to_pixels` (2,) is width and height of the model's whole input in original pixels, `limits`

@@ -47,9 +47,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            move(self.images), move(self.tokens), move(self.targets), move(self.weights), self.image_ids
-        )
+        return Batch(move(self.images), move(self.tokens), move(self.targets), move(self.weights), self.image_ids)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; called by the data loader."""

@@ -1,0 +1,1 @@
+"""A training run: step, schedule, average, checkpoints, logs and the loop around them."""

@@ -1,8 +1,8 @@
 """Checkpoints of a run: complete or absent, and enough to go on as if nothing had happened.
 
-    OUT/checkpoints/step-00001000/
-        config.json, model.safetensors     what `from_pretrained` opens (averaged weights, if there is an average)
-        state.safetensors, state.json      raw weights, optimiser, random state, position
+OUT/checkpoints/step-00001000/
+    config.json, model.safetensors     what `from_pretrained` opens (averaged weights, if there is an average)
+    state.safetensors, state.json      raw weights, optimiser, random state, position
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def save_checkpoint(state: RunState, out: Path, *, keep: int) -> Path:
     if state.model.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(state.model.device)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / STATE_FILE)
-    (partial / POSITION_FILE).write_text(json.dumps({"step": state.step, "seconds": state.seconds}) + "\n", encoding="utf-8")
+    (partial / POSITION_FILE).write_text(
+        json.dumps({"step": state.step, "seconds": state.seconds}) + "\n", encoding="utf-8"
+    )
 
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

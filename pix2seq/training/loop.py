@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,13 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     (task_name,) = config.tasks
     train_data = open_dataset(config.data_of(task_name), config.train_split)
     val_data = open_dataset(config.data_of(task_name), config.val_split)
+    for dataset in (train_data, val_data):
+        if len(dataset.defects):
+            print(
+                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
+                f"were dropped or mended; see: pix2seq data check {dataset.root}",
+                file=sys.stderr,
+            )
     task = TASKS[task_name](config.detection, config.model.vocab, train_data.categories)
     if task.max_seq_len > config.model.decoder.max_seq_len:
         raise InputError(
@@ -69,6 +77,12 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
         _require_same(start, model, config.init)
         model.load_state_dict(start.state_dict())
+    stride = model.encoder.stride
+    if any(side % stride for side in config.model.image_size):
+        height, width = config.model.image_size
+        raise InputError(
+            f"model.image_size {height}x{width} does not divide into patches of {stride}; use multiples of it"
+        )
     model.to(device).train()
     optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
     state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
@@ -78,7 +92,9 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(samples)} images, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True)
+    print(
+        f"{len(samples)} images, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True
+    )
     batches = _micro_batches(config, samples, device, start=state.step)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0)
     with RunLog(out) as log, bar:
@@ -115,10 +131,9 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
             if state.step % config.checkpoint_every == 0 or last:
                 save_checkpoint(state, out, keep=config.keep_checkpoints)
             if last or (config.eval_every and state.step % config.eval_every == 0):
-                result = evaluate(
-                    _evaluated(state, config), val_data, batch_size=config.eval_batch_size, limit=config.eval_images
-                )
-                model.train()
+                with torch.random.fork_rng():  # a run that is resumed after this goes on with the same draws
+                    predictor = _evaluated(state, config)
+                    result = evaluate(predictor, val_data, batch_size=config.eval_batch_size, limit=config.eval_images)
                 position = {"images": state.step * config.batch_size, "minutes": state.seconds / 60}
                 log.write(state.step, "eval", position | result.ap.metrics)
                 tqdm.write(f"step {state.step}: {result.summary()}")
@@ -134,6 +149,7 @@ def _micro_batches(config: TrainConfig, samples: TrainingSet, device: torch.devi
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the state that dropout is resumed with
         prefetch_factor=4 if config.num_workers else None,
         worker_init_fn=_one_thread,
     )

@@ -98,7 +98,9 @@ def posed_joints(rng: Generator) -> NDArray[np.float64]:
         knee = hip + 0.22 * limb(spread, step, sign)
         back = -knee_bend if kind == 3 else -rng.uniform(0.0, 0.4)
         ankle = knee + 0.21 * limb(spread - knee_bend, step + back, sign)
-        for name, joint in zip((SHOULDERS, ELBOWS, WRISTS, HIPS, KNEES, ANKLES), (shoulder, elbow, wrist, hip, knee, ankle), strict=True):
+        for name, joint in zip(
+            (SHOULDERS, ELBOWS, WRISTS, HIPS, KNEES, ANKLES), (shoulder, elbow, wrist, hip, knee, ankle), strict=True
+        ):
             joints[name[side]] = joint
     joints[17] = np.array([0, 0.105, 0.02]) + lean * 1.5
     return joints

@@ -195,8 +195,14 @@ def _describe(candidate: _Placed, owner: NDArray[np.int8], number: int, side: in
         # Hidden by another figure, by a piece of the person's own body that lies before it, or on the
         # far side of the head.
         column, row = int(x), int(y)
-        on_top = [points for (t, l, b, r), mask, _, points in candidate.paints
-                  if points and t <= row < b and l <= column < r and mask[row - t, column - l]]
+        on_top = [
+            points
+            for (first_row, first_column, last_row, last_column), mask, _, points in candidate.paints
+            if points
+            and first_row <= row < last_row
+            and first_column <= column < last_column
+            and mask[row - first_row, column - first_column]
+        ]
         shown = owner[row, column] == number and bool(on_top) and index in on_top[-1]
         visible = shown and bool(candidate.faces_viewer[index])
         figure.keypoints[index] = (x / FINE, y / FINE, 2 if visible else 1)

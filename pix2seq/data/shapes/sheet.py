@@ -11,7 +11,9 @@ from pix2seq.data.image import read_image
 from pix2seq.drawing import draw_target, tile
 
 
-def contact_sheet(folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", width: int = 1200) -> Image.Image:
+def contact_sheet(
+    folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", width: int = 1200
+) -> Image.Image:
     """The first pictures of a COCO-layout split with boxes, masks, skeletons and a caption, `width` pixels wide."""
     dataset = CocoDataset.read(folder, split)
     drawn = []

@@ -69,9 +69,9 @@ def _write_split(folder: Path, split: str, count: int, *, size: int, seed: int, 
     instances: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     bar = tqdm(_spread(write, range(count), workers), total=count, unit="image", desc=f"shapes {split}")
-    for image, annotations, sentences in bar:
+    for image, found, sentences in bar:
         images.append(image)
-        for annotation in annotations:
+        for annotation in found:
             instances.append({"id": VAL_IDS_FROM * SPLITS[split] + len(instances) + 1, **annotation})
         for sentence in sentences:
             entry = {"id": VAL_IDS_FROM * SPLITS[split] + len(texts) + 1, "image_id": image["id"], "caption": sentence}
