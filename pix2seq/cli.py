@@ -154,13 +154,20 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=int, default=500, help="validation pictures")
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-objects", type=int, default=8, help="figures in a picture at most, 1 to 8")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
     def run(args: argparse.Namespace) -> None:
         from pix2seq.data.shapes import write_shapes
 
         write_shapes(
-            args.folder, num_train=args.train, num_val=args.val, size=args.size, seed=args.seed, workers=args.workers
+            args.folder,
+            num_train=args.train,
+            num_val=args.val,
+            size=args.size,
+            seed=args.seed,
+            max_objects=args.max_objects,
+            workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation pictures in {args.folder}")
 

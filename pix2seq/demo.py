@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pix2seq.training.config import config_file, load_config
 from pix2seq.training.loop import run
 
 NUM_TRAIN, NUM_VAL = 8000, 200
+MAX_OBJECTS = 3  # an easier world than the default of 8, learned in minutes
 NUM_SHOWN = 8
 MIN_SCORE = 0.4
 
@@ -33,7 +35,14 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     config = load_config(config_file("demo.yaml"), overrides, data=str(out / "shapes"), out=str(out / "run"))
     print(f"1/4  {NUM_TRAIN + NUM_VAL} pictures of shapes, generated into {out / 'shapes'}")
     shutil.rmtree(out / "shapes", ignore_errors=True)
-    write_shapes(out / "shapes", num_train=NUM_TRAIN, num_val=NUM_VAL, size=config.model.image_size[0], workers=2)
+    write_shapes(
+        out / "shapes",
+        num_train=NUM_TRAIN,
+        num_val=NUM_VAL,
+        size=config.model.image_size[0],
+        max_objects=MAX_OBJECTS,
+        workers=os.cpu_count() or 1,
+    )
 
     print("2/4  a detector, trained on them from scratch")
     checkpoint = run(config)

@@ -14,13 +14,13 @@ Nobody else adds an offset. Reference: google-research/pix2seq, `vocab.py` and `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray, torch.Tensor)
+ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
 PAD = 0
 EOS = 0  # padding and the end of a sequence share an id

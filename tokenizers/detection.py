@@ -71,10 +71,10 @@ def encode_objects(
 
     inputs = np.concatenate([coords, read_classes[:, None]], axis=1).ravel()
     targets = np.concatenate([coords, classes[:, None]], axis=1).ravel()
-    weights = np.ones((len(labels), TOKENS_PER_OBJECT), np.float32)
-    weights[is_noise, :4] = 0.0
-    weights[is_noise, 4] = noise_weight
-    weights = weights.ravel()
+    by_object = np.ones((len(labels), TOKENS_PER_OBJECT), np.float32)
+    by_object[is_noise, :4] = 0.0
+    by_object[is_noise, 4] = noise_weight
+    weights: NDArray[np.float32] = by_object.ravel()
     if eos_weight is not None:
         inputs = np.append(inputs, EOS)
         targets = np.append(targets, EOS)

@@ -142,7 +142,8 @@ class _Reader:
         rows, boxes, labels, segmentations, keypoints = [], [], [], [], []
         for annotation in self._annotations():
             image_id, annotation_id = annotation.get("image_id"), annotation["id"]
-            category = by_id.get(_plain_int(annotation.get("category_id")))
+            category_id = _plain_int(annotation.get("category_id"))
+            category = None if category_id is None else by_id.get(category_id)
             if image_id not in place:
                 if image_id not in self.dropped_images:
                     self.defects.add(image_id, annotation_id, "unknown image id", "dropped")
@@ -252,7 +253,7 @@ class _Reader:
 
     def _annotations(self) -> Iterable[dict[str, Any]]:
         """Instances, with the keypoints of the same annotation id; then what only the keypoint file has."""
-        with_points = {}
+        with_points: dict[Any, dict[str, Any]] = {}
         for entry in self.content.get("person_keypoints", {}).get("annotations", []):
             if isinstance(entry, dict) and entry.get("id") is not None:
                 with_points.setdefault(entry["id"], entry)

@@ -28,7 +28,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         epoch, offset = divmod(position, self.num_images)
         order = self._order(epoch)
         while True:
-            batch = []
+            batch: list[tuple[int, int]] = []
             while len(batch) < self.batch_size:
                 if offset == self.num_images:
                     epoch, offset = epoch + 1, 0

@@ -79,12 +79,27 @@ class Target:
 class Dataset(Protocol):
     """What every reader gives: pictures with targets, and a table of everything that was read."""
 
-    root: Path
-    split: str
-    categories: tuple[Category, ...]
-    images: Sequence[ImageRecord]
-    objects: pd.DataFrame  # a row per annotation as read: see `data.coco.OBJECT_COLUMNS`
-    defects: pd.DataFrame  # a row per defect: image, annotation_id, defect, action, detail
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def categories(self) -> tuple[Category, ...]: ...
+
+    @property
+    def images(self) -> Sequence[ImageRecord]: ...
+
+    @property
+    def objects(self) -> pd.DataFrame:
+        """A row for each annotation that is used, with `data.table.OBJECT_COLUMNS`."""
+        ...
+
+    @property
+    def defects(self) -> pd.DataFrame:
+        """A row for each defect, with `data.table.DEFECT_COLUMNS`."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -113,7 +114,7 @@ def _read_objects(
     category_of = {category.name: category for category in categories}
     images: list[ImageRecord] = []
     first = [0]
-    rows: list[tuple] = []
+    rows: list[tuple[Any, ...]] = []
     for name in names:
         if name not in parsed or name not in files:
             missing = "annotation" if name not in parsed else "image"

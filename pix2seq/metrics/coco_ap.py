@@ -24,7 +24,9 @@ from pix2seq.data.target import Category, ImageRecord, Instance, Segmentation, T
 
 Kind = Literal["box", "mask", "keypoint"]
 
-_IOU_TYPES = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
+_FR_PY_OBJECTS: Any = mask_utils.frPyObjects  # takes more than its stubs say
+_MERGE: Any = mask_utils.merge
+_IOU_TYPES: dict[Kind, Literal["bbox", "segm", "keypoints"]] = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 _NUM_COCO_KEYPOINTS = 17
@@ -106,7 +108,7 @@ def average_precision(
 
 
 def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: Kind) -> list[dict[str, Any]]:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for target in targets:
         for i in range(len(target.labels)):
             x0, y0, x1, y1 = map(float, target.boxes_xyxy[i])
@@ -159,9 +161,9 @@ def _run_lengths(segmentation: Segmentation | None, width: int, height: int) -> 
         return None
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
-        return mask_utils.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        return _FR_PY_OBJECTS(segmentation, height, width) if isinstance(counts, list) else segmentation
     rings = [ring.ravel().astype(float).tolist() for ring in segmentation]
-    return mask_utils.merge(mask_utils.frPyObjects(rings, height, width))
+    return _MERGE(_FR_PY_OBJECTS(rings, height, width))
 
 
 def _evaluate(
@@ -173,14 +175,16 @@ def _evaluate(
 ) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {
+        dataset: Any = {
             "images": [{"id": i.id, "width": i.width, "height": i.height} for i in images],
             "annotations": annotations,
             "categories": [{"id": category_id, "name": name} for name, category_id in ids.items()],
             "info": {},
         }
+        truth.dataset = dataset
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(detections), _IOU_TYPES[kind])
+        results: Any = detections
+        evaluation = COCOeval(truth, truth.loadRes(results), _IOU_TYPES[kind])
         if kind == "keypoint":
             num_points = len(detections[0]["keypoints"]) // 3
             if num_points != _NUM_COCO_KEYPOINTS:

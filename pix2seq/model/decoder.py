@@ -18,6 +18,7 @@ from pix2seq.model.layers import (
     NORM_EPS,
     DropPath,
     FeedForward,
+    LayerStack,
     SelfAttention,
     attend,
     init_weights,
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.position_embedding = nn.Parameter(torch.empty(max_seq_len, dim))
-        self.blocks = nn.ModuleList(
+        self.blocks: LayerStack[DecoderBlock] = LayerStack(
             DecoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)

@@ -8,7 +8,8 @@ normalisation of its input: images come in as [0, 1].
 from __future__ import annotations
 
 import inspect
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 import timm
 import torch
@@ -16,17 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.errors import InputError, unknown_name
-from pix2seq.model.layers import NORM_EPS, EncoderBlock, init_weights
+from pix2seq.model.layers import NORM_EPS, EncoderBlock, LayerStack, init_weights
 from pix2seq.model.positions import PositionKind, grid_codes
 
 
-class Encoder(Protocol):
+class Encoder(nn.Module, ABC):
     """What the joined model needs of an encoder."""
 
-    dim: int
-    stride: int  # input sizes must be divisible by it
+    dim: int  # width of the features
+    stride: int  # pixels; input sizes must be divisible by it
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]: ...
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid of N places."""
 
 
 class ResidualBlock(nn.Module):
@@ -76,7 +79,7 @@ class ConvStem(nn.Module):
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """A pre-norm ViT with fixed positions, at home on any rectangle of patches."""
 
     def __init__(
@@ -102,7 +105,7 @@ class VisionTransformer(nn.Module):
         else:
             self.stem = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.stem_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.blocks = nn.ModuleList(
+        self.blocks: LayerStack[EncoderBlock] = LayerStack(
             EncoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -119,9 +122,10 @@ class VisionTransformer(nn.Module):
         return self.norm(x), grid
 
 
-class TimmEncoder(nn.Module):
+class TimmEncoder(Encoder):
     """A timm model without its head: the patch tokens of a ViT, or the last feature map of a CNN."""
 
+    net: Any  # one of hundreds of classes
     mean: Tensor
     std: Tensor
 
@@ -133,7 +137,7 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(name):
             raise unknown_name("timm model", name, timm.list_models())
         self.is_vit = _is_plain_vit(name)
-        options: dict = {"drop_path_rate": drop_path, "pretrained": pretrained}
+        options: dict[str, Any] = {"drop_path_rate": drop_path, "pretrained": pretrained}
         if self.is_vit:
             options |= {"img_size": image_size, "dynamic_img_size": True, "num_classes": 0}
         else:
@@ -156,6 +160,7 @@ class TimmEncoder(nn.Module):
             self.stride = self.net.feature_info.reduction()[-1]
             self.channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
         config = timm.get_pretrained_cfg(name)
+        assert config is not None  # every registered model has one
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
@@ -176,6 +181,6 @@ def _is_plain_vit(name: str) -> bool:
     """Whether timm's model gives tokens and resizes its positions; told without allocating weights."""
     with torch.device("meta"):
         net = timm.create_model(name)
-    classes = type(net).__mro__
-    resizes = any("dynamic_img_size" in inspect.signature(c.__init__).parameters for c in classes if c is not object)
+    constructors = [cls.__dict__["__init__"] for cls in type(net).__mro__ if "__init__" in cls.__dict__]
+    resizes = any("dynamic_img_size" in inspect.signature(c).parameters for c in constructors if inspect.isfunction(c))
     return resizes and hasattr(net, "num_prefix_tokens")

@@ -5,9 +5,14 @@ Shapes: B batch, T tokens, D width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Generic, TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 NORM_EPS = 1e-6  # the official layer norms
 
@@ -33,6 +38,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tenso
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
             return out.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+class LayerStack(nn.ModuleList, Generic[Layer]):
+    """A list of layers of one class, known to be of that class."""
+
+    def __iter__(self) -> Iterator[Layer]:
+        return cast("Iterator[Layer]", super().__iter__())
 
 
 class DropPath(nn.Module):

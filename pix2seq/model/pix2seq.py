@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -77,7 +77,7 @@ class Pix2Seq(nn.Module):
         categories: Sequence[Category] = (),
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Encoder = encoder
         self.projection = projection
         self.decoder = decoder
         self.config = config
@@ -159,7 +159,7 @@ class Pix2Seq(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path) -> Pix2Seq:
         """Open a folder with config.json and model.safetensors, in evaluation mode on the CPU.
 
         Raises `InputError` where a file is missing or damaged, and where the two do not fit.
@@ -232,7 +232,7 @@ def _start_from_codes(decoder: Decoder, vocab: Vocab) -> None:
 
 def build_encoder(
     config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
-) -> VisionTransformer | TimmEncoder:
+) -> Encoder:
     """The encoder that a config names."""
     if config.name != "vit":
         return TimmEncoder(

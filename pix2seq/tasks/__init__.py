@@ -2,4 +2,4 @@
 
 from pix2seq.tasks.detection import Detection
 
-TASKS = {Detection.name: Detection}
+TASKS: dict[str, type[Detection]] = {Detection.name: Detection}

@@ -84,7 +84,7 @@ class Detection:
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Training sequences of a target in pixels of an input of `size` (height, width)."""
         real = ~target.iscrowd
-        boxes = box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size], np.float32)
+        boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
         labels = target.labels[real]
         return [self._example(boxes, labels, rng) for _ in range(self.config.sequences_per_image)]
 

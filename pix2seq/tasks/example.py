@@ -79,8 +79,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     weights = np.zeros(shape, np.float32)
     for b, row in enumerate(rows):
         for i, arrays in enumerate(row):
-            for padded, values in zip((tokens, targets, weights), arrays, strict=True):
-                padded[b, i, : len(values)] = values
+            length = len(arrays[0])
+            tokens[b, i, :length], targets[b, i, :length], weights[b, i, :length] = arrays
     images = np.stack([sample.image for sample in samples]).transpose(0, 3, 1, 2)
     return Batch(
         torch.from_numpy(np.ascontiguousarray(images)),

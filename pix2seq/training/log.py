@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ class RunLog:
         self._lines = (out / "log.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out / "tensorboard"))
 
-    def write(self, step: int, kind: str, values: dict[str, float | None]) -> None:
+    def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """Record named numbers of one kind (train, eval) at a step; None means undefined."""
         rounded = {name: None if value is None else float(f"{value:.6g}") for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pix2seq.data.folder import open_dataset
 from pix2seq.data.sampler import EpochSampler
+from pix2seq.data.target import Category, Dataset
 from pix2seq.data.training_set import TrainingSet
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError
@@ -21,6 +22,7 @@ from pix2seq.evaluation import evaluate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import TASKS
+from pix2seq.tasks.detection import Detection
 from pix2seq.tasks.example import Batch, collate
 from pix2seq.training.checkpoint import (
     RunState,
@@ -47,47 +49,11 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     if resume == "never" and done:
         raise InputError(f"{out} already holds {done[-1].name}; go on with --resume auto, or give another out=FOLDER")
 
-    # Data -> task -> samples.
-    (task_name,) = config.tasks
-    train_data = open_dataset(config.data_of(task_name), config.train_split)
-    val_data = open_dataset(config.data_of(task_name), config.val_split)
-    for dataset in (train_data, val_data):
-        if len(dataset.defects):
-            print(
-                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
-                f"were dropped or mended; see: pix2seq data check {dataset.root}",
-                file=sys.stderr,
-            )
-    task = TASKS[task_name](config.detection, config.model.vocab, train_data.categories)
-    if task.max_seq_len > config.model.decoder.max_seq_len:
-        raise InputError(
-            f"sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
-            f"{config.model.decoder.max_seq_len}; raise it, or lower detection.max_objects"
-        )
-    samples = TrainingSet(train_data, task, size=config.model.image_size, augment=config.augment, seed=config.seed)
-    if not len(samples):
-        raise InputError(f"{config.data_of(task_name)} has no object to learn from in split {config.train_split!r}")
-
-    # Model, optimiser, average.
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    model = build_model(config.model, train_data.categories, load_pretrained=config.init is None)
-    model.task_settings = {task_name: task.settings()}
-    if config.init is not None:
-        start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
-        _require_same(start, model, config.init)
-        model.load_state_dict(start.state_dict())
-    stride = model.encoder.stride
-    if any(side % stride for side in config.model.image_size):
-        height, width = config.model.image_size
-        raise InputError(
-            f"model.image_size {height}x{width} does not divide into patches of {stride}; use multiples of it"
-        )
-    model.to(device).train()
-    optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
-    state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
+    task, samples, val_data = _open_data(config)
+    state = _new_state(config, task, samples.dataset.categories)
     if resume != "never" and (done or resume != "auto"):
         load_checkpoint(state, done[-1] if resume == "auto" else find_checkpoint(Path(resume)))
+    model, optimizer, device = state.model, state.optimizer, state.model.device
 
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
@@ -134,10 +100,57 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
                 with torch.random.fork_rng():  # a run that is resumed after this goes on with the same draws
                     predictor = _evaluated(state, config)
                     result = evaluate(predictor, val_data, batch_size=config.eval_batch_size, limit=config.eval_images)
-                position = {"images": state.step * config.batch_size, "minutes": state.seconds / 60}
+                position: dict[str, float | None] = {
+                    "images": state.step * config.batch_size,
+                    "minutes": state.seconds / 60,
+                }
                 log.write(state.step, "eval", position | result.ap.metrics)
                 tqdm.write(f"step {state.step}: {result.summary()}")
     return list_checkpoints(out)[-1]
+
+
+def _open_data(config: TrainConfig) -> tuple[Detection, TrainingSet, Dataset]:
+    """The task, its training samples, and the validation split as it is."""
+    (name,) = config.tasks
+    folder = config.data_of(name)
+    train_data, val_data = open_dataset(folder, config.train_split), open_dataset(folder, config.val_split)
+    for dataset in (train_data, val_data):
+        if len(dataset.defects):
+            print(
+                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
+                f"were dropped or mended; see: pix2seq data check {dataset.root}",
+                file=sys.stderr,
+            )
+    task = TASKS[name](config.detection, config.model.vocab, train_data.categories)
+    if task.max_seq_len > config.model.decoder.max_seq_len:
+        raise InputError(
+            f"sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
+            f"{config.model.decoder.max_seq_len}; raise it, or lower detection.max_objects"
+        )
+    samples = TrainingSet(train_data, task, size=config.model.image_size, augment=config.augment, seed=config.seed)
+    if not len(samples):
+        raise InputError(f"{folder} has no object to learn from in split {config.train_split!r}")
+    return task, samples, val_data
+
+
+def _new_state(config: TrainConfig, task: Detection, categories: Sequence[Category]) -> RunState:
+    """A run at step 0: model, optimiser and average."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, categories, load_pretrained=config.init is None)
+    model.task_settings = {task.name: task.settings()}
+    height, width = config.model.image_size
+    stride = model.encoder.stride
+    if height % stride or width % stride:
+        raise InputError(
+            f"model.image_size {height}x{width} does not divide into patches of {stride}; use multiples of it"
+        )
+    if config.init is not None:
+        start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
+        _require_same(start, model, config.init)
+        model.load_state_dict(start.state_dict())
+    model.to(pick_device(config.device)).train()
+    optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+    return RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
 
 
 def _micro_batches(config: TrainConfig, samples: TrainingSet, device: torch.device, *, start: int) -> Iterator[Batch]:

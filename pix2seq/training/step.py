@@ -65,7 +65,8 @@ def build_optimizer(
     The official code decays every variable; pulling norm gains and rarely seen embedding rows
     towards zero helps nobody.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         is_embedding = id(parameter) in embeddings or name.endswith(("position_embedding", "pos_embed"))

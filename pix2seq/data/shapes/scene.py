@@ -74,12 +74,12 @@ class _Placed:
         self.num_seen = int(np.count_nonzero(self.mask))
 
 
-def make_scene(rng: Generator, size: int) -> Scene:
-    """A picture of `size` x `size` pixels with 1 to 8 figures that may overlap."""
+def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES) -> Scene:
+    """A picture of `size` x `size` pixels with 1 to `max_figures` figures that may overlap."""
     side = size * FINE
     owner = np.zeros((side, side), np.int8)  # 0 is background, figure i is i + 1
     placed: list[_Placed] = []
-    wanted = int(rng.integers(1, MAX_FIGURES + 1))
+    wanted = int(rng.integers(1, max_figures + 1))
     for _ in range(wanted):
         for _attempt in range(12):
             candidate = _place(rng, side)
@@ -147,7 +147,7 @@ def _background(rng: Generator, size: int) -> NDArray[np.uint8]:
         second = first + (second - first) * np.float32(0.35)  # busy, yet a background
     share = weights(kind, rng, (size, size), size * rng.uniform(0.06, 0.2))
     ground = blend(np.zeros((size, size), np.float32) if share is None else share, first, second)
-    fine = cv2.resize(ground, (size * FINE, size * FINE), interpolation=cv2.INTER_LINEAR)
+    fine = np.asarray(cv2.resize(ground, (size * FINE, size * FINE), interpolation=cv2.INTER_LINEAR), np.uint8)
     for _ in range(int(rng.integers(0, 4))):  # lines that are no objects
         (x0, y0), (x1, y1) = rng.integers(0, size * FINE, (2, 2)).tolist()
         cv2.line(fine, (x0, y0), (x1, y1), colours.muted(rng).tolist(), int(rng.integers(1, 2 * FINE)), cv2.LINE_AA)

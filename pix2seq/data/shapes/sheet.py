@@ -12,12 +12,12 @@ from pix2seq.drawing import draw_target, tile
 
 
 def contact_sheet(
-    folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", width: int = 1200
+    folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", first: int = 0, width: int = 1200
 ) -> Image.Image:
-    """The first pictures of a COCO-layout split with boxes, masks, skeletons and a caption, `width` pixels wide."""
+    """A sheet, `width` pixels wide, of a COCO-layout split from picture `first` on, with all that is annotated."""
     dataset = CocoDataset.read(folder, split)
     drawn = []
-    for index in range(min(rows * columns, len(dataset))):
+    for index in range(first, min(first + rows * columns, len(dataset))):
         target = dataset.target(index)
         drawn.append(draw_target(read_image(target.image.path), target, dataset.categories))
     sheet = tile(drawn, columns=columns)

@@ -59,7 +59,7 @@ def trace(mask: NDArray[np.bool_]) -> tuple[list[Ring], list[Ring]]:
     for index, contour in enumerate(contours):
         ring = cv2.approxPolyDP(contour, 2 * TOLERANCE, True)[:, 0]
         if len(ring) >= 3:
-            (outer if hierarchy[0, index, 3] < 0 else holes).append(ring / 2.0 - 0.5)
+            (outer if hierarchy[0, index, 3] < 0 else holes).append(ring.astype(np.float64) / 2 - 0.5)
     return outer, holes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
-from pix2seq.data.shapes.scene import CLASS_NAMES, Figure, make_scene
+from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, Figure, make_scene
 from pix2seq.errors import InputError
 
 SPLITS = {"train": 0, "val": 1}  # their share in the seed; also keeps image ids apart
@@ -32,9 +32,18 @@ Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
 
 
 def write_shapes(
-    out: str | Path, *, num_train: int, num_val: int, size: int = 128, seed: int = 0, workers: int = 1
+    out: str | Path,
+    *,
+    num_train: int,
+    num_val: int,
+    size: int = 128,
+    seed: int = 0,
+    max_objects: int = MAX_FIGURES,
+    workers: int = 1,
 ) -> None:
     """Write `num_train` and `num_val` pictures of `size` pixels a side into `out`, a new or empty folder.
+
+    Each shows 1 to `max_objects` figures.
 
     Raises `InputError` for a folder with something in it and for numbers out of range.
     """
@@ -44,6 +53,8 @@ def write_shapes(
     for name, count in (("train", num_train), ("val", num_val)):
         if not 0 <= count < VAL_IDS_FROM:
             raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} pictures")
+    if not 1 <= max_objects <= MAX_FIGURES:
+        raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_FIGURES}")
     if seed < 0:
         raise InputError(f"seed is {seed}; expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -53,7 +64,8 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     try:
         for split, count in (("train", num_train), ("val", num_val)):
-            _write_split(partial_folder, split, count, size=size, seed=seed, workers=workers)
+            write = partial(write_picture, split=split, size=size, seed=seed, max_objects=max_objects)
+            _write_split(partial_folder, split, count, write, seed=seed, workers=workers)
         if out.exists():
             out.rmdir()
         partial_folder.rename(out)
@@ -61,14 +73,20 @@ def write_shapes(
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def _write_split(folder: Path, split: str, count: int, *, size: int, seed: int, workers: int) -> None:
+def _write_split(
+    folder: Path, split: str, count: int, write: Callable[..., Written], *, seed: int, workers: int
+) -> None:
     pictures = folder / f"{split}2017"
     pictures.mkdir()
-    write = partial(write_picture, pictures, split=split, size=size, seed=seed)
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    bar = tqdm(_spread(write, range(count), workers), total=count, unit="image", desc=f"shapes {split}")
+    bar = tqdm(
+        _spread(partial(write, folder=pictures), range(count), workers),
+        total=count,
+        unit="image",
+        desc=f"shapes {split}",
+    )
     for image, found, sentences in bar:
         images.append(image)
         for annotation in found:
@@ -97,7 +115,7 @@ def _write_split(folder: Path, split: str, count: int, *, size: int, seed: int, 
         path.write_text(json.dumps({**common, **part}), encoding="utf-8")
 
 
-def _spread(write: Any, indices: Iterable[int], workers: int) -> Iterator[Written]:
+def _spread(write: Callable[[int], Written], indices: Iterable[int], workers: int) -> Iterator[Written]:
     if workers <= 1:
         yield from map(write, indices)
         return
@@ -109,10 +127,10 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def write_picture(folder: Path, index: int, *, split: str, size: int, seed: int) -> Written:
+def write_picture(index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int) -> Written:
     """Draw and save picture `index` of a split; return its COCO entries, the annotations without ids."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    scene = make_scene(rng, size)
+    scene = make_scene(rng, size, max_objects)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
     name = f"{image_id:012d}.jpg"
     encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]

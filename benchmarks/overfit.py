@@ -1,0 +1,73 @@
+"""Learn a few real pictures with all their boxes by heart, then score them.
+
+    python benchmarks/overfit.py COCO_FOLDER [--images 16] [--out DIR] [--json] [key=value ...]
+
+Takes the first pictures of the training split as both splits, trains configs/overfit.yaml on them and
+evaluates with `pix2seq eval`. A detector that cannot do this has a broken part. Dated results:
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pix2seq.cli import main, run_guarded
+from pix2seq.data.coco import CocoDataset, find_files, load_json
+from pix2seq.errors import InputError
+from pix2seq.training.config import config_file
+
+
+def write_subset(source: Path, out: Path, num_images: int) -> None:
+    """The first `num_images` of the training split as both splits of a new COCO folder."""
+    files = find_files(source, "train")
+    dataset = CocoDataset.read(source, "train")
+    chosen = {image.id: image.path for image in dataset.images[:num_images]}
+    (out / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (out / split).mkdir()
+        for path in chosen.values():
+            shutil.copy(path, out / split)
+        for kind, file in files.items():
+            content = load_json(file)
+            content["images"] = [image for image in content["images"] if image["id"] in chosen]
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+            (out / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def overfit(source: Path, out: Path, num_images: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train and evaluate; returns what `pix2seq eval` wrote."""
+    if out.exists():
+        raise InputError(f"{out} already exists; name a new folder with --out, or remove it")
+    write_subset(source, out / "data", num_images)
+    config = str(config_file("overfit.yaml"))
+    arguments = ["--task", "detection", "--config", config, f"data={out / 'data'}", f"out={out / 'run'}", *overrides]
+    if main(["train", *arguments]):
+        raise InputError("training failed")
+    arguments = ["--checkpoint", str(out / "run"), "--data", str(out / "data"), "--out", str(out / "metrics.json")]
+    if main(["eval", *arguments]):
+        raise InputError("evaluation failed")
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="COCO folder")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("runs/overfit"), help="new folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    metrics = overfit(args.source, args.out, args.images, args.settings)
+    if args.json:
+        print(json.dumps({"benchmark": "overfit", "images": args.images, "metrics": metrics["metrics"]}))
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(_main, sys.argv[1:]))
