@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pix2seq.cli import main, run_guarded
-from pix2seq.data.coco import CocoDataset, find_files, load_json
+from pix2seq.data.coco import CocoDataset, find_files
 from pix2seq.errors import InputError
 from pix2seq.training.config import config_file
 
@@ -34,7 +34,7 @@ def write_subset(source: Path, out: Path, num_images: int) -> None:
         for path in chosen.values():
             shutil.copy(path, out / split)
         for kind, file in files.items():
-            content = load_json(file)
+            content = json.loads(file.read_bytes().decode("utf-8-sig"))
             content["images"] = [image for image in content["images"] if image["id"] in chosen]
             content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
             (out / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content), encoding="utf-8")

@@ -21,7 +21,7 @@ from pix2seq.training.loop import run
 NUM_TRAIN, NUM_VAL = 8000, 200
 MAX_OBJECTS = 3  # an easier world than the default of 8, learned in minutes
 NUM_SHOWN = 8
-MIN_SCORE = 0.4
+MIN_SCORE = 0.3
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:

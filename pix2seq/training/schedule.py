@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up to the peak, then decay."""
+    """Linear warm-up to the peak, a stretch at the peak if wanted, then decay."""
 
     name: str = "linear"  # linear, cosine or none
     warmup_steps: int = 500
+    hold: float = 0.0  # share of the steps after warm-up that stay at the peak; as published, none
     end_factor: float = 0.01  # learning rate at the last step, as a share of the peak
 
     def __post_init__(self) -> None:
@@ -19,6 +20,8 @@ class ScheduleConfig:
             raise ValueError(f"schedule.name is {self.name!r}; expected linear, cosine or none")
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0 <= self.hold < 1:
+            raise ValueError(f"schedule.hold must lie in [0, 1), got {self.hold}")
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -27,7 +30,7 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleCo
         return peak * step / schedule.warmup_steps
     if schedule.name == "none":
         return peak
-    decay_steps = max(total_steps - schedule.warmup_steps, 1)
-    progress = min((step - schedule.warmup_steps) / decay_steps, 1.0)
+    share = min((step - schedule.warmup_steps) / max(total_steps - schedule.warmup_steps, 1), 1.0)
+    progress = max(share - schedule.hold, 0.0) / (1 - schedule.hold)
     remaining = 1 - progress if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (schedule.end_factor + (1 - schedule.end_factor) * remaining)
