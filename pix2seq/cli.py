@@ -155,6 +155,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-objects", type=int, default=8, help="figures in a picture at most, 1 to 8")
+    parser.add_argument("--easy", action="store_true", help="five classes, larger and plain, on plain ground")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
     def run(args: argparse.Namespace) -> None:
@@ -167,6 +168,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             size=args.size,
             seed=args.seed,
             max_objects=args.max_objects,
+            easy=args.easy,
             workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation pictures in {args.folder}")

@@ -41,6 +41,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
         num_val=NUM_VAL,
         size=config.model.image_size[0],
         max_objects=MAX_OBJECTS,
+        easy=True,
         workers=os.cpu_count() or 1,
     )
 

@@ -201,6 +201,13 @@ def holds(words, a, b):
     ] > 128 * 0.1
 
 
+def test_easy_scenes_are_plain_and_few():
+    made = [make_scene(np.random.default_rng((9, i)), 64, 3, easy=True) for i in range(40)]
+    assert {len(scene.figures) for scene in made} == {1, 2, 3}
+    assert len({figure.name for scene in made for figure in scene.figures}) == 5
+    assert {figure.texture for scene in made for figure in scene.figures} == {"plain"}
+
+
 def test_places_are_ninths_of_the_picture(scenes):
     for figure in scenes[0].figures:
         x, y = figure.centre

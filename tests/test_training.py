@@ -79,6 +79,12 @@ def test_the_schedule_equals_the_official_one(parity_ops, name):
     np.testing.assert_allclose(ours, official, rtol=2e-6, atol=1e-12)
 
 
+def test_a_hold_keeps_the_peak_and_then_falls_in_a_line():
+    schedule = ScheduleConfig(name="linear", warmup_steps=10, hold=0.5, end_factor=0.0)
+    rates = [learning_rate(step, 110, 1.0, schedule) for step in (5, 10, 59, 60, 85, 110)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 0.5, 0], atol=1e-12)
+
+
 def test_the_loss_is_the_weighted_mean_cross_entropy_of_all_positions():
     model, batch = tiny_model().eval(), random_batch()
     logits = model(batch.images.float() / 255, batch.tokens)

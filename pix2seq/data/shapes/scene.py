@@ -23,9 +23,11 @@ FINE = 3  # fine pixels along a pixel's side
 MAX_FIGURES = 8
 SIDES = (0.12, 0.5)  # longest side of a figure, as a share of the picture's
 PERSON_SIDES = (0.3, 0.62)
+EASY_SIDES = (0.25, 0.5)
 MIN_VISIBLE = 0.35  # a figure that would leave less than this of another in sight is put elsewhere
 MIN_PART = 2.0  # square pixels; smaller scraps of a mask are no part of it
 CLASS_NAMES = (*OUTLINES, "person")
+EASY_CLASS_NAMES = ("circle", "square", "triangle", "star", "heart")
 COLOUR_NAMES = tuple(colours.HSV_RANGES)
 
 Window = tuple[int, int, int, int]
@@ -74,15 +76,18 @@ class _Placed:
         self.num_seen = int(np.count_nonzero(self.mask))
 
 
-def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES) -> Scene:
-    """A picture of `size` x `size` pixels with 1 to `max_figures` figures that may overlap."""
+def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, easy: bool = False) -> Scene:
+    """A picture of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
+
+    An `easy` one has five classes, larger figures, no textures and nothing else in it.
+    """
     side = size * FINE
     owner = np.zeros((side, side), np.int8)  # 0 is background, figure i is i + 1
     placed: list[_Placed] = []
     wanted = int(rng.integers(1, max_figures + 1))
     for _ in range(wanted):
         for _attempt in range(12):
-            candidate = _place(rng, side)
+            candidate = _place(rng, side, easy)
             top, left, bottom, right = candidate.window
             below = owner[top:bottom, left:right]
             covered = np.bincount(below[candidate.mask], minlength=len(placed) + 1)
@@ -92,22 +97,23 @@ def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES) -> Sce
                 placed.append(candidate)
                 below[candidate.mask] = len(placed)
                 break
-    fine = _background(rng, size)
+    fine = _background(rng, size, easy)
     for candidate in placed:
         _paint(rng, fine, candidate)
     for number, candidate in enumerate(placed, start=1):
         _describe(candidate, owner, number, side)
     image = cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA)
-    grain = rng.uniform(0, 9)
+    grain = rng.uniform(0, 4 if easy else 9)
     image = image.astype(np.float32) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(grain)
     return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed])
 
 
-def _place(rng: Generator, side: int) -> _Placed:
-    name = CLASS_NAMES[int(rng.integers(len(CLASS_NAMES)))]
-    texture = "plain" if rng.random() < 0.4 else list(TEXTURES)[int(rng.integers(len(TEXTURES)))]
+def _place(rng: Generator, side: int, easy: bool) -> _Placed:
+    names = EASY_CLASS_NAMES if easy else CLASS_NAMES
+    name = names[int(rng.integers(len(names)))]
+    texture = "plain" if easy or rng.random() < 0.4 else list(TEXTURES)[int(rng.integers(len(TEXTURES)))]
     figure = Figure(name, COLOUR_NAMES[int(rng.integers(len(COLOUR_NAMES)))], texture)
-    low, high = PERSON_SIDES if name == "person" else SIDES
+    low, high = EASY_SIDES if easy else PERSON_SIDES if name == "person" else SIDES
     scale = side * low * (high / low) ** rng.random()  # small figures are as common as large ones
     margin = scale / 2.5
     centre = rng.uniform(margin, side - margin, 2)
@@ -138,17 +144,17 @@ def _fits(candidate: _Placed, placed: list[_Placed], covered: NDArray[np.int64])
     )
 
 
-def _background(rng: Generator, size: int) -> NDArray[np.uint8]:
+def _background(rng: Generator, size: int, easy: bool) -> NDArray[np.uint8]:
     """The ground (size * FINE) pixels a side; it has no edges that would need the fine grid to begin with."""
     kinds, odds = ("plain", "gradient", "clouds", "stripes", "checks", "noise"), (0.2, 0.25, 0.3, 0.1, 0.05, 0.1)
-    kind = str(rng.choice(kinds, p=odds))
+    kind = "plain" if easy else str(rng.choice(kinds, p=odds))
     first, second = colours.muted(rng), colours.muted(rng)
     if kind in ("stripes", "checks", "noise"):
         second = first + (second - first) * np.float32(0.35)  # busy, yet a background
     share = weights(kind, rng, (size, size), size * rng.uniform(0.06, 0.2))
     ground = blend(np.zeros((size, size), np.float32) if share is None else share, first, second)
     fine = np.asarray(cv2.resize(ground, (size * FINE, size * FINE), interpolation=cv2.INTER_LINEAR), np.uint8)
-    for _ in range(int(rng.integers(0, 4))):  # lines that are no objects
+    for _ in range(0 if easy else int(rng.integers(0, 4))):  # lines that are no objects
         (x0, y0), (x1, y1) = rng.integers(0, size * FINE, (2, 2)).tolist()
         cv2.line(fine, (x0, y0), (x1, y1), colours.muted(rng).tolist(), int(rng.integers(1, 2 * FINE)), cv2.LINE_AA)
     return fine

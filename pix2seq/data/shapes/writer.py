@@ -39,11 +39,12 @@ def write_shapes(
     size: int = 128,
     seed: int = 0,
     max_objects: int = MAX_FIGURES,
+    easy: bool = False,
     workers: int = 1,
 ) -> None:
     """Write `num_train` and `num_val` pictures of `size` pixels a side into `out`, a new or empty folder.
 
-    Each shows 1 to `max_objects` figures.
+    Each shows 1 to `max_objects` figures; `easy` ones are plain, see `make_scene`.
 
     Raises `InputError` for a folder with something in it and for numbers out of range.
     """
@@ -64,7 +65,7 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     try:
         for split, count in (("train", num_train), ("val", num_val)):
-            write = partial(write_picture, split=split, size=size, seed=seed, max_objects=max_objects)
+            write = partial(write_picture, split=split, size=size, seed=seed, max_objects=max_objects, easy=easy)
             _write_split(partial_folder, split, count, write, seed=seed, workers=workers)
         if out.exists():
             out.rmdir()
@@ -127,10 +128,12 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def write_picture(index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int) -> Written:
+def write_picture(
+    index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int, easy: bool
+) -> Written:
     """Draw and save picture `index` of a split; return its COCO entries, the annotations without ids."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    scene = make_scene(rng, size, max_objects)
+    scene = make_scene(rng, size, max_objects, easy=easy)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
     name = f"{image_id:012d}.jpg"
     encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
