@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from pix2seq.affine import Affine, fit_affine
 from pix2seq.data.sampler import EpochSampler
+from pix2seq.data.shapes.person import KEYPOINTS
 from pix2seq.data.target import Category, ImageRecord, Target
 from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
 from pix2seq.errors import InputError
+from pix2seq.keypoint_ops import mirror_order
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -176,6 +178,26 @@ def test_every_epoch_shows_every_image_once_and_a_resumed_stream_goes_on():
     assert sorted(seen) == [(epoch, index) for epoch in (0, 1) for index in range(10)]
     assert [index for epoch, index in seen if epoch == 0] != [index for epoch, index in seen if epoch == 1]
     assert take(3, 2) == batches[3:]
+
+
+def test_mirrored_boxes_and_keypoints_equal_the_official_ones(parity_ops):
+    mirror = Affine(1.0, 1.0).then_mirror(1.0)
+    boxes = mirror.boxes(parity_ops["flip_boxes_in"][:, [1, 0, 3, 2]])[:, [1, 0, 3, 2]]
+    np.testing.assert_allclose(boxes, parity_ops["flip_boxes_out"], atol=1e-6)
+    points = parity_ops["flip_keypoints_in"].reshape(-1, 17, 2)
+    reserved = points < 0
+    mirrored = np.where(reserved, points, mirror.points(points[..., ::-1])[..., ::-1])[:, mirror_order(KEYPOINTS)]
+    np.testing.assert_allclose(mirrored.reshape(-1, 34), parity_ops["flip_keypoints_out"], atol=1e-6)
+
+
+def test_a_flipped_person_keeps_left_and_right():
+    keypoints = np.zeros((1, 17, 3), np.float32)
+    keypoints[0, 1], keypoints[0, 2] = (40, 10, 2), (20, 10, 1)  # left and right eye
+    target = target_of([[10, 5, 60, 40]], keypoints=keypoints)
+    order = mirror_order(KEYPOINTS)
+    moved = transform_target(target, Affine(1.0, 1.0).then_mirror(64), (48, 64), mirror_order=order)
+    assert moved.keypoints[0, 1].tolist() == [44, 10, 1]
+    assert moved.keypoints[0, 2].tolist() == [24, 10, 2]
 
 
 SIDES = st.integers(1, 200)

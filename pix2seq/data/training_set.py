@@ -13,6 +13,7 @@ from pix2seq.data.image import read_image
 from pix2seq.data.target import Dataset, Target
 from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
 from pix2seq.errors import InputError
+from pix2seq.keypoint_ops import mirror_order
 from pix2seq.tasks.example import Example, Sample
 
 MAX_UNREADABLE = 10
@@ -38,6 +39,8 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         self.size = size
         self.augment = augment
         self.seed = seed
+        names = max((category.keypoints for category in dataset.categories), key=len, default=())
+        self.mirror_order = mirror_order(names)
         self.indices = [i for i in range(len(dataset)) if (~dataset.target(i).iscrowd).any()]
 
     def __len__(self) -> int:
@@ -54,7 +57,9 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         target, image = self._read(index)
         affine = random_affine(image.shape[:2], self.size, self.augment, rng)
         pixels = color_jitter(affine.image(image, self.size), self.augment, rng)
-        moved = transform_target(target, affine, self.size, min_visible=self.augment.min_visible)
+        moved = transform_target(
+            target, affine, self.size, min_visible=self.augment.min_visible, mirror_order=self.mirror_order
+        )
         return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)
 
     def _read(self, index: int) -> tuple[Target, NDArray[np.uint8]]:

@@ -62,12 +62,19 @@ def random_affine(
     return affine
 
 
-def transform_target(target: Target, affine: Affine, size: tuple[int, int], *, min_visible: float = 0.0) -> Target:
+def transform_target(
+    target: Target,
+    affine: Affine,
+    size: tuple[int, int],
+    *,
+    min_visible: float = 0.0,
+    mirror_order: NDArray[np.int64] | None = None,
+) -> Target:
     """The target in pixels of an output of `size` (height, width).
 
     Boxes are clipped to the output, and objects without any area left there, or with less than
     `min_visible` of it, are dropped. Keypoints outside become unlabelled (0, 0, 0); where the map
-    mirrors, left and right keypoints keep their places in the list until a task swaps their names.
+    mirrors, `mirror_order` (K,) puts left and right back under their names.
     """
     height, width = size
     moved = affine.boxes(target.boxes_xyxy)
@@ -76,6 +83,8 @@ def transform_target(target: Target, affine: Affine, size: tuple[int, int], *, m
     keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (area >= min_visible * box_area(moved))
 
     keypoints = target.keypoints.copy()
+    if affine.scale_x < 0 and mirror_order is not None and keypoints.shape[1] == len(mirror_order):
+        keypoints = keypoints[:, mirror_order]
     keypoints[..., :2] = affine.points(keypoints[..., :2])
     inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] <= [width, height])).all(axis=-1)
     keypoints[~inside | (keypoints[..., 2] == 0)] = 0
