@@ -48,6 +48,7 @@ def _main(argv: Sequence[str]) -> int:
     add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
     add_eval(commands.add_parser("eval", help="COCO metrics of a checkpoint on a data set"))
     add_predict(commands.add_parser("predict", help="boxes on pictures, as JSON and as an annotated PNG each"))
+    add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     data = commands.add_parser("data", help="make or check a data set")
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
@@ -143,6 +144,26 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             device=args.device,
             bf16=args.bf16,
         )
+
+    parser.set_defaults(run=run)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Options of conversion."""
+    from pix2seq.convert.presets import preset_table
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"published checkpoints (copy one with gsutil cp -r):\n\n{preset_table()}"
+    parser.add_argument("prefix", type=Path, metavar="CKPT_PREFIX", help="PREFIX of PREFIX.index, or its folder")
+    parser.add_argument("--config", required=True, help="a preset below, or the official config as JSON")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--text-model", type=Path, help="sentencepiece model, for checkpoints that write captions")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.convert.checkpoint import convert_checkpoint
+
+        convert_checkpoint(args.prefix, args.config, args.out, text_model=args.text_model)
+        print(f"checkpoint: {args.out}")
 
     parser.set_defaults(run=run)
 

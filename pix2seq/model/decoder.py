@@ -25,6 +25,7 @@ from pix2seq.model.layers import (
     merge_heads,
     split_heads,
 )
+from pix2seq.model.positions import sincos_1d
 
 
 class CrossAttention(nn.Module):
@@ -96,7 +97,9 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned token and position embeddings, blocks, and an output layer tied to the embedding."""
+    """Token and position embeddings, blocks, and an output layer that may be the embedding itself."""
+
+    position_embedding: Tensor  # (S, D)
 
     def __init__(
         self,
@@ -107,20 +110,30 @@ class Decoder(nn.Module):
         num_heads: int,
         mlp_dim: int,
         max_seq_len: int,
+        learned_positions: bool = True,
+        tied_embedding: bool = True,
+        output_bias: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.position_embedding = nn.Parameter(torch.empty(max_seq_len, dim))
+        self.output_embedding = None if tied_embedding else nn.Embedding(vocab_size, dim)
+        if learned_positions:
+            self.position_embedding = nn.Parameter(torch.empty(max_seq_len, dim))
+        else:
+            self.register_buffer("position_embedding", sincos_1d(max_seq_len, dim), persistent=False)
         self.blocks: LayerStack[DecoderBlock] = LayerStack(
             DecoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
         self.apply(init_weights)
         nn.init.trunc_normal_(self.token_embedding.weight, std=0.02)
-        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+        if self.output_embedding is not None:
+            nn.init.trunc_normal_(self.output_embedding.weight, std=0.02)
+        if learned_positions:
+            nn.init.trunc_normal_(self.position_embedding, std=0.02)
 
     @property
     def max_seq_len(self) -> int:
@@ -134,9 +147,14 @@ class Decoder(nn.Module):
             x = block(x, memory)
         return self.norm(x)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """Rows (V, D) that hidden states are compared with."""
+        return (self.output_embedding or self.token_embedding).weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V)."""
-        return F.linear(hidden, self.token_embedding.weight, self.output_bias)
+        return F.linear(hidden, self.output_weight, self.output_bias)
 
     def new_cache(self, memory: Tensor, *, rows_per_image: int, num_slots: int) -> KVCache:
         """An empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""

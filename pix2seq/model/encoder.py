@@ -1,52 +1,41 @@
-"""Image encoders: (B, 3, H, W) to patch features (B, N, D) and the grid (rows, columns) they lie on.
+"""Image encoders: (B, 3, H, W) to features (B, N, D) and the grid (rows, columns) they lie on.
 
-`VisionTransformer` is our own small one, with the official patch stem or a convolutional stem that
-learns faster from scratch; `TimmEncoder` is any ViT or CNN of timm by name. Each owns the
-normalisation of its input: images come in as [0, 1].
+`VisionTransformer` has the official patch stem, or a convolutional one that learns faster from
+scratch; `ResNetTransformer` is the official one on ResNet features; `TimmEncoder` is any ViT or CNN of
+timm by name. Each owns the normalisation of its input: images come in as [0, 1].
+
+Reference: google-research/pix2seq, `architectures/transformers.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.layers import NORM_EPS, EncoderBlock, LayerStack, init_weights
-from pix2seq.model.positions import PositionKind, grid_codes
+from pix2seq.model.positions import GridPositions, PositionKind
+from pix2seq.model.resnet import LAYOUTS, ResidualBlock, ResNet
 
 
 class Encoder(nn.Module, ABC):
     """What the joined model needs of an encoder."""
 
     dim: int  # width of the features
-    stride: int  # pixels; input sizes must be divisible by it
+    stride: int  # pixels from one feature to the next
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of features of an image; what is left of a stride is cut off."""
+        return height // self.stride, width // self.stride
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid of N places."""
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (arXiv 1512.03385)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.first_norm = nn.BatchNorm2d(width)
-        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.second_norm = nn.BatchNorm2d(width)
-        nn.init.zeros_(self.second_norm.weight)  # starts as the identity
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
-        y = F.relu(self.first_norm(self.first(x)))
-        return F.relu(x + self.second_norm(self.second(y)))
 
 
 class ConvStem(nn.Module):
@@ -71,7 +60,7 @@ class ConvStem(nn.Module):
                 nn.ReLU(inplace=True),
             ]
             if stage > 0:
-                layers += [ResidualBlock(width_out) for _ in range(num_blocks)]
+                layers += [ResidualBlock(width_out, width_out) for _ in range(num_blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,46 +69,70 @@ class ConvStem(nn.Module):
 
 
 class VisionTransformer(Encoder):
-    """A pre-norm ViT with fixed positions, at home on any rectangle of patches."""
+    """A pre-norm ViT; with fixed positions at home on any rectangle of patches."""
 
     def __init__(
         self,
+        stem: nn.Module,
+        stride: int,
         *,
+        image_size: tuple[int, int],
         dim: int,
         num_layers: int,
         num_heads: int,
         mlp_dim: int,
-        patch_size: int = 16,
-        stem: Literal["patch", "conv"] = "patch",
-        stem_blocks: int = 0,
+        class_token: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         positions: PositionKind = "sincos",
     ) -> None:
+        """`stem` maps images to (B, dim, H / stride, W / stride); learned positions are for `image_size`."""
         super().__init__()
         self.dim = dim
-        self.positions = positions
-        self.stride = patch_size
-        if stem == "conv":
-            self.stem: nn.Module = ConvStem(dim, patch_size, stem_blocks)
-        else:
-            self.stem = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.stride = stride
+        self.stem = stem
         self.stem_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim), std=0.02)) if class_token else None
+        self.positions = GridPositions(positions, dim, self.grid(*image_size))
         self.blocks: LayerStack[EncoderBlock] = LayerStack(
             EncoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.apply(init_weights)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.start_as_shortcut()
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid."""
+        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim), the class token first, and the grid."""
         features = self.stem(images)
         grid = (features.shape[-2], features.shape[-1])
         x = self.stem_norm(features.flatten(2).transpose(1, 2))
-        x = x + grid_codes(self.positions, *grid, self.dim).to(x)
+        x = x + self.positions(*grid).to(x)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), grid
+
+
+class ResNetTransformer(VisionTransformer):
+    """The same Transformer on the last feature map of a ResNet, at stride 32, or 16 for three stages."""
+
+    def __init__(self, depth: int, num_stages: int, width: float, *, dim: int, dropout: float, **transformer: Any):
+        """For the rest, see `VisionTransformer`. Raises `InputError` for a depth that is none."""
+        if depth not in LAYOUTS or num_stages not in (3, 4):
+            raise InputError(
+                f"there is no ResNet-{depth} with {num_stages} stages; "
+                f"resnet_depth is one of {', '.join(map(str, LAYOUTS))} and resnet_stages 3 or 4"
+            )
+        resnet = ResNet(depth, num_stages, width)
+        stem = nn.Sequential(resnet, nn.Dropout(dropout), nn.Conv2d(resnet.width_out, dim, 1))
+        super().__init__(stem, resnet.stride, dim=dim, dropout=dropout, **transformer)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns; what is left of a stride counts."""
+        return -(-height // self.stride), -(-width // self.stride)
 
 
 class TimmEncoder(Encoder):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -23,11 +24,11 @@ from pix2seq.data.target import Category
 from pix2seq.errors import InputError
 from pix2seq.model.config import EncoderConfig, ModelConfig
 from pix2seq.model.decoder import Decoder
-from pix2seq.model.encoder import Encoder, TimmEncoder, VisionTransformer
+from pix2seq.model.encoder import ConvStem, Encoder, ResNetTransformer, TimmEncoder, VisionTransformer
 from pix2seq.model.generate import Generated, generate
 from pix2seq.model.grammar import Grammar
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
-from pix2seq.model.positions import PositionKind, fourier_1d, grid_codes, sequence_codes
+from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_codes
 from pix2seq.vocab import Vocab
 
 CONFIG_FILE = "config.json"
@@ -39,26 +40,39 @@ class MemoryProjection(nn.Module):
     """Encoder features to what the decoder attends to, with their 2D positions added again.
 
     Positions that passed through the encoder are blurred by its attention; the decoder, whose every
-    answer is a place, learns far faster from fresh ones. Reference: `models/ar_model.py`, mode `mlp`.
+    answer is a place, learns far faster from fresh ones. Reference: `models/ar_model.py`, of whose
+    modes `linear` has neither positions nor the feed-forward layer, `linear_p` positions, `mlp` both.
     """
 
     def __init__(
-        self, in_dim: int, dim: int, mlp_dim: int, dropout: float, drop_path: float, positions: PositionKind
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        positions: GridPositions | None,
+        mlp_dim: int | None,
+        dropout: float,
+        drop_path: float,
     ) -> None:
+        """`positions` None adds none, `mlp_dim` None leaves out the feed-forward layer."""
         super().__init__()
-        self.positions = positions
         self.linear = nn.Linear(in_dim, dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = FeedForward(dim, mlp_dim, dropout)
+        self.positions = positions
+        self.mlp_norm = nn.LayerNorm(dim, eps=NORM_EPS) if mlp_dim else None
+        self.mlp = FeedForward(dim, mlp_dim, dropout) if mlp_dim else None
         self.drop_path = DropPath(drop_path)
         self.apply(init_weights)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features (B, N, in_dim) on a grid of N places to memory (B, N, dim)."""
+        """Features (B, N, in_dim) to memory (B, N, dim); the last of N are the grid's, a class token has no place."""
         x = self.norm(self.linear(features))
-        x = x + grid_codes(self.positions, *grid, x.shape[-1]).to(x)
-        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        if self.positions is not None:
+            codes = self.positions(*grid).to(x)
+            x = x + F.pad(codes, (0, 0, x.shape[1] - len(codes), 0))
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class Pix2Seq(nn.Module):
@@ -87,13 +101,16 @@ class Pix2Seq(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.decoder.output_bias.device
+        return self.decoder.token_embedding.weight.device
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), floats in [0, 1] with sides divisible by the stride, to memory (B, N, D)."""
+        """Images (B, 3, H, W), floats in [0, 1], to memory (B, N, D).
+
+        Sides are those of `config.image_size`, or divisible by the encoder's stride.
+        """
         stride = self.encoder.stride
         height, width = images.shape[-2:]
-        if height % stride or width % stride:
+        if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {stride}")
         features, grid = self.encoder(images)
         return self.projection(features, grid)
@@ -144,10 +161,7 @@ class Pix2Seq(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, making the folder where needed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in self.state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config_json(), indent=2) + "\n", encoding="utf-8")
+        write_checkpoint(Path(folder), self.config_json(), self.state_dict())
 
     def config_json(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -187,14 +201,30 @@ class Pix2Seq(nn.Module):
         return model.eval()
 
 
+def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write what `Pix2Seq.from_pretrained` reads; `config` is that of `Pix2Seq.config_json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True) -> Pix2Seq:
     """A model with fresh weights, or timm's for the encoder where its config asks and `load_pretrained`."""
-    if config.positions not in ("sincos", "fourier"):
-        raise InputError(f"model.positions is {config.positions!r}; expected sincos or fourier")
+    if config.positions not in ("sincos", "fourier", "learned"):
+        raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
+    if config.decoder.positions not in ("sincos", "learned"):
+        raise InputError(f"model.decoder.positions is {config.decoder.positions!r}; expected sincos or learned")
     positions: PositionKind = config.positions  # type: ignore[assignment]
     encoder = build_encoder(config.encoder, config.image_size, positions, load_pretrained=load_pretrained)
-    dec = config.decoder
-    projection = MemoryProjection(encoder.dim, dec.dim, dec.mlp_dim, dec.dropout, dec.drop_path, positions)
+    dec, mem = config.decoder, config.memory
+    projection = MemoryProjection(
+        encoder.dim,
+        dec.dim,
+        positions=GridPositions(positions, dec.dim, encoder.grid(*config.image_size)) if mem.positions else None,
+        mlp_dim=(mem.mlp_dim or dec.mlp_dim) if mem.mlp else None,
+        dropout=dec.dropout,
+        drop_path=dec.drop_path,
+    )
     decoder = Decoder(
         vocab_size=config.vocab.size,
         dim=dec.dim,
@@ -202,6 +232,9 @@ def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, loa
         num_heads=dec.num_heads,
         mlp_dim=dec.mlp_dim,
         max_seq_len=dec.max_seq_len,
+        learned_positions=dec.positions == "learned",
+        tied_embedding=dec.tied_embedding,
+        output_bias=dec.output_bias,
         dropout=dec.dropout,
         drop_path=dec.drop_path,
     )
@@ -225,7 +258,8 @@ def _start_from_codes(decoder: Decoder, vocab: Vocab) -> None:
     place = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), dim // 2)
     bins = decoder.token_embedding.weight[vocab.coord_base : vocab.coord_end]
     bins.copy_(CODE_INIT_SCALE * torch.cat([place, place], dim=1))
-    decoder.position_embedding.copy_(CODE_INIT_SCALE * sequence_codes(decoder.max_seq_len, dim))
+    if isinstance(decoder.position_embedding, nn.Parameter):
+        decoder.position_embedding.copy_(CODE_INIT_SCALE * sequence_codes(decoder.max_seq_len, dim))
     for block in decoder.blocks:
         block.cross_attention.start_as_lookup()
 
@@ -234,27 +268,33 @@ def build_encoder(
     config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
 ) -> Encoder:
     """The encoder that a config names."""
-    if config.name != "vit":
+    if config.name not in ("vit", "resnet"):
         return TimmEncoder(
             config.name,
             image_size=image_size,
             pretrained=config.pretrained and load_pretrained,
             drop_path=config.drop_path,
         )
-    if config.stem not in ("patch", "conv"):
+    transformer: dict[str, Any] = {
+        "image_size": image_size,
+        "dim": config.dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "mlp_dim": config.mlp_dim,
+        "class_token": config.class_token,
+        "positions": positions,
+        "dropout": config.dropout,
+        "drop_path": config.drop_path,
+    }
+    if config.name == "resnet":
+        return ResNetTransformer(config.resnet_depth, config.resnet_stages, config.resnet_width, **transformer)
+    if config.stem == "patch":
+        stem: nn.Module = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+    elif config.stem == "conv":
+        stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
+    else:
         raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
-    return VisionTransformer(
-        dim=config.dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        mlp_dim=config.mlp_dim,
-        patch_size=config.patch_size,
-        stem=config.stem,  # type: ignore[arg-type]
-        stem_blocks=config.stem_blocks,
-        positions=positions,
-        dropout=config.dropout,
-        drop_path=config.drop_path,
-    )
+    return VisionTransformer(stem, config.patch_size, **transformer)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[str, dict[str, Any]]]:

@@ -1,9 +1,10 @@
-"""Fixed position codes, in one and two dimensions. Two kinds:
+"""Position codes, in one and two dimensions. Two kinds are fixed:
 
 `sincos` is the official one (google-research/pix2seq, `architectures/transformers.py`): one wave across the
 picture at most, and many slower ones. `fourier` has waves from half a cycle to `MAX_CYCLES` across
 the picture, so that neighbouring places differ clearly; from scratch it learns to localise from
 about half as many pictures. Both depend on the place as a share of the picture, not on its size.
+`learned` ones belong to one grid.
 """
 
 from __future__ import annotations
@@ -12,15 +13,36 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-PositionKind = Literal["sincos", "fourier"]
+PositionKind = Literal["sincos", "fourier", "learned"]
 MIN_CYCLES, MAX_CYCLES = 0.5, 16.0  # waves across the picture
 
 
-def grid_codes(kind: PositionKind, height: int, width: int, dim: int) -> Tensor:
-    """Codes (height * width, dim) of the centres of a grid's cells, row by row."""
-    return sincos_2d(height, width, dim) if kind == "sincos" else fourier_2d(height, width, dim)
+class GridPositions(nn.Module):
+    """Codes of the cells of a grid: fixed ones for any grid, or learned ones for a single one."""
+
+    def __init__(self, kind: PositionKind, dim: int, grid: tuple[int, int]) -> None:
+        """`grid` is the rows and columns that learned codes are for."""
+        super().__init__()
+        self.kind = kind
+        self.dim = dim
+        self.grid = grid
+        if kind == "learned":
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid[0] * grid[1], dim), std=0.02))
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        """Codes (rows * columns, dim), row by row. Raises `ValueError` for a grid without learned codes."""
+        if self.kind == "sincos":
+            return sincos_2d(rows, columns, self.dim)
+        if self.kind == "fourier":
+            return fourier_2d(rows, columns, self.dim)
+        if (rows, columns) != self.grid:
+            raise ValueError(
+                f"positions were learned for a grid of {self.grid[0]}x{self.grid[1]}, got {rows}x{columns}; "
+                "use images of the size in the model's config"
+            )
+        return self.table
 
 
 def sincos_1d(length: int, dim: int) -> Tensor:

@@ -1,0 +1,154 @@
+"""From an official checkpoint to a folder that `Pix2Seq.from_pretrained` opens."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pix2seq.convert.official_config import model_config, read_official_config
+from pix2seq.convert.official_tasks import categories_of, task_settings
+from pix2seq.convert.tf_bundle import TensorBundle
+from pix2seq.convert.weight_map import canonical_name, make_parameter, plan
+from pix2seq.errors import InputError
+from pix2seq.model.config import ModelConfig
+from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, build_model, write_checkpoint
+
+UNSCORED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
+SHOWN = 5  # names in a message; the rest are counted
+
+
+def convert_checkpoint(
+    prefix: str | Path, config: str | Path, out: str | Path, *, text_model: str | Path | None = None
+) -> None:
+    """Read the checkpoint PREFIX.index with its shards, and write a folder for `Pix2Seq.from_pretrained`.
+
+    `config` is a preset's name (`pix2seq.convert.presets`) or a JSON file with the official `model`
+    section. `text_model` is the sentencepiece model of a checkpoint that captions; without it the
+    captioning task is left out. Every variable of the model must be used and every parameter filled.
+    Raises `InputError` where files are missing or damaged or do not fit together; then nothing is
+    written.
+    """
+    out = Path(out)
+    _check_out(out)
+    official = read_official_config(config)
+    settings = model_config(official)
+    tokenizer = None
+    if text_model is not None:
+        from pix2seq.tokenizers.text import SentencePieceTokenizer
+
+        tokenizer = SentencePieceTokenizer.load(Path(text_model))
+        if tokenizer.size > settings.vocab.num_text:
+            raise InputError(
+                f"{text_model} has {tokenizer.size} pieces, the model room for {settings.vocab.num_text}; "
+                "give the sentencepiece model it was trained with"
+            )
+    bundle = TensorBundle(checkpoint_prefix(Path(prefix)))
+    weights = read_weights(bundle, settings)
+    model = _skeleton(settings)
+    model.categories = categories_of(official)
+    model.task_settings = task_settings(official, settings, captions=tokenizer is not None)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there whole, so that a broken conversion leaves nothing.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        write_checkpoint(Path(scratch), model.config_json(), weights)
+        if tokenizer is not None:
+            tokenizer.save(Path(scratch))
+        out.mkdir(exist_ok=True)
+        for file in Path(scratch).iterdir():
+            shutil.move(file, out / file.name)
+
+
+def checkpoint_prefix(path: Path) -> Path:
+    """PREFIX itself, PREFIX.index, or a folder that holds one checkpoint or names its newest."""
+    if path.suffix == ".index":
+        return path.with_suffix("")
+    if not path.is_dir():
+        return path
+    found = sorted(file.with_suffix("") for file in path.glob("*.index"))
+    state = path / "checkpoint"
+    if state.is_file():
+        for line in state.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            newest = path / Path(value.strip().strip('"')).name
+            if key == "model_checkpoint_path" and newest in found:
+                return newest
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} checkpoints (*.index); name one of them as {path}/PREFIX")
+    return found[0]
+
+
+def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]:
+    """Our parameters from the variables of a checkpoint. Raises `InputError` with all that does not fit."""
+    keys: dict[str, str] = {}
+    for key in bundle.entries:
+        name = canonical_name(key)
+        if name is None:
+            bundle.verify(key)
+        elif name in keys:
+            raise InputError(f"{bundle.index_path} has two variables that mean {name}: {keys[name]} and {key}")
+        else:
+            keys[name] = key
+
+    expected = _skeleton(config).state_dict()
+    places = plan([name for name in expected if not name.endswith(UNSCORED)], config)
+    sources = [official for _, officials in places.values() for official in officials]
+    problems = _listed("missing in the checkpoint", [name for name in sources if name not in keys])
+    problems += _listed("not used", sorted(keys.keys() - set(sources)))
+    if problems:
+        raise InputError(
+            f"the checkpoint {bundle.index_path} and the config do not fit: {'; '.join(problems)}; "
+            "give the config it was trained with"
+        )
+
+    weights = {name: torch.zeros_like(t, device="cpu") for name, t in expected.items() if name.endswith(UNSCORED)}
+    for name, (rule, officials) in places.items():
+        variables = {official: _tensor(bundle, keys[official]) for official in officials}
+        try:
+            weights[name] = make_parameter(name, rule, variables, config)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if weights[name].shape != expected[name].shape:
+            shapes = ", ".join(f"{official} {tuple(variable.shape)}" for official, variable in variables.items())
+            problems.append(f"{shapes} cannot fill {name} {tuple(expected[name].shape)}")
+    if problems:
+        raise InputError(
+            f"the checkpoint {bundle.index_path} and the config do not fit: {'; '.join(_short(problems))}; "
+            "give the config it was trained with"
+        )
+    return weights
+
+
+def _tensor(bundle: TensorBundle, key: str) -> Tensor:
+    values = bundle.read(key)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise InputError(f"{key} in {bundle.index_path} holds {values.dtype}, expected floating point numbers")
+    return torch.from_numpy(values.astype(np.float32, copy=False).copy())
+
+
+def _skeleton(config: ModelConfig) -> Pix2Seq:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config, load_pretrained=False)
+
+
+def _check_out(out: Path) -> None:
+    ours = {CONFIG_FILE, WEIGHTS_FILE, "text.model"}
+    if out.is_file() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
+        raise InputError(f"{out} exists and is no converted checkpoint; give a new folder as --out")
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{len(names)} {what} ({', '.join(_short(names))})"] if names else []
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return [*names[:SHOWN], *more]

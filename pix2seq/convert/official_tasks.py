@@ -1,0 +1,73 @@
+"""Official task sections as task settings, so that a converted checkpoint is asked as it was published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pix2seq.convert.coco_classes import coco_categories
+from pix2seq.convert.official_config import official_tasks
+from pix2seq.convert.presets import TASKS as PUBLISHED
+from pix2seq.data.target import Category
+from pix2seq.model.config import ModelConfig
+
+INSTANCE_PROMPT = 6  # tokens: task, four coordinates, class
+SAMPLING = ("temperature", "top_k", "top_p")
+# Their names of settings to ours, by task.
+NAMES = {
+    "object_detection": ("detection", {}),
+    "instance_segmentation": (
+        "segmentation",
+        {
+            "max_points_per_object": "max_points",
+            "ensemble_num_samples": "num_samples",
+            "ensemble_threshold": "threshold",
+        },
+    ),
+    "keypoint_detection": (
+        "keypoint",
+        {
+            "crop_to_bbox": "crop",
+            "crop_to_bbox_pad_scale": "crop_padding",
+            "points_score_weight": "score_weight",
+            "eval_suppress_invisible_token": "suppress_invisible",
+        },
+    ),
+    "captioning": ("captioning", {"max_seq_len": "max_tokens"}),
+}
+
+
+def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions: bool) -> dict[str, dict[str, Any]]:
+    """Settings of each task that the model was trained for, by our names.
+
+    A config without task sections gets the published settings: of detection, and of all four tasks
+    where its vocabulary has text. Captioning is left out where `captions` is false.
+    """
+    sections = {task.get("name"): task for task in official_tasks(official)}
+    if not sections:
+        sections = dict(PUBLISHED) if config.vocab.num_text else {"object_detection": PUBLISHED["object_detection"]}
+    room = config.decoder.max_seq_len
+    settings: dict[str, dict[str, Any]] = {}
+    for theirs, (ours, names) in NAMES.items():
+        if theirs not in sections or (ours == "captioning" and not captions):
+            continue
+        section = {**PUBLISHED[theirs], **sections[theirs]}
+        values = {key: section[key] for key in SAMPLING if key in section}
+        values |= {name: section[key] for key, name in names.items() if isinstance(section.get(key), int | float)}
+        if ours == "detection":
+            # Always as many objects as there is room for: the official decoder never stops by itself.
+            num_objects = min(section["max_instances_per_image_test"], (room - 2) // 5)
+            values |= {"max_objects": num_objects, "num_objects": num_objects}
+        elif ours == "segmentation":
+            values["max_points"] = min(values["max_points"], (room - INSTANCE_PROMPT) // 2)
+        elif ours == "captioning":
+            values["max_tokens"] = min(values["max_tokens"], room - 1)
+        settings[ours] = values
+    return settings
+
+
+def categories_of(official: Mapping[str, Any]) -> tuple[Category, ...]:
+    """COCO's classes where the config names COCO as its data; none otherwise, and labels go by number."""
+    dataset = official.get("dataset")
+    name = dataset.get("name", "") if isinstance(dataset, Mapping) else ""
+    return coco_categories() if str(name).startswith("coco/") else ()

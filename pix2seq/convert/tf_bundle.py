@@ -1,0 +1,265 @@
+"""TensorFlow 2 object checkpoints, read without TensorFlow.
+
+A checkpoint PREFIX is `PREFIX.index`, a sorted table of names and places (the table format of
+LevelDB), and shards `PREFIX.data-00000-of-00001`, the tensors themselves end to end. Every byte
+is covered by a CRC-32C, and every one is checked.
+
+Reference: tensorflow, `core/util/tensor_bundle/tensor_bundle.cc`, `core/protobuf/tensor_bundle.proto`,
+`core/lib/io/format.cc`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from pix2seq.errors import InputError
+
+FOOTER_SIZE = 48
+TABLE_MAGIC = 0xDB4775248B80FB57
+BLOCK_TRAILER_SIZE = 5  # compression, checksum
+CHUNK = 16 << 20  # bytes read at a time
+STRING = 7
+DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_, 19: np.float16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    dtype: int  # as TensorFlow numbers them
+    shape: tuple[int, ...]
+    shard: int
+    offset: int  # bytes
+    size: int  # bytes
+    checksum: int  # masked CRC-32C
+
+
+class _Damaged(Exception):
+    """What is wrong with a part; the file's name is added where it is known."""
+
+
+class TensorBundle:
+    """The tensors of a checkpoint by name; `read` one, or `verify` all.
+
+    Raises `InputError` where a file is missing, cut off, damaged or of another kind.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.index_path = prefix.with_name(prefix.name + ".index")
+        try:
+            data = self.index_path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.index_path} does not exist; give a checkpoint as PREFIX, where PREFIX.index and "
+                "PREFIX.data-00000-of-00001 lie side by side"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{self.index_path} cannot be read: {error}") from None
+        try:
+            table = dict(_read_table(data))
+            num_shards = _read_header(table.pop("", b""))
+            self.entries = {name: _read_entry(value) for name, value in table.items()}
+        except (_Damaged, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+            raise InputError(
+                f"{self.index_path} is damaged or no TensorFlow 2 checkpoint index ({error}); copy it again"
+            ) from None
+        self.shards = [
+            prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}") for shard in range(num_shards)
+        ]
+        self._check_sizes()
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor `name`, its checksum checked."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise InputError(f"{name} in {self.index_path} has TensorFlow's dtype {entry.dtype}, which is not read here")
+        data = b"".join(self._chunks(name, entry))
+        dtype = np.dtype(DTYPES[entry.dtype]).newbyteorder("<")
+        if len(data) != dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64)):
+            raise InputError(f"{name} in {self.index_path} has {len(data)} bytes, which its shape {entry.shape} denies")
+        return np.frombuffer(data, dtype).reshape(entry.shape)
+
+    def verify(self, name: str) -> None:
+        """Check the checksum of a tensor of any kind, without keeping it."""
+        entry = self.entries[name]
+        if entry.dtype == STRING:
+            self._verify_strings(name, entry)
+        else:
+            for _ in self._chunks(name, entry):
+                pass
+
+    def _chunks(self, name: str, entry: Entry) -> Iterator[bytes]:
+        checksum, left = 0, entry.size
+        with self._open(entry) as file:
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if not chunk:
+                    break
+                left -= len(chunk)
+                checksum = google_crc32c.extend(checksum, chunk)
+                yield chunk
+        if left or _mask(checksum) != entry.checksum:
+            raise self._damaged(name, entry)
+
+    def _verify_strings(self, name: str, entry: Entry) -> None:
+        # Lengths as varints, their checksum, the strings. The sum runs over lengths as whole numbers.
+        with self._open(entry) as file:
+            data = file.read(entry.size)
+        try:
+            place, lengths = 0, []
+            for _ in range(int(np.prod(entry.shape, dtype=np.int64))):
+                length, place = _varint(data, place)
+                lengths.append(length)
+        except IndexError:
+            raise self._damaged(name, entry) from None
+        checksum = 0
+        for length in lengths:
+            checksum = google_crc32c.extend(checksum, struct.pack("<I" if length < 1 << 32 else "<Q", length))
+        stated = data[place : place + 4]
+        if stated != struct.pack("<I", _mask(checksum)) or len(data) != place + 4 + sum(lengths):
+            raise self._damaged(name, entry)
+        if _mask(google_crc32c.extend(checksum, data[place:])) != entry.checksum:
+            raise self._damaged(name, entry)
+
+    def _open(self, entry: Entry) -> BinaryIO:
+        file = self.shards[entry.shard].open("rb")
+        file.seek(entry.offset)
+        return file
+
+    def _damaged(self, name: str, entry: Entry) -> InputError:
+        return InputError(
+            f"{self.shards[entry.shard]} is damaged: the checksum of {name} does not fit; copy the file again"
+        )
+
+    def _check_sizes(self) -> None:
+        ends = dict.fromkeys(range(len(self.shards)), 0)
+        for name, entry in self.entries.items():
+            if entry.shard not in ends:
+                raise InputError(f"{self.index_path} puts {name} in shard {entry.shard}, but has {len(ends)} shards")
+            ends[entry.shard] = max(ends[entry.shard], entry.offset + entry.size)
+        for path, end in zip(self.shards, ends.values(), strict=True):
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise InputError(f"{path} does not exist or cannot be read; copy it beside {self.index_path}") from None
+            if size != end:
+                raise InputError(f"{path} has {size} bytes, but its index speaks of {end}; copy the file again")
+
+
+def _mask(checksum: int) -> int:
+    """CRCs are stored rotated and shifted, so that the CRC of data with CRCs in it stays a good one."""
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """An unsigned number of 7 bits a byte, low bits first, and the place after it."""
+    value = shift = 0
+    while True:
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+        if shift > 63:
+            raise _Damaged("a number is too long")
+
+
+def _read_table(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Keys and values of a table of blocks."""
+    if len(data) < FOOTER_SIZE or struct.unpack("<Q", data[-8:])[0] != TABLE_MAGIC:
+        raise _Damaged("its end is not that of a table")
+    footer = data[-FOOTER_SIZE:-8]
+    meta_offset, place = _varint(footer, 0)
+    meta_size, place = _varint(footer, place)
+    offset, place = _varint(footer, place)
+    size, place = _varint(footer, place)
+    if any(footer[place:]):
+        raise _Damaged("its footer is not empty where it should be")
+    end = offset + size + BLOCK_TRAILER_SIZE
+    if end != len(data) - FOOTER_SIZE or meta_offset + meta_size + BLOCK_TRAILER_SIZE != offset:
+        raise _Damaged("its blocks do not fill it")
+    list(_read_block(data, meta_offset, meta_size))  # nothing in it is needed, but it must be sound
+    for _, handle in _read_block(data, offset, size):
+        block_offset, place = _varint(handle, 0)
+        block_size, _ = _varint(handle, place)
+        for key, value in _read_block(data, block_offset, block_size):
+            yield key.decode("utf-8"), value
+
+
+def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of one block; a key is written as what differs from the one before."""
+    contents = data[offset : offset + size]
+    trailer = data[offset + size : offset + size + BLOCK_TRAILER_SIZE]
+    if len(trailer) != BLOCK_TRAILER_SIZE:
+        raise _Damaged("a block lies beyond its end")
+    if struct.unpack("<I", trailer[1:])[0] != _mask(google_crc32c.value(contents + trailer[:1])):
+        raise _Damaged("the checksum of a block does not fit")
+    if trailer[0] != 0:
+        raise _Damaged("a block is compressed, which checkpoints are not")
+    num_restarts = struct.unpack("<I", contents[-4:])[0]
+    end = size - 4 - 4 * num_restarts
+    place, key = 0, b""
+    while place < end:
+        shared, place = _varint(contents, place)
+        added, place = _varint(contents, place)
+        length, place = _varint(contents, place)
+        key = key[:shared] + contents[place : place + added]
+        place += added
+        yield key, contents[place : place + length]
+        place += length
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of a protocol buffer: numbers as int, the rest as bytes."""
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        kind = tag & 7
+        if kind == 0:
+            value: Any
+            value, place = _varint(message, place)
+        elif kind == 2:
+            length, place = _varint(message, place)
+            value = message[place : place + length]
+            place += length
+        elif kind == 5:
+            value = struct.unpack("<I", message[place : place + 4])[0]
+            place += 4
+        elif kind == 1:
+            value = struct.unpack("<Q", message[place : place + 8])[0]
+            place += 8
+        else:
+            raise _Damaged(f"a field has the unknown kind {kind}")
+        yield tag >> 3, value
+
+
+def _read_header(value: bytes) -> int:
+    """The number of shards in a `BundleHeaderProto`."""
+    header = dict(_fields(value))
+    if header.get(2, 0) != 0:
+        raise _Damaged("it was written on a big-endian machine")
+    if header.get(1, 0) < 1:
+        raise _Damaged("it has no header")
+    return header[1]
+
+
+def _read_entry(value: bytes) -> Entry:
+    """A `BundleEntryProto`."""
+    fields = dict(_fields(value))
+    if 7 in fields:
+        raise _Damaged("a tensor is stored in slices")
+    shape = tuple(
+        next((size for number, size in _fields(dim) if number == 1), 0)
+        for number, dim in _fields(fields.get(2, b""))
+        if number == 2
+    )
+    return Entry(fields.get(1, 0), shape, fields.get(3, 0), fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
