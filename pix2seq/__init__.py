@@ -6,12 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pix2seq.convert.checkpoint import convert_checkpoint
     from pix2seq.model.pix2seq import Pix2Seq
     from pix2seq.predictor import Predictor
 
-__all__ = ["Pix2Seq", "Predictor"]
+__all__ = ["Pix2Seq", "Predictor", "convert_checkpoint"]
 
-_HOMES = {"Pix2Seq": "pix2seq.model.pix2seq", "Predictor": "pix2seq.predictor"}
+_HOMES = {
+    "Pix2Seq": "pix2seq.model.pix2seq",
+    "Predictor": "pix2seq.predictor",
+    "convert_checkpoint": "pix2seq.convert.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -150,6 +150,8 @@ class _Section:
 
     def pair(self, key: str) -> tuple[int, int]:
         value = self._get(key)
-        if not (isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)):
+        if not (
+            isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
+        ):
             raise self._wrong(key, "[height, width] in pixels")
-        return value[0], value[1]
+        return sides[0], sides[1]

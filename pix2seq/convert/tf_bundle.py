@@ -80,7 +80,9 @@ class TensorBundle:
         """The tensor `name`, its checksum checked."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise InputError(f"{name} in {self.index_path} has TensorFlow's dtype {entry.dtype}, which is not read here")
+            raise InputError(
+                f"{name} in {self.index_path} has TensorFlow's dtype {entry.dtype}, which is not read here"
+            )
         data = b"".join(self._chunks(name, entry))
         dtype = np.dtype(DTYPES[entry.dtype]).newbyteorder("<")
         if len(data) != dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64)):

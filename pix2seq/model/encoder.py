@@ -13,7 +13,6 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +146,8 @@ class TimmEncoder(Encoder):
     ) -> None:
         """Raises `InputError` for an unknown name, and where pretrained weights cannot be had."""
         super().__init__()
+        import timm  # takes seconds, and our own encoders do without
+
         if not timm.is_model(name):
             raise unknown_name("timm model", name, timm.list_models())
         self.is_vit = _is_plain_vit(name)
@@ -192,6 +193,8 @@ class TimmEncoder(Encoder):
 
 def _is_plain_vit(name: str) -> bool:
     """Whether timm's model gives tokens and resizes its positions; told without allocating weights."""
+    import timm
+
     with torch.device("meta"):
         net = timm.create_model(name)
     constructors = [cls.__dict__["__init__"] for cls in type(net).__mro__ if "__init__" in cls.__dict__]

@@ -206,6 +206,8 @@ def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # safetensors makes files that only their owner may read.
+    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
 
 
 def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True) -> Pix2Seq:

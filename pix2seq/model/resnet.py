@@ -79,9 +79,7 @@ class ResNet(nn.Module):
             layers = []
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = ResidualBlock(
-                    channels, inner, stride=stride, bottleneck=bottleneck, projection=index == 0
-                )
+                block = ResidualBlock(channels, inner, stride=stride, bottleneck=bottleneck, projection=index == 0)
                 layers.append(block)
                 channels = block.width_out
             stages.append(nn.Sequential(*layers))

@@ -60,8 +60,8 @@ class Detection:
     def __init__(self, config: DetectionConfig, vocab: Vocab, categories: tuple[Category, ...]) -> None:
         self.config = config
         self.vocab = vocab
-        self.categories = {category.label: category for category in categories}
-        self.max_label = max(self.categories, default=vocab.max_label)
+        self.categories = {category.label: category for category in categories or numbered_categories(vocab)}
+        self.max_label = max(self.categories)
         if self.max_label > vocab.max_label:
             raise ValueError(f"label {self.max_label} has no id: the vocabulary holds labels 1 to {vocab.max_label}")
 
@@ -171,6 +171,11 @@ class Detection:
             for b, category, score in zip(boxes, categories, scores, strict=True)
             if b[2] > b[0] and b[3] > b[1]
         ]
+
+
+def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:
+    """A class for every label, for models that came without names."""
+    return tuple(Category(label, label, f"class {label}") for label in range(1, vocab.max_label + 1))
 
 
 def object_order(boxes_yxyx: NDArray[np.float32], order: str, rng: np.random.Generator) -> NDArray[np.int64]:
