@@ -150,8 +150,7 @@ class _Section:
 
     def pair(self, key: str) -> tuple[int, int]:
         value = self._get(key)
-        if not (
-            isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
-        ):
+        sides = list(value) if isinstance(value, list | tuple) else []
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise self._wrong(key, "[height, width] in pixels")
         return sides[0], sides[1]
