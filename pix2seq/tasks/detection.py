@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from pix2seq.box_ops import box_area, box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Instance, Target
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import BoxGrammar
-from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks.example import Example
+from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.detection import (
     TOKENS_PER_OBJECT,
     add_noise_objects,
     decode_objects,
     encode_objects,
 )
-from pix2seq.vocab import CLASS_BASE, EOS, NOISE, TASK_IDS, Vocab
+from pix2seq.vocab import CLASS_BASE, EOS, NOISE, TASK_IDS
 
 
 @dataclass(frozen=True)
-class DetectionConfig:
+class DetectionConfig(TaskConfig):
     """How detection is trained and asked."""
 
     max_objects: int = 100  # objects in a training sequence, noise included
@@ -36,11 +34,10 @@ class DetectionConfig:
     eos_weight: float = 0.1  # loss weight of the end token, where there is one
     sequences_per_image: int = 1  # orders and noise drawn anew for each; the image is encoded once
     num_objects: int | None = None  # objects to ask for; none given: until the model ends, or max_objects
-    temperature: float = 1.0
-    top_k: int = 0
     top_p: float = 0.4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in ("random", "area", "corner"):
             raise ValueError(f"detection.order is {self.order!r}; expected random, area or corner")
         if self.max_objects < 1:
@@ -52,34 +49,21 @@ class DetectionConfig:
         return self.noise_objects is not None
 
 
-class Detection:
+class Detection(Task[DetectionConfig]):
     """Boxes and classes of all objects in an image."""
 
-    name: ClassVar[Literal["detection"]] = "detection"
-
-    def __init__(self, config: DetectionConfig, vocab: Vocab, categories: tuple[Category, ...]) -> None:
-        self.config = config
-        self.vocab = vocab
-        self.categories = {category.label: category for category in categories or numbered_categories(vocab)}
-        self.max_label = max(self.categories)
-        if self.max_label > vocab.max_label:
-            raise ValueError(f"label {self.max_label} has no id: the vocabulary holds labels 1 to {vocab.max_label}")
-
-    @classmethod
-    def from_settings(cls, model: Pix2Seq, settings: dict[str, Any]) -> Self:
-        """The task as a checkpoint's config.json describes it."""
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DetectionConfig), settings))
-        assert isinstance(config, DetectionConfig)
-        return cls(config, model.config.vocab, model.categories)
-
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint must remember, the inverse of `from_settings`."""
-        return asdict(self.config)
+    name = "detection"
+    config_type = DetectionConfig
+    scale_range = (0.3, 2.0)
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence, prompt and end included."""
         return 2 + TOKENS_PER_OBJECT * max(self.config.max_objects, self.config.num_objects or 0)
+
+    def places(self, target: Target) -> list[int | None]:
+        """Whole images with an object that is no crowd."""
+        return [None] if (~target.iscrowd).any() else []
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Training sequences of a target in pixels of an input of `size` (height, width)."""
@@ -171,11 +155,6 @@ class Detection:
             for b, category, score in zip(boxes, categories, scores, strict=True)
             if b[2] > b[0] and b[3] > b[1]
         ]
-
-
-def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:
-    """A class for every label, for models that came without names."""
-    return tuple(Category(label, label, f"class {label}") for label in range(1, vocab.max_label + 1))
 
 
 def object_order(boxes_yxyx: NDArray[np.float32], order: str, rng: np.random.Generator) -> NDArray[np.int64]:
