@@ -1,0 +1,136 @@
+"""BLEU by nltk, CIDEr-D and ROUGE-L by pycocoevalcap where it is installed.
+
+The server of COCO splits captions by Stanford's tokenizer, which needs Java. Here nltk does it,
+by the same conventions, so scores differ from published ones in the last digits; the result says
+which words were counted.
+
+Reference: Papineni et al. 2002 (BLEU), arXiv 1411.5726 (CIDEr-D), Lin 2004 (ROUGE-L), and
+arXiv 1504.00325 for how COCO uses them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pix2seq.errors import InputError
+
+TOKENIZATION = "lower case, nltk's TreebankWordTokenizer, punctuation removed"
+
+_MAX_ORDER = 4
+_PUNCTUATION = re.compile("[-.?!,:;'\"`(){}\\[\\]\u2026\u2013\u2014]+")
+_STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a corpus. None stands for what is undefined, or cannot be computed here."""
+
+    metrics: dict[str, float | None]  # BLEU-1 to BLEU-4 and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10
+    num_images: int  # scored: those with a reference
+    num_without_prediction: int  # of these; they count as empty captions
+    tokenization: str = TOKENIZATION  # of references and predictions alike
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "metrics": self.metrics,
+            "num_images": self.num_images,
+            "num_without_prediction": self.num_without_prediction,
+            "tokenization": self.tokenization,
+        }
+
+    def summary(self) -> str:
+        """One line."""
+        show = lambda value: "undefined" if value is None else f"{value:.3f}"  # noqa: E731
+        names = ["BLEU-4", *(name for name in ("CIDEr-D", "ROUGE-L") if self.metrics[name] is not None)]
+        scores = ", ".join(f"{name} {show(self.metrics[name])}" for name in names)
+        return f"{scores} on {self.num_images} images"
+
+    def text(self) -> str:
+        """A table for the terminal."""
+        show = lambda value: "    -" if value is None else f"{value:5.3f}"  # noqa: E731
+        lines = [f"{name:<7}  {show(value)}" for name, value in self.metrics.items()]
+        lines.append(f"{self.num_images} images, {self.num_without_prediction} of them without a prediction")
+        lines.append(f"words: {self.tokenization}")
+        return "\n".join(lines)
+
+
+def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:
+    """Score one caption an image against its references, both by image id.
+
+    An image without a prediction counts as one with an empty caption, which is legal and scores 0.
+    Images without a reference, or whose references hold no word, are left out. BLEU is that of the
+    corpus, unsmoothed: without a single common 4-gram BLEU-4 is 0. CIDEr-D weighs words by how few
+    of these images have them, so that it depends on the data set, and with one image it is undefined.
+    Raises `InputError` for predictions of unknown images.
+    """
+    unknown = [image_id for image_id in predictions if image_id not in references]
+    if unknown:
+        some = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        raise InputError(
+            f"{len(unknown)} of {len(predictions)} predicted captions are for images that the references do not have "
+            f"(ids {some}); score them against the split they were made from"
+        )
+    truths: list[list[list[str]]] = []
+    guesses: list[list[str]] = []
+    missing = 0
+    for image_id, captions in references.items():
+        truth = [words for words in map(caption_words, captions) if words]
+        if truth:
+            truths.append(truth)
+            guesses.append(caption_words(predictions.get(image_id, "")))
+            missing += image_id not in predictions
+    return CaptionScores(_corpus_bleu(truths, guesses) | _cider_and_rouge(truths, guesses), len(truths), missing)
+
+
+def caption_words(text: str) -> list[str]:
+    """The words that are counted: lower case, `don't` as `do n't`, without punctuation."""
+    from nltk.tokenize import TreebankWordTokenizer  # nltk takes seconds to import, and three tasks of four do without
+
+    text = text.lower().translate(_STRAIGHT_QUOTES)
+    # Treebank's rules split only the last full stop, as they expect one sentence at a time.
+    text = re.sub(r"\.(?=\s)", " . ", text)
+    return [word for word in TreebankWordTokenizer().tokenize(text) if not _PUNCTUATION.fullmatch(word)]
+
+
+def _corpus_bleu(references: list[list[list[str]]], predictions: list[list[str]]) -> dict[str, float | None]:
+    from nltk.translate.bleu_score import brevity_penalty, closest_ref_length, modified_precision
+
+    scores: dict[str, float | None] = {f"BLEU-{n}": None for n in range(1, _MAX_ORDER + 1)}
+    if not references:
+        return scores
+    # nltk's own corpus_bleu counts a wrong n-gram for each prediction of fewer than n words, where the
+    # paper and COCO's scorer count none, and warns and gives 1e-77 instead of 0. Hence its parts only.
+    matches, total = [0] * _MAX_ORDER, [0] * _MAX_ORDER
+    for truth, guess in zip(references, predictions, strict=True):
+        for n in range(1, min(_MAX_ORDER, len(guess)) + 1):
+            matches[n - 1] += modified_precision(truth, guess, n).numerator
+            total[n - 1] += len(guess) - n + 1
+    num_words = sum(map(len, predictions))
+    closest = sum(closest_ref_length(truth, len(guess)) for truth, guess in zip(references, predictions, strict=True))
+    penalty = brevity_penalty(closest, num_words)
+    product = 1.0
+    for n in range(1, _MAX_ORDER + 1):
+        product *= matches[n - 1] / total[n - 1] if total[n - 1] else 0.0
+        scores[f"BLEU-{n}"] = penalty * product ** (1 / n)
+    return scores
+
+
+def _cider_and_rouge(references: list[list[list[str]]], predictions: list[list[str]]) -> dict[str, float | None]:
+    scores: dict[str, float | None] = {"CIDEr-D": None, "ROUGE-L": None}
+    if not references:
+        return scores
+    try:
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError:
+        return scores
+    truths = {image: [" ".join(words) for words in truth] for image, truth in enumerate(references)}
+    guesses = {image: [" ".join(words)] for image, words in enumerate(predictions)}
+    scores["ROUGE-L"] = float(Rouge().compute_score(truths, guesses)[0])
+    if len(references) > 1:
+        scores["CIDEr-D"] = float(Cider().compute_score(truths, guesses)[0])
+    return scores

@@ -1,0 +1,289 @@
+"""Text to ids and back: words split by nltk, or the pieces of a sentencepiece model.
+
+Ids run from 0 to `size` - 1; the vocabulary's text offset is added elsewhere (`captioning.py`).
+Both tokenizers built here have 0 for padding, 1 for the end and 2 for what is unknown, as the
+published sentencepiece model has. A checkpoint folder holds one of the two files `text_vocab.json`
+(words) and `text.model` (sentencepiece).
+
+Reference: google-research/pix2seq, `data/tokenizer.py`; sentencepiece, arXiv 1808.06226.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+
+from pix2seq.errors import InputError
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+UNKNOWN = "\u2047"  # what an unknown word reads as: two question marks in one sign, sentencepiece's own choice
+
+WORD_FILE = "text_vocab.json"
+SENTENCEPIECE_FILE = "text.model"
+
+# ASCII punctuation, Latin-1 signs, general punctuation (dashes, curly quotes), CJK and full-width
+# punctuation. All else is part of a word: combining marks too, which `\w` leaves out.
+_MARKS = r"!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2027\u2030-\u205e\u3001-\u303f\uff01-\uff0f"
+_MARK = re.compile(f"[{_MARKS}]")
+
+
+class TextTokenizer(Protocol):
+    """What captioning asks of a tokenizer."""
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, from 0."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids, up to the first `eos_id`; ids out of range are skipped. Never raises."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_text_tokenizer` reads, in place of a tokenizer that is there."""
+
+
+def load_text_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of a checkpoint folder. Raises `InputError` where there is none, or two, or a damaged one."""
+    words, model = folder / WORD_FILE, folder / SENTENCEPIECE_FILE
+    if words.is_file() and model.is_file():
+        raise InputError(
+            f"{folder} holds {WORD_FILE} and {SENTENCEPIECE_FILE}, expected one tokenizer; delete the other"
+        )
+    if words.is_file():
+        return WordTokenizer.from_file(words)
+    if model.is_file():
+        return SentencePieceTokenizer.from_file(model)
+    raise InputError(
+        f"{folder} holds no text tokenizer; expected {WORD_FILE} or {SENTENCEPIECE_FILE}: "
+        "copy it from the checkpoint that training wrote"
+    )
+
+
+class WordTokenizer:
+    """Lower-case words and punctuation marks, a token each.
+
+    A mark remembers on which sides it stood alone: `", "` touches the word before, `" ("` the word after,
+    `"-"` both and `" - "` neither, so that decoding needs no rules of typography. Every character of a
+    caption comes back, up to case, width of spaces and unknown words.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        """`tokens` in the order of their ids, `SPECIAL_TOKENS` first, none twice."""
+        self.tokens = tuple(tokens)
+        self.size = len(self.tokens)
+        self.eos_id = EOS_ID
+        self._ids = {token: token_id for token_id, token in enumerate(self.tokens)}
+        if self.tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
+            raise ValueError(f"a vocabulary starts with {list(SPECIAL_TOKENS)}, got {list(self.tokens[:3])}")
+        if len(self._ids) != self.size:
+            raise ValueError("a token occurs twice in the vocabulary")
+        self._is_mark = [_is_mark(token) for token in self.tokens]
+        # Where a mark never stood like this in training, its most frequent form is better than nothing.
+        self._nearest: dict[str, int] = {}
+        for token_id, token in enumerate(self.tokens):
+            if self._is_mark[token_id]:
+                self._nearest.setdefault(token.strip(" "), token_id)
+
+    @classmethod
+    def build(cls, captions: Iterable[str], *, min_count: int = 1, max_size: int = 32_000) -> WordTokenizer:
+        """The vocabulary of these captions: frequent tokens first, ties in alphabetical order.
+
+        Left out are tokens seen fewer than `min_count` times, and the rarest until no more than
+        `max_size` ids remain, special ones included.
+        """
+        if max_size <= len(SPECIAL_TOKENS):
+            raise InputError(f"a vocabulary of {max_size} has no room for words; give at least 4")
+        counts = Counter(token for caption in captions for token in _split(caption))
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        kept = [token for token, count in ranked if count >= min_count]
+        if not kept:
+            raise InputError(
+                f"no word occurs {min_count} times in the captions, so there is no vocabulary; "
+                "check the data set, or lower min_count"
+            )
+        return cls([*SPECIAL_TOKENS, *kept][:max_size])
+
+    @classmethod
+    def from_file(cls, path: Path) -> WordTokenizer:
+        """Read what `save` wrote. Raises `InputError` for a damaged file."""
+        try:
+            tokens = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+                raise ValueError("tokens is no list of strings")
+            return cls(tokens)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{path} cannot be read ({error}); expected a JSON object with a list of tokens: "
+                "copy it again from the checkpoint that training wrote"
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end."""
+        return [self._ids.get(token, self._nearest.get(token.strip(" "), UNK_ID)) for token in _split(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids, up to the first end; padding and ids out of range are skipped."""
+        text = ""
+        touches = True  # whether what was written last wants no space after it
+        for token_id in map(int, ids):
+            if token_id == EOS_ID:
+                break
+            if token_id == PAD_ID or not 0 <= token_id < self.size:
+                continue
+            token = UNKNOWN if token_id == UNK_ID else self.tokens[token_id]
+            is_mark = self._is_mark[token_id]
+            if not touches and not (is_mark and not token.startswith(" ")):
+                text += " "
+            text += token.strip(" ")
+            touches = is_mark and not token.endswith(" ")
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Write `text_vocab.json`."""
+        content = json.dumps({"tokens": self.tokens}, ensure_ascii=False, indent=0)
+        _replace(folder, WORD_FILE, f"{content}\n".encode())
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model.
+
+    Any model that has an end token will do. Models that sentencepiece trains by default have other
+    special ids than the published one (unknown 0, begin 1, end 2): the end is the model's own, and a
+    begin is never written. A model without an end is refused, as a caption could not stop.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        """`model` is the content of a `.model` file. Raises `InputError` if it is damaged or has no end."""
+        self._model = model
+        damaged = InputError(f"its {len(model)} bytes are no sentencepiece model; train one, or copy it again")
+        if not model:  # sentencepiece would take it, and complain when it is used
+            raise damaged
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.size: int = self._processor.get_piece_size()
+            for piece in range(self.size):
+                self._processor.decode([piece])  # one that is no UTF-8 would raise only when it is generated
+        except (RuntimeError, ValueError):
+            raise damaged from None
+        self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise InputError(
+                "the sentencepiece model has no end token (its eos_id is -1), so a caption could not end; "
+                "train one with --eos_id=1"
+            )
+
+    @classmethod
+    def from_file(cls, path: Path) -> SentencePieceTokenizer:
+        """Read a `.model` file. Raises `InputError` if it cannot be used."""
+        try:
+            return cls(path.read_bytes())
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except InputError as error:
+            reason = str(error)
+        raise InputError(f"{path} cannot be used: {reason}")
+
+    @classmethod
+    def train(cls, captions: Iterable[str], size: int, *, character_coverage: float = 1.0) -> SentencePieceTokenizer:
+        """A unigram model of at most `size` ids, the same for the same captions; smaller if they hold less.
+
+        `character_coverage` is the share of the captions' characters that get an id; lower it below
+        one for languages of thousands of characters.
+        """
+        sentences = [text for text in map(_clean, captions) if text.strip()]
+        if not sentences:
+            raise InputError("there are no captions to train a sentencepiece model on; check the data set")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                vocab_size=size,
+                pad_id=PAD_ID,
+                eos_id=EOS_ID,
+                unk_id=UNK_ID,
+                bos_id=-1,
+                character_coverage=character_coverage,
+                hard_vocab_limit=False,
+                num_threads=1,  # sums in one order, so that the result is the same every time
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).rpartition("] ")[2].split()) or "no reason given"
+            raise InputError(
+                f"sentencepiece cannot make {size} ids of {len(sentences)} captions ({reason}); try another size"
+            ) from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end."""
+        return self._processor.encode(_clean(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids, up to the first end; ids out of range are skipped."""
+        readable: list[int] = []
+        for token_id in map(int, ids):
+            if token_id == self.eos_id:
+                break
+            if 0 <= token_id < self.size:
+                readable.append(token_id)
+        return self._processor.decode(readable)
+
+    def save(self, folder: Path) -> None:
+        """Write `text.model`."""
+        _replace(folder, SENTENCEPIECE_FILE, self._model)
+
+
+def _split(text: str) -> list[str]:
+    """Tokens of a text as `WordTokenizer` keeps them: lower-case words, and marks with the spaces around them."""
+    # Both ends of a text count as spaces.
+    text = f" {' '.join(unicodedata.normalize('NFC', _clean(text).lower()).split())} "
+    tokens: list[str] = []
+    for start, end in _splitter().span_tokenize(text):
+        token = text[start:end]
+        if _is_mark(token):
+            before = " " if text[start - 1] == " " else ""
+            after = " " if text[end] == " " else ""
+            token = before + token + after
+        tokens.append(token)
+    return tokens
+
+
+@cache
+def _splitter() -> Any:
+    # nltk takes seconds to import, and three tasks of four have no text.
+    from nltk.tokenize import RegexpTokenizer
+
+    return RegexpTokenizer(rf"[^ {_MARKS}]+|[{_MARKS}]")
+
+
+def _is_mark(token: str) -> bool:
+    return _MARK.fullmatch(token.strip(" ")) is not None
+
+
+def _clean(text: str) -> str:
+    # JSON may hold halves of surrogate pairs, which no file and no sentencepiece model can.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _replace(folder: Path, name: str, content: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    for other in {WORD_FILE, SENTENCEPIECE_FILE} - {name}:
+        (folder / other).unlink(missing_ok=True)
