@@ -1,7 +1,8 @@
 """What may come next, so that a generated sequence always parses.
 
 A grammar looks at the ids generated so far and answers, for every row, with a half-open range of
-ids and a few single ids besides. It knows ids and phases, not tasks.
+ids and a few single ids besides. It knows ids and phases, not tasks, and keeps nothing between steps.
+After a row's end token it may say what it likes: the row is padding.
 
 Shapes: R rows, t ids generated so far, S single ids.
 """
@@ -14,20 +15,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+MIN_RING = 3  # points that enclose an area
+NONE = -1  # no single id
+
 
 @dataclass(frozen=True)
 class Allowed:
     """The ids that may come next: `low` <= id < `high`, or any of `singles`."""
 
     low: Tensor  # (R,) int64
-    high: Tensor  # (R,) int64
-    singles: Tensor  # (S,) int64, the same for every row
+    high: Tensor  # (R,) int64; at most `low` where the range is empty
+    singles: Tensor  # (R, S) int64, NONE where there are fewer
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits (R, V) with every other id at minus infinity."""
         ids = torch.arange(logits.shape[-1], device=logits.device)
         allowed = (ids >= self.low[:, None]) & (ids < self.high[:, None])
-        allowed[:, self.singles] = True
+        if self.singles.shape[1]:
+            given = self.singles != NONE
+            allowed |= torch.zeros_like(allowed).scatter_reduce_(1, self.singles.clamp(min=0), given, "amax")
         return logits.masked_fill(~allowed, -torch.inf)
 
 
@@ -52,15 +58,88 @@ class BoxGrammar:
         """See `Grammar`."""
         num_rows, length = ids.shape
         phase = length % 5
-        ones = ids.new_ones(num_rows)
         top = self.coord_base + self.num_bins
-        none = ids.new_empty(0)
         if phase < 2:
-            singles = none if phase or self.eos_id is None else ids.new_tensor([self.eos_id])
-            return Allowed(ones * self.coord_base, ones * (top - 1), singles)
+            end = NONE if phase or self.eos_id is None else self.eos_id
+            return _constant(ids, self.coord_base, top - 1, end)
         if phase < 4:
             # After an end token the row is padding, whatever this says; clamping keeps it a range.
             low = (ids[:, length - 2] + 1).clamp(self.coord_base + 1, top - 1)
-            return Allowed(low, ones * top, none)
+            return Allowed(low, torch.full_like(low, top), ids.new_empty(num_rows, 0))
         first = self.class_base + 1
-        return Allowed(ones * first, ones * (first + self.max_label), ids.new_tensor([self.noise_id]))
+        return _constant(ids, first, first + self.max_label, self.noise_id)
+
+
+@dataclass(frozen=True)
+class PolygonGrammar:
+    """Rings of at least three points; a separator takes the place of a point between two rings."""
+
+    coord_base: int
+    num_bins: int
+    separator_id: int
+    eos_id: int
+    max_points: int  # separators included; the end comes after that many at the latest
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        num_rows, length = ids.shape
+        low = ids.new_full((num_rows,), self.coord_base)
+        high = low + self.num_bins
+        none = ids.new_full((num_rows,), NONE)
+        separator = torch.full_like(none, self.separator_id)
+        if length % 2:
+            separating = ids[:, -1] == self.separator_id
+            return Allowed(low, torch.where(separating, low, high), torch.where(separating, separator, none)[:, None])
+        points = length // 2
+        places = torch.arange(1, points + 1, device=ids.device)
+        last_separator = ((ids[:, ::2] == self.separator_id) * places).amax(1) if points else torch.zeros_like(none)
+        closes = points - last_separator >= MIN_RING
+        room = self.max_points - points
+        if room <= 0:
+            high = low
+        next_ring = closes & (room > MIN_RING)
+        singles = [torch.where(closes, self.eos_id, NONE), torch.where(next_ring, separator, none)]
+        return Allowed(low, high, torch.stack(singles, dim=1))
+
+
+@dataclass(frozen=True)
+class KeypointGrammar:
+    """Points in turn, each two coordinates or the invisible token twice."""
+
+    coord_base: int
+    num_bins: int
+    invisible_id: int
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        top = self.coord_base + self.num_bins
+        if ids.shape[1] % 2 == 0:
+            return _constant(ids, self.coord_base, top, self.invisible_id)
+        hidden = ids[:, -1:] == self.invisible_id
+        low = torch.full_like(ids[:, 0], self.coord_base)
+        high = torch.where(hidden[:, 0], low, low + self.num_bins)
+        return Allowed(low, high, torch.where(hidden, self.invisible_id, NONE))
+
+
+@dataclass(frozen=True)
+class TextGrammar:
+    """At least one piece of text, then an end, after `max_tokens` ids at the latest."""
+
+    first_piece: int
+    text_end: int  # one past the last piece
+    eos_id: int
+    max_tokens: int
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        length = ids.shape[1]
+        last = length >= self.max_tokens - 1
+        return _constant(
+            ids, self.first_piece, self.first_piece if last else self.text_end, self.eos_id if length else NONE
+        )
+
+
+def _constant(ids: Tensor, low: int, high: int, single: int) -> Allowed:
+    """The same for every row of `ids` (R, t)."""
+    ones = ids.new_ones(len(ids))
+    return Allowed(ones * low, ones * high, (ones * single)[:, None])

@@ -16,6 +16,8 @@ from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_ca
 from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.vocab import PAD, TASK_IDS
 
+NUM_SPECIAL = 3  # ids of a text tokenizer that are no text: padding or beginning, end, unknown
+
 
 @dataclass(frozen=True)
 class CaptioningConfig(TaskConfig):
@@ -64,9 +66,7 @@ class Captioning(Task[CaptioningConfig]):
         """A sequence for each of up to `captions_per_image` captions, drawn at random."""
         found = []
         for i in rng.permutation(len(target.captions))[: self.config.captions_per_image]:
-            ids = encode_caption(
-                target.captions[i], self.tokenizer, self.vocab, max_tokens=self.config.max_tokens
-            )
+            ids = encode_caption(target.captions[i], self.tokenizer, self.vocab, max_tokens=self.config.max_tokens)
             weights = np.ones(len(ids), np.float32)
             weights[-1] = self.config.eos_weight
             inputs = drop_inputs(ids, self.config.input_drop, rng)
@@ -90,7 +90,7 @@ class Captioning(Task[CaptioningConfig]):
     def grammar(self) -> TextGrammar:
         """Text, and an end after at least one token of it."""
         return TextGrammar(
-            text_base=self.vocab.text_base,
+            first_piece=self.vocab.text_base + NUM_SPECIAL,
             text_end=self.vocab.text_base + self.tokenizer.size,
             eos_id=self.eos_id,
             max_tokens=self.max_new_tokens,

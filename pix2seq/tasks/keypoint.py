@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
