@@ -1,4 +1,4 @@
-"""Boxes on pictures: `python infer/predict.py IMAGE... --checkpoint DIR --out DIR`, or `pix2seq predict`.
+"""Ask about pictures: `python infer/predict.py IMAGE... --checkpoint DIR --task ...`, or `pix2seq predict`.
 
 Writes NAME.json and NAME.png for every picture.
 """
@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
-from pix2seq.data.target import Instance
 from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
-from pix2seq.predictor import EncodedImage, Predictor
+from pix2seq.predictor import EncodedImage, Prediction, Predictor
 
 
 def predict_files(
@@ -27,14 +26,16 @@ def predict_files(
     *,
     checkpoint: Path,
     out: Path,
+    tasks: Sequence[str] | None = None,
     num_objects: int | None = None,
+    num_samples: int | None = None,
     min_score: float = 0.3,
     batch_size: int = 16,
     seed: int = 0,
     device: str = "auto",
     bf16: bool = False,
 ) -> None:
-    """Detect objects in picture files and write NAME.json and NAME.png for each into `out`.
+    """Do `tasks`, all that the checkpoint knows by default, on picture files; write NAME.json and NAME.png into `out`.
 
     A picture that cannot be read stops nothing: the others are done first, then an `InputError`
     names it. `min_score` applies to the drawing alone.
@@ -45,19 +46,26 @@ def predict_files(
     if repeated:
         raise InputError(f"{len(repeated)} names are shared by several pictures, {repeated[0]!r} for one; rename them")
     predictor = Predictor.from_pretrained(checkpoint, device=device, bf16=bf16)
+    tasks = tuple(predictor.tasks) if tasks is None else tasks
+    for name in tasks:
+        predictor.require(name)
     if num_objects is not None:
         predictor.set_num_objects(num_objects)
+    if num_samples is not None:
+        predictor.set_num_samples(num_samples)
     out.mkdir(parents=True, exist_ok=True)
 
     unreadable: list[InputError] = []
-    with tqdm(total=len(images), unit="image", disable=len(images) <= batch_size) as bar:
+    one_by_one = {"segmentation", "keypoint"} & set(tasks)  # these take long even for a few pictures
+    with tqdm(total=len(images), unit="image", disable=len(images) <= (1 if one_by_one else batch_size)) as bar:
         for start in range(0, len(images), batch_size):
             some = images[start : start + batch_size]
             readable, encoded = _encode(predictor, some, unreadable)
-            detected = predictor.detect_batch(encoded, seed=seed) if encoded else []
-            for path, image, instances in zip(readable, encoded, detected, strict=True):
-                write_result(out / path.stem, path, image, instances, min_score=min_score)
-            bar.update(len(some))
+            bar.update(len(some) - len(readable))
+            predictions = predictor.predict_batch(encoded, tasks, seed=seed)
+            for path, image, prediction in zip(readable, encoded, predictions, strict=True):
+                write_result(out / path.stem, path, image, prediction, min_score=min_score)
+                bar.update()
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise InputError(f"{unreadable[0]}{more}")
@@ -76,20 +84,20 @@ def _encode(
     return readable, predictor.encode_batch(pictures) if pictures else []
 
 
-def write_result(
-    stem: Path, source: Path, image: EncodedImage, instances: Sequence[Instance], *, min_score: float
-) -> None:
+def write_result(stem: Path, source: Path, image: EncodedImage, prediction: Prediction, *, min_score: float) -> None:
     """Write `stem`.json and `stem`.png."""
     width, height = image.size
     content = {
         "image": source.name,
         "width": width,
         "height": height,
-        "instances": [instance.to_json() for instance in instances],
-        "captions": [],
+        "instances": [instance.to_json() for instance in prediction.instances],
+        "captions": [caption.to_json() for caption in prediction.captions],
     }
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draw_instances(image.pixels, instances, min_score=min_score).save(stem.with_name(f"{stem.name}.png"))
+    caption = prediction.captions[0].text if prediction.captions else None
+    drawing = draw_instances(image.pixels, prediction.instances, min_score=min_score, caption=caption)
+    drawing.save(stem.with_name(f"{stem.name}.png"))
 
 
 def _main(argv: Sequence[str]) -> None:

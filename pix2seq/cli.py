@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pix2seq.errors import InputError, unknown_name
 
-TASK_NAMES = ("detection",)
+TASK_NAMES = ("detection", "segmentation", "keypoint", "captioning")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +46,8 @@ def _main(argv: Sequence[str]) -> int:
     parser = _Parser(prog="pix2seq", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
-    add_eval(commands.add_parser("eval", help="COCO metrics of a checkpoint on a data set"))
-    add_predict(commands.add_parser("predict", help="boxes on pictures, as JSON and as an annotated PNG each"))
+    add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
+    add_predict(commands.add_parser("predict", help="ask about pictures; answers as JSON and as a drawing each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     data = commands.add_parser("data", help="make or check a data set")
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
@@ -66,7 +66,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
             raise unknown_name("task", name, TASK_NAMES)
     if not names:
         raise InputError(f"no task was named; expected some of {', '.join(TASK_NAMES)}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> None:
@@ -92,7 +92,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     """Options of evaluation."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--data", required=True, type=Path, help="COCO or Pascal VOC folder")
-    parser.add_argument("--task", default="detection")
+    parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
@@ -100,15 +100,22 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
-        parse_tasks(args.task)
+        tasks = parse_tasks(args.task) if args.task else None
         from pix2seq.data.folder import open_dataset
         from pix2seq.evaluation import evaluate
         from pix2seq.predictor import Predictor
 
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
         dataset = open_dataset(args.data, args.split)
-        result = evaluate(predictor, dataset, batch_size=args.batch_size, limit=args.limit, progress=True)
-        print(result.ap.text())
+        result = evaluate(
+            predictor,
+            dataset,
+            tasks or tuple(predictor.tasks),
+            batch_size=args.batch_size,
+            limit=args.limit,
+            progress=True,
+        )
+        print(result.text())
         print(result.summary())
         if args.out:
             result.save(args.out)
@@ -121,23 +128,26 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
     parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name a picture")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
-    parser.add_argument("--task", default="detection")
+    parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
+    parser.add_argument("--num-samples", type=_positive, help="outlines that vote on each mask; 1 for speed")
     parser.add_argument("--min-score", type=float, default=0.3, help="least score of a drawn box; JSON has them all")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
-        parse_tasks(args.task)
+        tasks = parse_tasks(args.task) if args.task else None
         from pix2seq.infer.predict import predict_files
 
         predict_files(
             [*args.images, *args.image],
             checkpoint=args.checkpoint,
+            tasks=tasks,
             out=args.out,
             num_objects=args.num_objects,
+            num_samples=args.num_samples,
             min_score=args.min_score,
             batch_size=args.batch_size,
             seed=args.seed,

@@ -52,7 +52,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     predictor = Predictor.from_pretrained(checkpoint, device=config.device)
     dataset = open_dataset(out / "shapes", "val")
     result = evaluate(predictor, dataset)
-    print(result.ap.text())
+    print(result.text())
     result.save(out / "metrics.json")
 
     print("4/4  what it sees")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,38 +12,75 @@ from typing import Any
 from tqdm import tqdm
 
 from pix2seq.data.folder import labels_by_name
-from pix2seq.data.target import Dataset, Instance
-from pix2seq.metrics.coco_ap import ApResult, average_precision
-from pix2seq.predictor import Predictor
+from pix2seq.data.target import Category, Dataset, Instance, Target
+from pix2seq.metrics.captions import CaptionScores, caption_scores
+from pix2seq.metrics.coco_ap import ApResult, Kind, average_precision
+from pix2seq.predictor import EncodedImage, Predictor
+
+KINDS: dict[str, Kind] = {"detection": "box", "segmentation": "mask", "keypoint": "keypoint"}
+TRUE_BOXES, FOUND_BOXES = "true_boxes", "found_boxes"  # what masks and keypoints were asked for
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found."""
+    """What an evaluation found.
 
-    ap: ApResult
+    `scores` by name: `detection`, `captioning`, and `segmentation/found_boxes`,
+    `segmentation/true_boxes` and alike for keypoints, which are asked for about boxes that the model
+    found and, apart from that, about those that were annotated.
+    """
+
+    scores: dict[str, ApResult | CaptionScores]
     num_images: int
     num_detections: int
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: `metrics` by COCO's names, `per_class`, and how many images they rest on."""
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """All numbers by name: `AP` for boxes, else as in `segmentation/true_boxes/AP50`."""
         return {
-            "task": "detection",
-            **self.ap.to_json(),
+            metric if name == "detection" else f"{name}/{metric}": value
+            for name, score in self.scores.items()
+            for metric, value in score.metrics.items()
+        }
+
+    @classmethod
+    def joined(cls, results: Sequence[EvalResult]) -> EvalResult:
+        """Evaluations of different tasks as one."""
+        scores = {name: score for result in results for name, score in result.scores.items()}
+        return cls(
+            scores,
+            max(result.num_images for result in results),
+            sum(result.num_detections for result in results),
+            sum(result.seconds for result in results),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: `metrics` by name, `scores` in full, and how many images they rest on."""
+        return {
+            "metrics": self.metrics,
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "num_images": self.num_images,
             "num_detections": self.num_detections,
             "seconds": round(self.seconds, 3),
         }
 
+    def text(self) -> str:
+        """Tables for the terminal."""
+        if list(self.scores) == ["detection"]:
+            return self.scores["detection"].text()
+        return "\n\n".join(f"{name}\n{score.text()}" for name, score in self.scores.items())
+
     def summary(self) -> str:
         """One line."""
         show = lambda value: "undefined" if value is None else f"{value:.3f}"  # noqa: E731
-        metrics = self.ap.metrics
-        return (
-            f"AP {show(metrics['AP'])}, AP50 {show(metrics['AP50'])}, AR100 {show(metrics['AR100'])} "
-            f"on {self.num_images} images in {self.seconds:.0f} s"
-        )
+        parts = []
+        for name, score in self.scores.items():
+            chosen = ("BLEU-4",) if isinstance(score, CaptionScores) else ("AP", "AP50")
+            chosen += ("AR100",) if name == "detection" else ()
+            prefix = "" if name == "detection" else f"{name} "
+            parts.append(prefix + ", ".join(f"{metric} {show(score.metrics[metric])}" for metric in chosen))
+        return f"{'; '.join(parts)} on {self.num_images} images in {self.seconds:.0f} s"
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a file."""
@@ -51,25 +89,76 @@ class EvalResult:
 
 
 def evaluate(
-    predictor: Predictor, dataset: Dataset, *, batch_size: int = 16, limit: int = 0, progress: bool = False
+    predictor: Predictor,
+    dataset: Dataset,
+    tasks: Sequence[str] = ("detection",),
+    *,
+    batch_size: int = 16,
+    limit: int = 0,
+    progress: bool = False,
 ) -> EvalResult:
-    """COCO AP of boxes on the first `limit` pictures, all where it is 0.
+    """COCO AP of boxes, masks and keypoints, and caption scores, on the first `limit` pictures (0: all).
 
     Classes are matched by name, and every class of the data set must be known to the model; raises
     `InputError` otherwise.
     """
-    labels_by_name(dataset.categories, predictor.model.categories)
+    instance_tasks = [name for name in ("segmentation", "keypoint") if name in tasks]
+    categories = {}
+    if "detection" in tasks or instance_tasks:
+        known = {category.label: category for category in predictor.model.categories}
+        found = labels_by_name(dataset.categories, predictor.model.categories)
+        categories = {label: known[model_label] for label, model_label in found.items()}
     num_images = min(limit, len(dataset)) if limit else len(dataset)
     started = time.perf_counter()
-    predictions: dict[int, list[Instance]] = {}
+    predictions: dict[str, dict[int, list[Instance]]] = {}
+    captions: dict[int, str] = {}
     targets = [dataset.target(index) for index in range(num_images)]
     with tqdm(total=num_images, unit="image", disable=not progress) as bar:
         for start in range(0, num_images, batch_size):
             some = targets[start : start + batch_size]
             encoded = predictor.encode_batch([target.image.path for target in some])
-            for target, instances in zip(some, predictor.detect_batch(encoded, seed=start), strict=True):
-                predictions[target.image.id] = instances
-            bar.update(len(some))
-    ap = average_precision(targets, dataset.categories, predictions)
-    num_detections = sum(len(instances) for instances in predictions.values())
-    return EvalResult(ap, num_images, num_detections, time.perf_counter() - started)
+            found_boxes: list[list[Instance]] = [[] for _ in some]
+            if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
+                found_boxes = predictor.detect_batch(encoded, seed=start)
+            if "captioning" in tasks:
+                texts = predictor.caption_batch(encoded, seed=start)
+                captions |= {target.image.id: text.text for target, text in zip(some, texts, strict=True)}
+            for target, image, boxes in zip(some, encoded, found_boxes, strict=True):
+                answers = {"detection": boxes} if "detection" in tasks else {}
+                for name in instance_tasks:
+                    answers |= _about_boxes(predictor, name, image, boxes, target, categories, start)
+                for name, instances in answers.items():
+                    predictions.setdefault(name, {})[target.image.id] = instances
+                bar.update()
+    scores: dict[str, ApResult | CaptionScores] = {
+        name: average_precision(targets, dataset.categories, found, kind=KINDS[name.partition("/")[0]])
+        for name, found in sorted(predictions.items())
+    }
+    if "captioning" in tasks:
+        scores["captioning"] = caption_scores({t.image.id: t.captions for t in targets if t.captions}, captions)
+    num_detections = sum(len(instances) for instances in predictions.get("detection", {}).values())
+    return EvalResult(scores, num_images, num_detections, time.perf_counter() - started)
+
+
+def _about_boxes(
+    predictor: Predictor,
+    task: str,
+    image: EncodedImage,
+    found: Sequence[Instance],
+    target: Target,
+    categories: Mapping[int, Category],
+    seed: int,
+) -> dict[str, list[Instance]]:
+    """Masks or keypoints of boxes that were found and of those that were annotated."""
+    ask = predictor.segment if task == "segmentation" else predictor.keypoints
+    true = [
+        Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), categories[int(label)], 1.0)
+        for b, label, crowd in zip(target.boxes_xyxy, target.labels, target.iscrowd, strict=True)
+        if not crowd
+    ]
+    answers = {f"{task}/{TRUE_BOXES}": ask(image, true, seed=seed)}
+    if "detection" in predictor.tasks:
+        least = predictor.tasks[task].config.min_box_score
+        likely = [instance for instance in found if instance.score >= least]
+        answers[f"{task}/{FOUND_BOXES}"] = ask(image, likely, seed=seed)
+    return answers

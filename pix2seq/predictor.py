@@ -6,29 +6,44 @@ same types whatever came in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
 from pix2seq.affine import fit_affine
+from pix2seq.box_ops import box_xyxy_to_yxyx
+from pix2seq.data.categories import same_name
 from pix2seq.data.image import read_image
-from pix2seq.data.target import Instance
+from pix2seq.data.target import Caption, Category, Instance
+from pix2seq.data.transforms import object_region
 from pix2seq.device import pick_device
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, unknown_name
+from pix2seq.model.generate import Generated
+from pix2seq.model.grammar import Grammar
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks import TASKS
+from pix2seq.tasks.captioning import Captioning
 from pix2seq.tasks.detection import Detection
+from pix2seq.tasks.keypoint import Keypoint
+from pix2seq.tasks.segmentation import Segmentation
+from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
 from pix2seq.training.checkpoint import find_checkpoint
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+Boxes = Sequence[Instance] | ArrayLike
+"""Objects to ask about: instances, or boxes (N, 4) as x0, y0, x1, y1 in pixels of the picture."""
+
+AnyTask = TypeVar("AnyTask", bound=Task[Any])
+MAX_ROWS = 256  # sequences that are decoded side by side
+MAX_CROPS = 16  # pictures of single objects that are encoded side by side
 
 
 @dataclass(frozen=True)
@@ -45,15 +60,24 @@ class EncodedImage:
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """All that was asked about one picture."""
+
+    instances: list[Instance] = field(default_factory=list)
+    captions: list[Caption] = field(default_factory=list)
+
+
 class Predictor:
-    """A model with everything around it: reading, resizing, asking and reading the answers."""
+    """A model with everything around it: reading, resizing, asking and reading the answers.
+
+    `seed` in any call fixes what sampling draws.
+    """
 
     def __init__(self, model: Pix2Seq, *, bf16: bool = False) -> None:
         self.model = model.eval()
         self.bf16 = bf16
-        self.tasks = {
-            name: TASKS[name].from_settings(model, settings) for name, settings in model.task_settings.items()
-        }
+        self.tasks: dict[str, Task[Any]] = {name: TASKS[name].from_model(model) for name in model.task_settings}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
@@ -82,46 +106,279 @@ class Predictor:
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
         """Objects of one picture, best first."""
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image)
-        return self.detect_batch([encoded], seed=seed)[0]
+        return self.detect_batch([self._encoded(image)], seed=seed)[0]
 
     def detect_batch(self, images: Sequence[EncodedImage], *, seed: int = 0) -> list[list[Instance]]:
-        """As `detect`, for several encoded pictures in one pass. `seed` fixes what sampling draws."""
-        task = self._task("detection")
-        memory = torch.stack([image.memory for image in images])
-        prompt = torch.from_numpy(task.prompt()).expand(len(images), -1)
-        with torch.inference_mode(), self._autocast():
-            out = self.model.generate(
-                memory,
-                prompt,
-                max_new_tokens=task.max_new_tokens,
-                temperature=task.config.temperature,
-                top_k=task.config.top_k,
-                top_p=task.config.top_p,
-                grammar=task.grammar(),
-                score_range=task.score_range,
-                eos_id=task.eos_id,
-                generator=torch.Generator(memory.device).manual_seed(seed),
-            )
+        """As `detect`, for several encoded pictures in one pass."""
+        task = self._task(Detection)
+        out = self._generate(
+            task,
+            torch.stack([image.memory for image in images]),
+            np.tile(task.prompt(), (len(images), 1)),
+            grammar=task.grammar(),
+            eos_id=task.eos_id,
+            score_range=task.score_range,
+            seed=seed,
+        )
         return [task.instances(out, row, np.array(image.canvas_size), image.size) for row, image in enumerate(images)]
+
+    def segment(
+        self,
+        image: EncodedImage | ImageLike,
+        boxes: Boxes | None = None,
+        *,
+        categories: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[Instance]:
+        """Objects with their masks: those of `boxes`, or all that `detect` finds.
+
+        Boxes given as numbers need `categories`, one name for all or one for each, unless the model
+        knows a single class. Several outlines are drawn for each object and vote on its mask; see
+        `set_num_samples`.
+        """
+        task = self._task(Segmentation)
+        encoded = self._encoded(image)
+        given = self._instances(encoded, boxes, categories, task.config.min_box_score, seed)
+        copies = task.config.num_samples
+        found: list[Instance] = []
+        for some in _chunks(given, max(MAX_ROWS // copies, 1)):
+            prompts = task.prompts(_relative_yxyx(some, encoded), [instance.category for instance in some])
+            out = self._generate(
+                task, encoded.memory[None], prompts[None], grammar=task.grammar(), num_samples=copies, seed=seed
+            )
+            for index, instance in enumerate(some):
+                rows = slice(index * copies, (index + 1) * copies)
+                likelihood, score = task.scores(out, rows, instance.score)
+                rings = task.rings(out, rows, np.array(encoded.canvas_size), encoded.size)
+                found.append(replace(instance, score=score, polygons=rings, mask_score=likelihood))
+        return sorted(found, key=lambda instance: -instance.score)
+
+    def keypoints(
+        self,
+        image: EncodedImage | ImageLike,
+        boxes: Boxes | None = None,
+        *,
+        categories: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[Instance]:
+        """Objects with their keypoints: those of `boxes`, or all that `detect` finds, whose class has some.
+
+        For `boxes` and `categories`, see `segment`.
+        """
+        task = self._task(Keypoint)
+        encoded = self._encoded(image)
+        given = self._instances(encoded, boxes, categories, task.config.min_box_score, seed)
+        given = [instance for instance in given if instance.category.keypoints]
+        found: list[Instance] = []
+        for some in _chunks(given, MAX_ROWS if task.crop_padding is None else MAX_CROPS):
+            named = [instance.category for instance in some]
+            if task.crop_padding is None:
+                places = [(encoded, np.zeros(2))] * len(some)
+                memory, prompts = encoded.memory[None], task.prompts(_relative_yxyx(some, encoded), named)[None]
+            else:
+                places = self._crops(encoded, some, task.crop_padding)
+                memory = torch.stack([crop.memory for crop, _ in places])
+                moved = [_moved(instance, -corner) for instance, (_, corner) in zip(some, places, strict=True)]
+                boxes_yxyx = [
+                    _relative_yxyx([instance], crop) for instance, (crop, _) in zip(moved, places, strict=True)
+                ]
+                prompts = task.prompts(np.concatenate(boxes_yxyx), named)
+            out = self._generate(
+                task, memory, prompts, grammar=task.grammar(), eos_id=None, score_range=task.score_range, seed=seed
+            )
+            for row, (instance, (crop, corner)) in enumerate(zip(some, places, strict=True)):
+                points = task.points(out, row, instance.category, np.array(crop.canvas_size))
+                points[:, :2] = np.clip(points[:, :2] + corner, 0, encoded.size) * (points[:, 2:] > 0)
+                likelihood, score = task.scores(out, row, instance.score)
+                found.append(replace(instance, score=score, keypoints=points, keypoint_score=likelihood))
+        return sorted(found, key=lambda instance: -instance.score)
+
+    def caption(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> Caption:
+        """A sentence about one picture."""
+        return self.caption_batch([self._encoded(image)], seed=seed)[0]
+
+    def caption_batch(self, images: Sequence[EncodedImage], *, seed: int = 0) -> list[Caption]:
+        """As `caption`, for several encoded pictures in one pass."""
+        task = self._task(Captioning)
+        prompts = np.tile(task.prompt(), (len(images), 1))
+        memory = torch.stack([image.memory for image in images])
+        out = self._generate(task, memory, prompts, grammar=task.grammar(), eos_id=task.eos_id, seed=seed)
+        return [Caption(*task.caption(out, row)) for row in range(len(images))]
+
+    def predict(
+        self, image: EncodedImage | ImageLike, tasks: Sequence[str], boxes: Boxes | None = None, *, seed: int = 0
+    ) -> Prediction:
+        """Everything that `tasks` name about one picture, which is encoded once.
+
+        Objects are detected, or taken from `boxes`; masks and keypoints are added to them, and they keep
+        the score of their box.
+        """
+        encoded = self._encoded(image)
+        given = None if boxes is None else [self._instances(encoded, boxes, None, 0.0, seed)]
+        return next(self.predict_batch([encoded], tasks, given, seed=seed))
+
+    def predict_batch(
+        self,
+        images: Sequence[EncodedImage],
+        tasks: Sequence[str],
+        boxes: Sequence[Sequence[Instance]] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Iterator[Prediction]:
+        """As `predict`, picture by picture; boxes and captions of all of them come from one pass each."""
+        if not images:
+            return
+        captions = self.caption_batch(images, seed=seed) if "captioning" in tasks else None
+        if boxes is not None:
+            found = [list(given) for given in boxes]
+        elif {"detection", "segmentation", "keypoint"} & set(tasks):
+            found = self.detect_batch(images, seed=seed)
+        else:
+            found = [[] for _ in images]
+        for index, (image, instances) in enumerate(zip(images, found, strict=True)):
+            if "segmentation" in tasks:
+                likely = _likely(instances, self._task(Segmentation).config.min_box_score)
+                instances = _with_answers(instances, self.segment(image, likely, seed=seed))
+            if "keypoint" in tasks:
+                likely = _likely(instances, self._task(Keypoint).config.min_box_score)
+                instances = _with_answers(instances, self.keypoints(image, likely, seed=seed))
+            yield Prediction(instances, [] if captions is None else [captions[index]])
+
+    def require(self, task: str) -> None:
+        """Raise `InputError` where the checkpoint does not know a task."""
+        if task not in self.tasks:
+            known = ", ".join(self.tasks) or "no task"
+            raise InputError(f"this checkpoint was not trained for {task}; it knows {known}")
+
+    def set_num_samples(self, num_samples: int) -> None:
+        """Let this many outlines vote on each mask from now on; 1 for speed."""
+        task = self._task(Segmentation)
+        config = replace(task.config, num_samples=num_samples)
+        self.tasks[Segmentation.name] = Segmentation(config, task.vocab, tuple(task.categories.values()))
 
     def set_num_objects(self, num_objects: int) -> None:
         """Ask for this many objects from now on, whether or not the model would end before."""
-        task = self._task("detection")
+        task = self._task(Detection)
         config = replace(task.config, num_objects=num_objects)
-        self.tasks["detection"] = Detection(config, self.model.config.vocab, self.model.categories)
-        if self.tasks["detection"].max_seq_len > self.model.decoder.max_seq_len:
+        asked = Detection(config, task.vocab, tuple(task.categories.values()))
+        if asked.max_seq_len > self.model.decoder.max_seq_len:
             most = (self.model.decoder.max_seq_len - 2) // TOKENS_PER_OBJECT
             raise InputError(f"{num_objects} objects are more than this checkpoint can list; ask for at most {most}")
+        self.tasks[Detection.name] = asked
 
-    def _task(self, name: str) -> Detection:
-        if name not in self.tasks:
-            known = ", ".join(self.tasks) or "no task"
-            raise InputError(f"this checkpoint was not trained for {name}; it knows {known}")
-        return self.tasks[name]
+    def _encoded(self, image: EncodedImage | ImageLike) -> EncodedImage:
+        return image if isinstance(image, EncodedImage) else self.encode(image)
+
+    def _task(self, kind: type[AnyTask]) -> AnyTask:
+        self.require(kind.name)
+        task = self.tasks[kind.name]
+        assert isinstance(task, kind)
+        return task
+
+    def _generate(
+        self,
+        task: Task[Any],
+        memory: Tensor,
+        prompts: NDArray[np.int64],
+        *,
+        grammar: Grammar,
+        seed: int,
+        eos_id: int | None = 0,
+        score_range: tuple[int, int] | None = None,
+        num_samples: int = 1,
+    ) -> Generated:
+        with torch.inference_mode(), self._autocast():
+            return self.model.generate(
+                memory,
+                torch.from_numpy(prompts),
+                max_new_tokens=task.max_new_tokens,
+                grammar=grammar,
+                eos_id=eos_id,
+                score_range=score_range,
+                num_samples=num_samples,
+                generator=torch.Generator(memory.device).manual_seed(seed),
+                **task.sampling,
+            )
+
+    def _instances(
+        self,
+        image: EncodedImage,
+        boxes: Boxes | None,
+        categories: str | Sequence[str] | None,
+        min_score: float,
+        seed: int,
+    ) -> list[Instance]:
+        """What is asked about: detected where nothing is given, with `min_score` at least."""
+        if boxes is None:
+            return _likely(self.detect(image, seed=seed), min_score)
+        if isinstance(boxes, Sequence) and all(isinstance(box, Instance) for box in boxes):
+            known = {same_name(category.name): category for category in self._categories()}
+            return [replace(i, category=self._category(i.category.name, known)) for i in boxes]  # type: ignore[union-attr]
+        corners = np.asarray(boxes, np.float64)
+        if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
+            raise InputError(f"boxes must be finite numbers (N, 4) as x0, y0, x1, y1, got shape {corners.shape}")
+        corners = np.clip(corners, 0, np.tile(image.size, 2))
+        if not (corners[:, 2:] > corners[:, :2]).all():
+            raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the picture")
+        known = {same_name(category.name): category for category in self._categories()}
+        if categories is None and len(known) > 1:
+            raise InputError("boxes need categories: one name for all of them, or one for each")
+        names = next(iter(known)) if categories is None else categories
+        listed = [names] * len(corners) if isinstance(names, str) else list(names)
+        if len(listed) != len(corners):
+            raise InputError(f"{len(corners)} boxes were given with {len(listed)} categories; give one for each")
+        return [
+            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self._category(name, known), 1.0)
+            for b, name in zip(corners, listed, strict=True)
+        ]
+
+    def _categories(self) -> Sequence[Category]:
+        return list(next(iter(self.tasks.values())).categories.values())
+
+    @staticmethod
+    def _category(name: str, known: dict[str, Category]) -> Category:
+        if same_name(name) not in known:
+            raise unknown_name("category", name, [category.name for category in known.values()])
+        return known[same_name(name)]
+
+    def _crops(
+        self, image: EncodedImage, instances: Sequence[Instance], padding: float
+    ) -> list[tuple[EncodedImage, NDArray[np.float64]]]:
+        """A picture of each object, encoded, and where its corner lies in the whole picture."""
+        regions = [object_region(np.array(instance.box_xyxy), *image.size, padding) for instance in instances]
+        crops = self.encode_batch([image.pixels[y0:y1, x0:x1] for x0, y0, x1, y1 in regions])
+        return [(crop, np.array(region[:2], np.float64)) for crop, region in zip(crops, regions, strict=True)]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _relative_yxyx(instances: Sequence[Instance], image: EncodedImage) -> NDArray[np.float64]:
+    """Boxes (I, 4) in [0, 1] of the model's input."""
+    boxes = np.array([instance.box_xyxy for instance in instances], np.float64).reshape(-1, 4)
+    return box_xyxy_to_yxyx(boxes / np.tile(image.canvas_size, 2))
+
+
+def _moved(instance: Instance, by: NDArray[np.float64]) -> Instance:
+    x0, y0, x1, y1 = (np.array(instance.box_xyxy) + np.tile(by, 2)).tolist()
+    return replace(instance, box_xyxy=(x0, y0, x1, y1))
+
+
+def _likely(instances: Sequence[Instance], min_score: float) -> list[Instance]:
+    return [instance for instance in instances if instance.score >= min_score]
+
+
+def _with_answers(instances: Sequence[Instance], answers: Sequence[Instance]) -> list[Instance]:
+    """Masks and keypoints from `answers` on the instances with the same box and class, with their own scores."""
+    by_object = {(answer.box_xyxy, answer.category): answer for answer in answers}
+    return [
+        replace(by_object.get((instance.box_xyxy, instance.category), instance), score=instance.score)
+        for instance in instances
+    ]
+
+
+def _chunks(instances: Sequence[Instance], size: int) -> list[Sequence[Instance]]:
+    return [instances[start : start + size] for start in range(0, len(instances), size)]
 
 
 def load_pixels(image: ImageLike) -> NDArray[np.uint8]:

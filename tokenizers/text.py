@@ -15,8 +15,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,10 @@ class TextTokenizer(Protocol):
     def eos_id(self) -> int:
         """The id that ends a text."""
 
+    @property
+    def tokens(self) -> Sequence[str]:
+        """What each id stands for."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end."""
 
@@ -56,6 +60,11 @@ class TextTokenizer(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what `load_text_tokenizer` reads, in place of a tokenizer that is there."""
+
+
+def has_text_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in (WORD_FILE, SENTENCEPIECE_FILE))
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer:
@@ -230,6 +239,11 @@ class SentencePieceTokenizer:
                 f"sentencepiece cannot make {size} ids of {len(sentences)} captions ({reason}); try another size"
             ) from None
         return cls(model.getvalue())
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """What each id stands for."""
+        return tuple(self._processor.id_to_piece(token_id) for token_id in range(self.size))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end."""

@@ -18,6 +18,7 @@ from pix2seq.convert.weight_map import canonical_name, make_parameter, plan
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, build_model, write_checkpoint
+from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
 UNSCORED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
 SHOWN = 5  # names in a message; the rest are counted
@@ -40,9 +41,7 @@ def convert_checkpoint(
     settings = model_config(official)
     tokenizer = None
     if text_model is not None:
-        from pix2seq.tokenizers.text import SentencePieceTokenizer
-
-        tokenizer = SentencePieceTokenizer.load(Path(text_model))
+        tokenizer = SentencePieceTokenizer.from_file(Path(text_model))
         if tokenizer.size > settings.vocab.num_text:
             raise InputError(
                 f"{text_model} has {tokenizer.size} pieces, the model room for {settings.vocab.num_text}; "
@@ -140,7 +139,7 @@ def _skeleton(config: ModelConfig) -> Pix2Seq:
 
 
 def _check_out(out: Path) -> None:
-    ours = {CONFIG_FILE, WEIGHTS_FILE, "text.model"}
+    ours = {CONFIG_FILE, WEIGHTS_FILE, SENTENCEPIECE_FILE}
     if out.is_file() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
         raise InputError(f"{out} exists and is no converted checkpoint; give a new folder as --out")
 

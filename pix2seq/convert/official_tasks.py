@@ -22,6 +22,7 @@ NAMES = {
             "max_points_per_object": "max_points",
             "ensemble_num_samples": "num_samples",
             "ensemble_threshold": "threshold",
+            "min_bbox_score": "min_box_score",
         },
     ),
     "keypoint_detection": (
@@ -31,6 +32,7 @@ NAMES = {
             "crop_to_bbox_pad_scale": "crop_padding",
             "points_score_weight": "score_weight",
             "eval_suppress_invisible_token": "suppress_invisible",
+            "min_bbox_score": "min_box_score",
         },
     ),
     "captioning": ("captioning", {"max_seq_len": "max_tokens"}),

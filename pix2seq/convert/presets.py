@@ -92,6 +92,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "ensemble_num_samples": 8,
         "ensemble_threshold": 0.5,
+        "min_bbox_score": 0.0,
     },
     "keypoint_detection": {
         "top_k": 0,
@@ -101,6 +102,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "crop_to_bbox_pad_scale": 0.5,
         "points_score_weight": 1.0,
         "eval_suppress_invisible_token": True,
+        "min_bbox_score": 0.0,
     },
     "captioning": {"max_seq_len": 128, "top_k": 0, "top_p": 1.0, "temperature": 1.0},
 }

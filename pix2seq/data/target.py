@@ -109,19 +109,34 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
+class Caption:
+    """A sentence about a picture."""
+
+    text: str
+    score: float  # mean log-probability of its tokens, at most 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of NAME.json."""
+        return {"text": self.text, "score": round(self.score, 6)}
+
+
+@dataclass(frozen=True)
 class Instance:
     """One predicted object, in pixels of the original picture."""
 
     box_xyxy: tuple[float, float, float, float]
     category: Category
-    score: float  # 0 to 1
+    score: float  # 0 to 1, what it is ranked by
     polygons: list[NDArray[np.float32]] = field(default_factory=list)  # rings (P, 2) as x, y
     keypoints: NDArray[np.float32] | None = None  # (K, 3) x, y, visibility
+    mask_score: float | None = None  # mean likelihood of the outline's tokens
+    keypoint_score: float | None = None  # mean likelihood of the keypoints' tokens
 
     def to_json(self) -> dict[str, Any]:
         """The COCO-like entry of NAME.json: `bbox` is x, y, width, height."""
         x0, y0, x1, y1 = self.box_xyxy
         points = [] if self.keypoints is None else [round(float(v), 2) for v in self.keypoints.ravel()]
+        parts = {"mask_score": self.mask_score, "keypoint_score": self.keypoint_score}
         return {
             "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
             "category_id": self.category.id,
@@ -129,4 +144,5 @@ class Instance:
             "score": round(self.score, 6),
             "segmentation": [[round(float(v), 2) for v in ring.ravel()] for ring in self.polygons],
             "keypoints": points,
+            **{name: round(value, 6) for name, value in parts.items() if value is not None},
         }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pix2seq.affine import Affine, fit_affine
 from pix2seq.box_ops import box_area, clip_boxes_xyxy
 from pix2seq.data.target import Segmentation, Target
+from pix2seq.polygon_ops import rle_to_rings
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
 import albumentations as A
@@ -25,8 +26,8 @@ class AugmentConfig:
     """How training samples differ from the pictures they come from."""
 
     enabled: bool = True  # false: resize and pad as in evaluation
-    scale_min: float = 0.3  # the picture is resized to between scale_min
-    scale_max: float = 2.0  # and scale_max of the training size, then cropped
+    scale_min: float | None = None  # the picture is resized to between scale_min
+    scale_max: float | None = None  # and scale_max of the training size, then cropped; none given: as the task has it
     flip: float = 0.5  # probability of a left-right flip
     brightness: float = 0.0  # largest relative change
     contrast: float = 0.0  # largest relative change
@@ -35,22 +36,29 @@ class AugmentConfig:
     min_visible: float = 0.0  # an object that keeps less than this share of its box after the crop is left out
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale_min <= self.scale_max:
-            raise ValueError(
-                f"augment.scale_min ({self.scale_min}) must be positive and at most scale_max ({self.scale_max})"
-            )
+        low, high = self.scale_min, self.scale_max
+        if (low is not None and low <= 0) or (low is not None and high is not None and low > high):
+            raise ValueError(f"augment.scale_min ({low}) must be positive and at most scale_max ({high})")
 
 
 def random_affine(
-    source: tuple[int, int], target: tuple[int, int], config: AugmentConfig, rng: np.random.Generator
+    source: tuple[int, int],
+    target: tuple[int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    *,
+    scale_range: tuple[float, float] = (0.3, 2.0),
 ) -> Affine:
     """Scale jitter, crop and flip of a `source` (height, width) into `target`.
 
-    As published, except that the crop draws its place on each axis independently.
+    As published, except that the crop draws its place on each axis independently. `scale_range` holds
+    where `config` names no scales.
     """
     if not config.enabled:
         return fit_affine(source, target)
-    jitter = rng.uniform(config.scale_min, config.scale_max)
+    low = scale_range[0] if config.scale_min is None else config.scale_min
+    high = scale_range[1] if config.scale_max is None else config.scale_max
+    jitter = rng.uniform(low, max(low, high))
     scale = jitter * min(target[0] / source[0], target[1] / source[1])
     height, width = (max(int(side * scale), 1) for side in source)
     top = int(max(height - target[0], 0) * rng.random())
@@ -69,12 +77,15 @@ def transform_target(
     *,
     min_visible: float = 0.0,
     mirror_order: NDArray[np.int64] | None = None,
+    with_masks: bool = True,
 ) -> Target:
     """The target in pixels of an output of `size` (height, width).
 
     Boxes are clipped to the output, and objects without any area left there, or with less than
     `min_visible` of it, are dropped. Keypoints outside become unlabelled (0, 0, 0); where the map
-    mirrors, `mirror_order` (K,) puts left and right back under their names.
+    mirrors, `mirror_order` (K,) puts left and right back under their names. Masks become rings, which
+    may reach beyond the output; crowds, which nobody learns from, lose theirs, and all do where
+    `with_masks` is false.
     """
     height, width = size
     moved = affine.boxes(target.boxes_xyxy)
@@ -97,16 +108,54 @@ def transform_target(
         iscrowd=target.iscrowd[keep],
         annotation_ids=target.annotation_ids[keep],
         segmentations=tuple(
-            _transform_segmentation(s, affine) for s, kept in zip(target.segmentations, keep, strict=True) if kept
+            _transform_segmentation(s, affine) if with_masks and not crowd else None
+            for s, crowd, kept in zip(target.segmentations, target.iscrowd, keep, strict=True)
+            if kept
         ),
         keypoints=keypoints[keep],
     )
 
 
 def _transform_segmentation(segmentation: Segmentation | None, affine: Affine) -> Segmentation | None:
-    if isinstance(segmentation, dict):
-        return None  # run lengths describe source pixels; crowds, the only ones that have them, are not trained on
-    return segmentation and [affine.points(ring) for ring in segmentation]
+    if segmentation is None:
+        return None
+    rings = rle_to_rings(segmentation) if isinstance(segmentation, dict) else segmentation
+    return [affine.points(ring) for ring in rings] or None
+
+
+def object_region(box_xyxy: NDArray[np.floating], width: int, height: int, padding: float) -> tuple[int, int, int, int]:
+    """The part of a picture around a box, as x0, y0, x1, y1 in whole pixels, the last ones excluded.
+
+    `padding` is the share of the box's size that is kept on each side. Reference:
+    google-research/pix2seq, `data/data_utils.py` (`maybe_unbatch_instances_and_crop_image_to_bbox`).
+    """
+    size = np.array([width, height], np.float32)
+    corners = np.asarray(box_xyxy, np.float32).reshape(2, 2) / size * (size - 1)
+    first, last = np.floor(corners[0]).astype(int), np.ceil(corners[1]).astype(int)
+    margin = ((last - first + 1) * np.float32(padding)).astype(int)
+    x0, y0 = np.maximum(first - margin, 0).tolist()
+    x1, y1 = np.minimum(last + margin + 1, [width, height]).tolist()
+    return x0, y0, x1, y1
+
+
+def crop_to_object(
+    target: Target, image: NDArray[np.uint8], index: int, padding: float
+) -> tuple[Target, NDArray[np.uint8]]:
+    """A picture (H, W, 3) cut out around one object, and that object alone as its target."""
+    x0, y0, x1, y1 = object_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
+    one = slice(index, index + 1)
+    alone = replace(
+        target,
+        boxes_xyxy=target.boxes_xyxy[one],
+        labels=target.labels[one],
+        areas=target.areas[one],
+        iscrowd=target.iscrowd[one],
+        annotation_ids=target.annotation_ids[one],
+        segmentations=target.segmentations[one],
+        keypoints=target.keypoints[one],
+    )
+    size = (y1 - y0, x1 - x0)
+    return transform_target(alone, Affine(1, 1, -x0, -y0), size, with_masks=False), image[y0:y1, x0:x1]
 
 
 def color_jitter(image: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:

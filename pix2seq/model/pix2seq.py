@@ -29,6 +29,7 @@ from pix2seq.model.generate import Generated, generate
 from pix2seq.model.grammar import Grammar
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_codes
+from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.vocab import Vocab
 
 CONFIG_FILE = "config.json"
@@ -78,8 +79,8 @@ class MemoryProjection(nn.Module):
 class Pix2Seq(nn.Module):
     """Images and token ids to logits. Knows ids and features, and no task.
 
-    `categories` and `task_settings` travel with the weights, so that whoever opens a checkpoint can
-    name what its class ids mean and ask as it was trained; the model itself does not read them.
+    `categories`, `text` and `task_settings` travel with the weights, so that whoever opens a checkpoint
+    can name what its ids mean and ask as it was trained; the model itself does not read them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Pix2Seq(nn.Module):
         decoder: Decoder,
         config: ModelConfig,
         categories: Sequence[Category] = (),
+        text: TextTokenizer | None = None,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder
@@ -96,6 +98,7 @@ class Pix2Seq(nn.Module):
         self.decoder = decoder
         self.config = config
         self.categories = tuple(categories)
+        self.text = text
         self.task_settings: dict[str, dict[str, Any]] = {}
 
     @property
@@ -160,8 +163,10 @@ class Pix2Seq(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, making the folder where needed."""
+        """Write config.json, model.safetensors and the text tokenizer if there is one, making the folder."""
         write_checkpoint(Path(folder), self.config_json(), self.state_dict())
+        if self.text is not None:
+            self.text.save(Path(folder))
 
     def config_json(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -180,7 +185,8 @@ class Pix2Seq(nn.Module):
         """
         folder = Path(folder)
         config, categories, task_settings = read_config(folder)
-        model = build_model(config, categories, load_pretrained=False)
+        text = load_text_tokenizer(folder) if has_text_tokenizer(folder) else None
+        model = build_model(config, categories, text, load_pretrained=False)
         model.task_settings = task_settings
         weights = _read_weights(folder / WEIGHTS_FILE)
         expected = model.state_dict()
@@ -210,7 +216,13 @@ def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str,
     (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
 
 
-def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, load_pretrained: bool = True) -> Pix2Seq:
+def build_model(
+    config: ModelConfig,
+    categories: Sequence[Category] = (),
+    text: TextTokenizer | None = None,
+    *,
+    load_pretrained: bool = True,
+) -> Pix2Seq:
     """A model with fresh weights, or timm's for the encoder where its config asks and `load_pretrained`."""
     if config.positions not in ("sincos", "fourier", "learned"):
         raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
@@ -242,7 +254,7 @@ def build_model(config: ModelConfig, categories: Sequence[Category] = (), *, loa
     )
     if positions == "fourier":
         _start_from_codes(decoder, config.vocab)
-    return Pix2Seq(encoder, projection, decoder, config, categories)
+    return Pix2Seq(encoder, projection, decoder, config, categories, text)
 
 
 @torch.no_grad()

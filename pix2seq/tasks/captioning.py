@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.data.target import Target
+from pix2seq.errors import InputError
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import TextGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
-from pix2seq.tokenizers.text import TextTokenizer
-from pix2seq.vocab import PAD, TASK_IDS
+from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
+from pix2seq.vocab import PAD, TASK_IDS, Vocab
 
 NUM_SPECIAL = 3  # ids of a text tokenizer that are no text: padding or beginning, end, unknown
 
@@ -39,12 +42,40 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(f"captioning.input_drop must lie in [0, 1), got {self.input_drop}")
 
 
+def make_tokenizer(config: CaptioningConfig, captions: Iterable[str]) -> TextTokenizer:
+    """The tokenizer that a config asks for, made from training captions or read from a file."""
+    if config.tokenizer == "words":
+        return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size)
+    if config.tokenizer == "sentencepiece":
+        return SentencePieceTokenizer.train(captions, config.text_size)
+    path = Path(config.tokenizer)
+    if not path.is_file():
+        raise InputError(
+            f"captioning.tokenizer is {config.tokenizer!r}; expected words, sentencepiece or a sentencepiece model file"
+        )
+    return SentencePieceTokenizer.from_file(path)
+
+
+def with_text(vocab: Vocab, text: TextTokenizer) -> Vocab:
+    """The vocabulary, made large enough for a tokenizer's ids."""
+    if vocab.num_text:
+        if text.size > vocab.num_text:
+            raise InputError(
+                f"the captions need {text.size} text ids, but model.vocab.num_text is {vocab.num_text}; raise it, "
+                "or lower captioning.text_size"
+            )
+        return vocab
+    return replace(vocab, num_text=text.size, size=max(vocab.size, vocab.text_base + text.size))
+
+
 class Captioning(Task[CaptioningConfig]):
     """Sentences."""
 
     name = "captioning"
     config_type = CaptioningConfig
     scale_range = (0.3, 2.0)
+    learns_from = "caption"
+    length_setting = "captioning.max_tokens"
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -55,6 +55,8 @@ class Detection(Task[DetectionConfig]):
     name = "detection"
     config_type = DetectionConfig
     scale_range = (0.3, 2.0)
+    learns_from = "object"
+    length_setting = "detection.max_objects"
 
     @property
     def max_seq_len(self) -> int:

@@ -70,10 +70,10 @@ class Sample:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples that have equally many examples each."""
+    """Stack samples. Where one has fewer examples than another, or none, rows of weight 0 fill up."""
     rows = [[example.shifted() for example in sample.examples] for sample in samples]
-    longest = max(len(tokens) for row in rows for tokens, _, _ in row)
-    shape = (len(rows), len(rows[0]), longest)
+    longest = max((len(tokens) for row in rows for tokens, _, _ in row), default=1)
+    shape = (len(rows), max(1, *(len(row) for row in rows)), longest)
     tokens = np.full(shape, PAD, np.int64)
     targets = np.full(shape, PAD, np.int64)
     weights = np.zeros(shape, np.float32)

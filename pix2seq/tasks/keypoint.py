@@ -33,6 +33,7 @@ class KeypointConfig(TaskConfig):
     invisible_weight: float = 0.1  # loss weight of the invisible token
     mask_inputs: bool = True  # hide a random share of the points that the decoder reads
     suppress_invisible: bool = True  # give the likeliest place of points that the model calls invisible
+    min_box_score: float = 0.05  # predicted boxes below it are not asked about
     score_weight: float = 1.0  # of the points' likelihood in the score; the rest is the box's
     top_p: float = 0.1
 
@@ -50,6 +51,8 @@ class Keypoint(Task[KeypointConfig]):
     name = "keypoint"
     config_type = KeypointConfig
     scale_range = (0.3, 1.0)
+    learns_from = "labelled keypoint"
+    length_setting = "the number of keypoints"
 
     @property
     def max_points(self) -> int:

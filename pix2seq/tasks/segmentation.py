@@ -33,6 +33,7 @@ class SegmentationConfig(TaskConfig):
     eos_weight: float = 1.0  # loss weight of the end token
     num_samples: int = 8  # outlines drawn for each object, whose masks vote; 1 for speed
     threshold: float = 0.5  # share of the votes that makes a pixel part of the mask
+    min_box_score: float = 0.05  # predicted boxes below it are not asked about
     score_weight: float = 0.0  # of the outline's likelihood in the score; the rest is the box's
     top_p: float = 0.8
 
@@ -52,6 +53,8 @@ class Segmentation(Task[SegmentationConfig]):
     name = "segmentation"
     config_type = SegmentationConfig
     scale_range = (0.3, 1.0)
+    learns_from = "mask"
+    length_setting = "segmentation.max_points"
 
     @property
     def max_seq_len(self) -> int:

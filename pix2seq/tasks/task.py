@@ -50,6 +50,8 @@ class Task(ABC, Generic[Config]):
     name: ClassVar[TaskName]
     config_type: ClassVar[type[TaskConfig]]
     scale_range: ClassVar[tuple[float, float]]  # of the resizing jitter in training, as published
+    learns_from: ClassVar[str]  # what an image must have, in a word
+    length_setting: ClassVar[str]  # what to lower where sequences are too long
 
     def __init__(
         self,

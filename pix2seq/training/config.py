@@ -18,7 +18,11 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
 from pix2seq.tasks import TASKS
+from pix2seq.tasks.captioning import CaptioningConfig
 from pix2seq.tasks.detection import DetectionConfig
+from pix2seq.tasks.keypoint import KeypointConfig
+from pix2seq.tasks.segmentation import SegmentationConfig
+from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.schedule import ScheduleConfig
 
 
@@ -54,6 +58,9 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
+    captioning: CaptioningConfig = field(default_factory=CaptioningConfig)
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -62,16 +69,33 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
+        for task in self.tasks:
+            if self.batch_size_of(task) % self.accumulate:
+                raise ValueError(
+                    f"the batch size of {task}, {self.batch_size_of(task)}, does not divide into "
+                    f"accumulate={self.accumulate} parts"
+                )
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+
+    def task(self, name: str) -> TaskConfig:
+        """The settings of a task."""
+        settings = getattr(self, name)
+        assert isinstance(settings, TaskConfig)
+        return settings
+
+    def batch_size_of(self, task: str) -> int:
+        """Images of a task a step."""
+        return self.task(task).batch_size or self.batch_size
 
     def data_of(self, task: str) -> Path:
         """The data folder of a task. Raises `InputError` where none was given."""
         folder = self.data.get(task) if isinstance(self.data, Mapping) else self.data
         if not folder:
-            raise InputError("no data was given; add data=FOLDER with a COCO or Pascal VOC data set")
+            raise InputError(
+                f"no data was given for {task}; add data=FOLDER, or data.{task}=FOLDER where tasks differ, with a "
+                "COCO or Pascal VOC data set"
+            )
         return Path(folder)
 
 
@@ -156,9 +180,12 @@ def _number(value: Any) -> Any:
 
 def _unknown_key(key: str) -> InputError:
     known = _known_keys(TrainConfig)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # the same last part elsewhere, say top_p for detection.top_p
-        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # of equal last parts, the first name
+    if key in last:  # top_p for detection.top_p
+        near = [last[key]]
+    else:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
         near = [last[match] for match in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
     hint = f"did you mean {near[0]!r}?" if near else "see pix2seq/training/config.py for all settings"
     return InputError(f"unknown setting {key!r}; {hint}")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pix2seq.data.folder import open_dataset
 from pix2seq.data.sampler import EpochSampler
-from pix2seq.data.target import Category, Dataset
 from pix2seq.data.training_set import TrainingSet
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError
-from pix2seq.evaluation import evaluate
+from pix2seq.evaluation import EvalResult, evaluate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.predictor import Predictor
-from pix2seq.tasks import TASKS
-from pix2seq.tasks.detection import Detection
 from pix2seq.tasks.example import Batch, collate
 from pix2seq.training.checkpoint import (
     RunState,
@@ -34,8 +30,10 @@ from pix2seq.training.checkpoint import (
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.ema import Ema
 from pix2seq.training.log import RunLog
+from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.schedule import learning_rate
-from pix2seq.training.step import build_optimizer, train_step
+from pix2seq.training.start import start_from
+from pix2seq.training.step import TaskBatches, build_optimizer, train_step
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
@@ -48,20 +46,25 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     done = list_checkpoints(out)
     if resume == "never" and done:
         raise InputError(f"{out} already holds {done[-1].name}; go on with --resume auto, or give another out=FOLDER")
-
-    task, samples, val_data = _open_data(config)
-    state = _new_state(config, task, samples.dataset.categories)
+    resumed = None
     if resume != "never" and (done or resume != "auto"):
-        load_checkpoint(state, done[-1] if resume == "auto" else find_checkpoint(Path(resume)))
+        resumed = done[-1] if resume == "auto" else find_checkpoint(Path(resume))
+
+    recipe = prepare(config, resumed=resumed)
+    state = _new_state(config, recipe)
+    if resumed is not None:
+        load_checkpoint(state, resumed)
     model, optimizer, device = state.model, state.optimizer, state.model.device
 
     out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
+    save_config(replace(config, model=model.config), out / "config.yaml")
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(samples)} images, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True
-    )
-    batches = _micro_batches(config, samples, device, start=state.step)
+    sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
+    print(f"{sizes}, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True)
+    streams = {
+        samples.task.name: _micro_batches(config, samples, device, start=state.step) for samples in recipe.samples
+    }
+    images_per_step = sum(config.batch_size_of(name) for name in streams)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0)
     with RunLog(out) as log, bar:
         seconds_logged, step_logged = state.seconds, state.step
@@ -70,10 +73,11 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            micro_batches = [next(batches) for _ in range(config.accumulate)]
-            loss, grad_norm = train_step(
-                model, optimizer, micro_batches, max_grad_norm=config.max_grad_norm, bf16=config.bf16
-            )
+            batches = [
+                TaskBatches(name, config.task(name).loss_weight, [next(stream) for _ in range(config.accumulate)])
+                for name, stream in streams.items()
+            ]
+            result = train_step(model, optimizer, batches, max_grad_norm=config.max_grad_norm, bf16=config.bf16)
             state.step += 1
             if state.ema is not None:
                 state.ema.update(model, state.step)
@@ -81,11 +85,13 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
 
             bar.update()
             if state.step % config.log_every == 0 or state.step == config.steps:
-                images = (state.step - step_logged) * config.batch_size
-                values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": rate}
+                images = (state.step - step_logged) * images_per_step
+                values = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
+                if len(streams) > 1:
+                    values |= {f"loss/{name}": loss.item() for name, loss in result.task_losses.items()}
                 values |= {
                     "images_per_second": images / (state.seconds - seconds_logged),
-                    "images": state.step * config.batch_size,
+                    "images": state.step * images_per_step,
                     "minutes": state.seconds / 60,
                 }
                 seconds_logged, step_logged = state.seconds, state.step
@@ -98,46 +104,22 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
                 save_checkpoint(state, out, keep=config.keep_checkpoints)
             if last or (config.eval_every and state.step % config.eval_every == 0):
                 with torch.random.fork_rng():  # a run that is resumed after this goes on with the same draws
-                    predictor = _evaluated(state, config)
-                    result = evaluate(predictor, val_data, batch_size=config.eval_batch_size, limit=config.eval_images)
+                    result_by_task = _evaluate(_evaluated(state, config), recipe, config)
                 position: dict[str, float | None] = {
-                    "images": state.step * config.batch_size,
+                    "images": state.step * images_per_step,
                     "minutes": state.seconds / 60,
                 }
-                log.write(state.step, "eval", position | result.ap.metrics)
-                tqdm.write(f"step {state.step}: {result.summary()}")
+                log.write(state.step, "eval", position | result_by_task.metrics)
+                tqdm.write(f"step {state.step}: {result_by_task.summary()}")
     return list_checkpoints(out)[-1]
 
 
-def _open_data(config: TrainConfig) -> tuple[Detection, TrainingSet, Dataset]:
-    """The task, its training samples, and the validation split as it is."""
-    (name,) = config.tasks
-    folder = config.data_of(name)
-    train_data, val_data = open_dataset(folder, config.train_split), open_dataset(folder, config.val_split)
-    for dataset in (train_data, val_data):
-        if len(dataset.defects):
-            print(
-                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
-                f"were dropped or mended; see: pix2seq data check {dataset.root}",
-                file=sys.stderr,
-            )
-    task = TASKS[name](config.detection, config.model.vocab, train_data.categories)
-    if task.max_seq_len > config.model.decoder.max_seq_len:
-        raise InputError(
-            f"sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
-            f"{config.model.decoder.max_seq_len}; raise it, or lower detection.max_objects"
-        )
-    samples = TrainingSet(train_data, task, size=config.model.image_size, augment=config.augment, seed=config.seed)
-    if not len(samples):
-        raise InputError(f"{folder} has no object to learn from in split {config.train_split!r}")
-    return task, samples, val_data
-
-
-def _new_state(config: TrainConfig, task: Detection, categories: Sequence[Category]) -> RunState:
+def _new_state(config: TrainConfig, recipe: Recipe) -> RunState:
     """A run at step 0: model, optimiser and average."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, categories, load_pretrained=config.init is None)
-    model.task_settings = {task.name: task.settings()}
+    settings = replace(config.model, vocab=recipe.vocab)
+    model = build_model(settings, recipe.categories, recipe.text, load_pretrained=config.init is None)
+    model.task_settings = {samples.task.name: asdict(config.task(samples.task.name)) for samples in recipe.samples}
     height, width = config.model.image_size
     stride = model.encoder.stride
     if height % stride or width % stride:
@@ -146,16 +128,15 @@ def _new_state(config: TrainConfig, task: Detection, categories: Sequence[Catego
         )
     if config.init is not None:
         start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
-        _require_same(start, model, config.init)
-        model.load_state_dict(start.state_dict())
+        print(f"from {config.init}: {start_from(model, start, config.init)}")
     model.to(pick_device(config.device)).train()
     optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
     return RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
 
 
 def _micro_batches(config: TrainConfig, samples: TrainingSet, device: torch.device, *, start: int) -> Iterator[Batch]:
-    size = config.batch_size // config.accumulate
-    sampler = EpochSampler(len(samples), size, seed=config.seed, start=start * config.accumulate)
+    size = config.batch_size_of(samples.task.name) // config.accumulate
+    sampler = EpochSampler(len(samples), size, seed=samples.seed, start=start * config.accumulate)
     loader = DataLoader(
         samples,
         batch_sampler=sampler,
@@ -179,14 +160,17 @@ def _one_thread(worker: int) -> None:
 
 def _evaluated(state: RunState, config: TrainConfig) -> Predictor:
     """A predictor with the averaged weights, on a copy, so that training goes on undisturbed."""
-    copy = build_model(config.model, state.model.categories, load_pretrained=False)
-    copy.task_settings = state.model.task_settings
-    copy.load_state_dict(state.ema.weights if state.ema is not None else state.model.state_dict())
-    return Predictor(copy.to(state.model.device).eval(), bf16=config.bf16)
+    model = state.model
+    copy = build_model(model.config, model.categories, model.text, load_pretrained=False)
+    copy.task_settings = model.task_settings
+    copy.load_state_dict(state.ema.weights if state.ema is not None else model.state_dict())
+    return Predictor(copy.to(model.device).eval(), bf16=config.bf16)
 
 
-def _require_same(start: Pix2Seq, model: Pix2Seq, name: str) -> None:
-    ours, theirs = model.state_dict(), start.state_dict()
-    for key in sorted(ours.keys() | theirs.keys()):
-        if key not in ours or key not in theirs or ours[key].shape != theirs[key].shape:
-            raise InputError(f"init={name} is another model (see {key}); use model settings that equal its config.json")
+def _evaluate(predictor: Predictor, recipe: Recipe, config: TrainConfig) -> EvalResult:
+    """All tasks, those of one data set together."""
+    results = []
+    for dataset in {id(data): data for data in recipe.val_data.values()}.values():
+        tasks = [name for name, data in recipe.val_data.items() if data is dataset]
+        results.append(evaluate(predictor, dataset, tasks, batch_size=config.eval_batch_size, limit=config.eval_images))
+    return EvalResult.joined(results)

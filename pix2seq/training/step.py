@@ -6,6 +6,7 @@ Shapes: B images, I sequences an image, T tokens, S scored tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,32 +30,55 @@ def sequence_loss(model: Pix2Seq, batch: Batch) -> Tensor:
     losses = F.cross_entropy(logits, batch.targets.flatten()[scored], reduction="none")
     return (losses * weights[scored]).sum()
 
+NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """What one task brings to a step."""
+
+    name: str
+    loss_weight: float
+    micro_batches: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalar tensors on the model's device."""
+
+    loss: Tensor  # sum over tasks of weight times loss
+    task_losses: dict[str, Tensor]  # each per scored token, without its weight
+    grad_norm: Tensor  # before clipping
+
 
 def train_step(
     model: Pix2Seq,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    tasks: Sequence[TaskBatches],
     *,
     max_grad_norm: float,
     bf16: bool,
-) -> tuple[Tensor, Tensor]:
-    """Update the weights once; the loss is per scored token, however the step is split.
+) -> StepResult:
+    """Update the weights once, by the weighted sum of all tasks' losses.
 
-    Returns the loss and the gradient's norm before clipping, as scalar tensors on the model's device.
+    Each task's loss is per scored token, however its images are split into micro-batches.
     """
     device = model.device
-    batches = [batch.to(device) for batch in micro_batches]
-    num_scored = torch.stack([batch.weights.sum() for batch in batches]).sum().clamp(min=1e-9)
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = sequence_loss(model, batch) / num_scored
-        loss.backward()
-        total += loss.detach()
+    losses: dict[str, Tensor] = {}
+    for task in tasks:
+        batches = [batch.to(device) for batch in task.micro_batches]
+        num_scored = torch.stack([batch.weights.sum() for batch in batches]).sum().clamp(min=1e-9)
+        losses[task.name] = torch.zeros((), device=device)
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = sequence_loss(model, batch) / num_scored
+            (loss * task.loss_weight).backward()
+            losses[task.name] += loss.detach()
+    total = torch.stack([task.loss_weight * losses[task.name] for task in tasks]).sum()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else torch.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return StepResult(total, losses, grad_norm)
 
 
 def build_optimizer(
@@ -69,7 +93,7 @@ def build_optimizer(
     kept: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        is_embedding = id(parameter) in embeddings or name.endswith(("position_embedding", "pos_embed"))
+        is_embedding = id(parameter) in embeddings or name.endswith(NOT_DECAYED)
         (kept if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

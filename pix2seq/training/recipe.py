@@ -1,0 +1,96 @@
+"""What a run learns from: the data of every task, and the classes and words they share."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pix2seq.data.categories import same_name, unite_categories
+from pix2seq.data.folder import open_dataset
+from pix2seq.data.target import Category, Dataset
+from pix2seq.data.training_set import TrainingSet
+from pix2seq.errors import InputError
+from pix2seq.tasks import TASKS
+from pix2seq.tasks.captioning import make_tokenizer, with_text
+from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
+from pix2seq.training.checkpoint import find_checkpoint
+from pix2seq.training.config import TrainConfig
+from pix2seq.vocab import TASK_IDS, Vocab
+
+SEED_STRIDE = 1_000_003  # between the seeds of two tasks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Tasks with their data, and the vocabulary they share."""
+
+    samples: tuple[TrainingSet, ...]  # one for each task
+    val_data: dict[str, Dataset]  # validation split by task
+    categories: tuple[Category, ...]
+    text: TextTokenizer | None
+    vocab: Vocab
+
+
+def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
+    """Open the data of every task, and join their classes and words in one vocabulary.
+
+    A run that is `resumed` keeps its words, and one that starts from `config.init` too.
+    """
+    folders = {name: config.data_of(name) for name in config.tasks}
+    opened = {
+        (folder, split): open_dataset(folder, split)
+        for folder in dict.fromkeys(folders.values())
+        for split in (config.train_split, config.val_split)
+    }
+    for dataset in opened.values():
+        if len(dataset.defects):
+            print(
+                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
+                f"were dropped or mended; see: pix2seq data check {dataset.root}",
+                file=sys.stderr,
+            )
+    train_data = {name: opened[folder, config.train_split] for name, folder in folders.items()}
+    categories = unite_categories([dataset.categories for dataset in train_data.values()])
+    vocab, text = config.model.vocab, None
+    if "captioning" in config.tasks:
+        text = _text_tokenizer(config, train_data["captioning"], resumed)
+        vocab = with_text(vocab, text)
+
+    samples = []
+    for name, dataset in train_data.items():
+        task = TASKS[name](config.task(name), vocab, categories, text)
+        if task.max_seq_len > config.model.decoder.max_seq_len:
+            raise InputError(
+                f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
+                f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
+            )
+        known = {same_name(category.name): category.label for category in categories}
+        training_set = TrainingSet(
+            dataset,
+            task,
+            size=config.model.image_size,
+            augment=config.augment,
+            seed=task_seed(config, name),
+            labels={category.label: known[same_name(category.name)] for category in dataset.categories},
+        )
+        if not len(training_set):
+            raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
+        samples.append(training_set)
+    val_data = {name: opened[folder, config.val_split] for name, folder in folders.items()}
+    return Recipe(tuple(samples), val_data, categories, text, vocab)
+
+
+def _text_tokenizer(config: TrainConfig, dataset: Dataset, resumed: Path | None) -> TextTokenizer:
+    start = resumed or (find_checkpoint(Path(config.init)) if config.init else None)
+    if start is not None and has_text_tokenizer(start):
+        return load_text_tokenizer(start)
+    captions = [caption for index in range(len(dataset)) for caption in dataset.target(index).captions]
+    if not captions:
+        raise InputError(f"{dataset.root} has no caption to learn from in split {dataset.split!r}")
+    return make_tokenizer(config.captioning, captions)
+
+
+def task_seed(config: TrainConfig, task: str) -> int:
+    """A seed of its own for every task, the same alone and in a mix."""
+    return config.seed + SEED_STRIDE * (TASK_IDS[task] - min(TASK_IDS.values()))
