@@ -53,8 +53,14 @@ def _main(argv: Sequence[str]) -> int:
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
+    add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
-    args = parser.parse_args(argv)
+    # argparse takes key=value words from one place alone; people put them before and after options.
+    args, others = parser.parse_known_args(argv)
+    if others and not (hasattr(args, "settings") and all("=" in word and word[0] != "-" for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        args.settings = [*args.settings, *others]
     return args.run(args) or 0
 
 
@@ -219,6 +225,33 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         report = check_dataset(args.folder, args.split)
         print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
         return 0 if report.usable else 2
+
+    parser.set_defaults(run=run)
+
+
+def add_sequences(parser: argparse.ArgumentParser) -> None:
+    """Options of the look at training sequences."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", default="detection", help="one task")
+    parser.add_argument("--index", type=int, default=0, help="number of the sample, from 0")
+    parser.add_argument("--epoch", type=int, default=0, help="augmentation and noise differ from epoch to epoch")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--config", help="YAML file of settings, see configs/")
+    parser.add_argument("--out", type=Path, help="picture to write")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
+
+    def run(args: argparse.Namespace) -> None:
+        tasks = parse_tasks(args.task)
+        if len(tasks) != 1:
+            raise InputError(f"{args.task!r} names {len(tasks)} tasks; ask for one at a time")
+        from pix2seq.sequences import SequenceView
+        from pix2seq.training.config import load_config
+
+        fixed = {"tasks": list(tasks), "data": str(args.folder), "train_split": args.split}
+        view = SequenceView(load_config(args.config, args.settings, **fixed), tasks[0], args.index, epoch=args.epoch)
+        print(view.text())
+        if args.out:
+            view.save(args.out)
 
     parser.set_defaults(run=run)
 

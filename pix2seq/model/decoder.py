@@ -25,6 +25,7 @@ from pix2seq.model.layers import (
     merge_heads,
     split_heads,
 )
+from pix2seq.model.packing import Packed
 from pix2seq.model.positions import sincos_1d
 
 
@@ -73,9 +74,9 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """Teacher forcing: x (R, T, D), memory (B, N, D)."""
-        x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=True))
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Teacher forcing: x (R, T, D), memory (B, N, D); causal where no `mask` (R, 1, T, T) is given."""
+        x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=mask is None, mask=mask))
         keys, values = self.cross_attention.project_memory(memory)
         x = x + self.drop_path(self.cross_attention(self.cross_norm(x), keys, values))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
@@ -145,6 +146,13 @@ class Decoder(nn.Module):
         x = self._embed(tokens, 0)
         for block in self.blocks:
             x = block(x, memory)
+        return self.norm(x)
+
+    def forward_packed(self, packed: Packed, memory: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of sequences packed into one row an image; memory is (B, N, D)."""
+        x = self.token_embedding(packed.tokens) + self.position_embedding[packed.positions]
+        for block in self.blocks:
+            x = block(x, memory, packed.mask)
         return self.norm(x)
 
     @property

@@ -27,17 +27,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of queries (B, H, T, d) on keys and values (B, H, N, d).
+
+    `mask` (B, 1, T, N) is true where a query may look.
 
     On the CPU the gradient of PyTorch's fused kernel is about four times slower in bf16 than in
     float32, so training there computes attention, and nothing else, in float32.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
             return out.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class LayerStack(nn.ModuleList, Generic[Layer]):
@@ -79,10 +81,10 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x: Tensor, *, is_causal: bool = False) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); for `mask`, see `attend`."""
         q, k, v = self.project(x)
-        return self.out(merge_heads(attend(q, k, v, is_causal=is_causal)))
+        return self.out(merge_heads(attend(q, k, v, is_causal=is_causal, mask=mask)))
 
 
 class FeedForward(nn.Module):

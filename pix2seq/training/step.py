@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks.example import Batch
 
@@ -23,12 +24,20 @@ def sequence_loss(model: Pix2Seq, batch: Batch) -> Tensor:
     would cost a row of V logits each and count for nothing.
     """
     images = batch.images.to(model.device).float() / 255
-    hidden = model.hidden(images, batch.tokens).flatten(0, 1)  # (B * I * T, D)
-    weights = batch.weights.flatten()
+    memory = model.encode(images)
+    targets, weights = batch.targets, batch.weights
+    if batch.tokens.shape[1] == 1:
+        hidden = model.decoder(batch.tokens[:, 0], memory)  # (B, T, D)
+    else:
+        packed = pack(batch.tokens)
+        hidden = model.decoder.forward_packed(packed, memory)  # (B, L, D)
+        targets, weights = packed.pick(targets), packed.pick(weights)
+    weights = weights.flatten()
     scored = weights.nonzero()[:, 0]
-    logits = model.decoder.logits(hidden[scored]).float()  # (S, V)
-    losses = F.cross_entropy(logits, batch.targets.flatten()[scored], reduction="none")
+    logits = model.decoder.logits(hidden.flatten(0, 1)[scored]).float()  # (S, V)
+    losses = F.cross_entropy(logits, targets.flatten()[scored], reduction="none")
     return (losses * weights[scored]).sum()
+
 
 NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
 
