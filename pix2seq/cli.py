@@ -249,9 +249,9 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
 
         fixed = {"tasks": list(tasks), "data": str(args.folder), "train_split": args.split}
         view = SequenceView(load_config(args.config, args.settings, **fixed), tasks[0], args.index, epoch=args.epoch)
-        print(view.text())
         if args.out:
             view.save(args.out)
+        print(view.text())
 
     parser.set_defaults(run=run)
 

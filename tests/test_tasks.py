@@ -1,0 +1,382 @@
+"""The four tasks: examples, answers and scores, against the official arrays and against slower ways."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pix2seq import Predictor
+from pix2seq.data.categories import unite_categories
+from pix2seq.data.coco import CocoDataset
+from pix2seq.data.shapes import write_shapes
+from pix2seq.data.target import Category, Instance
+from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.transforms import AugmentConfig, object_region
+from pix2seq.errors import InputError
+from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.generate import Generated
+from pix2seq.model.pix2seq import build_model
+from pix2seq.tasks import TASKS
+from pix2seq.tasks.captioning import CaptioningConfig, with_text
+from pix2seq.tasks.detection import DetectionConfig
+from pix2seq.tasks.example import Batch, collate
+from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
+from pix2seq.tasks.scores import token_score, weighted_score
+from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
+from pix2seq.tokenizers.captioning import decode_caption
+from pix2seq.tokenizers.text import WordTokenizer
+from pix2seq.training.start import start_from
+from pix2seq.training.step import TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.vocab import EOS, TASK_IDS, Vocab
+
+CONFIGS = {
+    "detection": DetectionConfig(max_objects=6, noise_objects=2),
+    "segmentation": SegmentationConfig(max_objects=4, max_points=20),
+    "keypoint": KeypointConfig(),
+    "captioning": CaptioningConfig(captions_per_image=3, max_tokens=30),
+}
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks") / "shapes"
+    write_shapes(folder, num_train=24, num_val=6, size=64, seed=3, workers=1)
+    return CocoDataset.read(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def text(shapes):
+    return WordTokenizer.build(c for i in range(len(shapes)) for c in shapes.target(i).captions)
+
+
+@pytest.fixture(scope="module")
+def vocab(text):
+    return with_text(Vocab(num_bins=64, text_base=1100, size=1100), text)
+
+
+@pytest.fixture(scope="module")
+def tasks(shapes, text, vocab):
+    return {name: kind(CONFIGS[name], vocab, shapes.categories, text) for name, kind in TASKS.items()}
+
+
+def new_model(shapes, text, vocab, tasks):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=SIZE,
+        encoder=EncoderConfig("vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64),
+        decoder=DecoderConfig(dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64),
+        vocab=vocab,
+    )
+    model = build_model(config, shapes.categories, text)
+    model.task_settings = {name: task.settings() for name, task in tasks.items()}
+    return model
+
+
+@pytest.fixture
+def model(shapes, text, vocab, tasks):
+    return new_model(shapes, text, vocab, tasks)
+
+
+def samples_of(shapes, task):
+    return TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(scale_min=0.8, scale_max=1.2), seed=0)
+
+
+def test_every_task_writes_sequences_that_fit_its_own_limits(shapes, tasks):
+    for name, task in tasks.items():
+        samples = samples_of(shapes, task)
+        assert len(samples) > 5
+        written = [example for i in range(len(samples)) for example in samples[0, i].examples]
+        assert len(written) >= len(samples) / 2
+        for example in written:
+            assert example.prompt[0] == TASK_IDS[name]
+            assert len(example.prompt) == (6 if name in ("segmentation", "keypoint") else 1)
+            assert len(example.inputs) == len(example.targets) == len(example.weights)
+            assert len(example.prompt) + len(example.targets) <= task.max_seq_len
+            assert (example.weights >= 0).all()
+
+
+def test_keypoints_are_cut_out_one_object_a_sample(shapes, tasks):
+    cropped = samples_of(shapes, tasks["keypoint"])
+    assert (cropped.places[:, 1] >= 0).all()
+    whole = samples_of(shapes, Keypoint(KeypointConfig(crop=False), tasks["keypoint"].vocab, shapes.categories))
+    assert (whole.places[:, 1] == -1).all()
+    counts = [
+        int(((shapes.target(i).keypoints[..., 2] > 0).any(axis=1) & ~shapes.target(i).iscrowd).sum())
+        for i in range(len(shapes))
+    ]
+    assert len(cropped) == sum(counts)
+    assert len(whole) == sum(count > 0 for count in counts)
+
+
+def test_captions_come_back_from_their_targets(shapes, tasks, vocab, text):
+    samples = samples_of(shapes, tasks["captioning"])
+    sample = samples[0, 0]
+    target = shapes.target(int(samples.places[0, 0]))
+    decoded = {decode_caption(example.targets, text, vocab) for example in sample.examples}
+    assert decoded <= {caption.lower() for caption in target.captions}
+    assert len(sample.examples) == min(3, len(target.captions))
+
+
+def all_batches(shapes, tasks, count=4):
+    found = {}
+    for name, task in tasks.items():
+        samples = samples_of(shapes, task)
+        found[name] = collate([samples[0, i] for i in range(min(count, len(samples)))])
+    return found
+
+
+def test_packed_sequences_cost_what_each_costs_alone(shapes, tasks, model):
+    model.eval()
+    for name, batch in all_batches(shapes, tasks).items():
+        images = batch.images.float() / 255
+        logits = model(images, batch.tokens)
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        expected = (losses * batch.weights.flatten()).sum()
+        torch.testing.assert_close(sequence_loss(model, batch), expected, msg=name)
+
+
+def test_images_with_fewer_sequences_than_others_are_filled_up_with_nothing(shapes, tasks, model):
+    samples = samples_of(shapes, tasks["segmentation"])
+    batch = collate([samples[0, i] for i in range(8)])
+    one_by_one = sum(sequence_loss(model.eval(), collate([samples[0, i]])) for i in range(8))
+    torch.testing.assert_close(sequence_loss(model, batch), one_by_one)
+    empty = Batch(batch.images[:1], batch.tokens[:1] * 0, batch.targets[:1] * 0, batch.weights[:1] * 0, (1,))
+    assert sequence_loss(model, empty) == 0
+
+
+def test_a_step_of_four_tasks_encodes_each_image_once(shapes, tasks, model, monkeypatch):
+    batches = all_batches(shapes, tasks)
+    seen = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda images: seen.append(len(images)) or encode(images))
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0, betas=(0.9, 0.95))
+    step = [TaskBatches(name, 1.0, [batch]) for name, batch in batches.items()]
+    train_step(model, optimizer, step, max_grad_norm=1, bf16=False)
+    assert seen == [len(batch.images) for batch in batches.values()]
+    assert max(batch.tokens.shape[1] for batch in batches.values()) > 1
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_its_tasks(shapes, tasks, text, vocab):
+    batches = all_batches(shapes, tasks)
+    weights = {"detection": 0.5, "segmentation": 2.0, "keypoint": 0.0, "captioning": 1.0}
+
+    def gradient(names):
+        model = new_model(shapes, text, vocab, tasks).eval()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = [TaskBatches(name, weights[name], [batches[name]]) for name in names]
+        result = train_step(model, optimizer, step, max_grad_norm=0, bf16=False)
+        return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+
+    together, gradient_of_all = gradient(list(weights))
+    alone = {name: gradient([name]) for name in weights}
+    for name in weights:
+        torch.testing.assert_close(together.task_losses[name], alone[name][0].task_losses[name])
+    expected = sum(weights[name] * together.task_losses[name] for name in weights)
+    torch.testing.assert_close(together.loss, expected)
+    for index, value in enumerate(gradient_of_all):
+        torch.testing.assert_close(value, sum(parts[1][index] for parts in alone.values()), atol=1e-5, rtol=1e-3)
+
+
+def test_likelihoods_and_boxes_are_joined_as_published(parity_ops):
+    logits, tokens = torch.from_numpy(parity_ops["wscore_logits"]), torch.from_numpy(parity_ops["wscore_seq"])
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    likelihoods = token_score(tokens, logprobs).reshape(len(parity_ops["wscore_box_scores"]), -1).mean(axis=1)
+    for weight in (0.0, 0.3, 1.0):
+        ours = [
+            weighted_score(float(box), float(value), weight)
+            for box, value in zip(parity_ops["wscore_box_scores"], likelihoods, strict=True)
+        ]
+        np.testing.assert_allclose(ours, parity_ops[f"wscore_out_{weight}"], atol=1e-6)
+
+
+def test_crops_are_the_official_ones(shared):
+    arrays = np.load(shared / "parity" / "tasks" / "pure_crop_to_bbox.npz")
+    checked = 0
+    for case in sorted({key.split("/")[0] for key in arrays.files}):
+        height, width = arrays[f"{case}/in/image_size"].tolist()
+        order = np.argsort(-arrays[f"{case}/in/scores"], kind="stable")
+        for rank, index in enumerate(order):
+            if f"{case}/out/{rank}_crop_offset" not in arrays.files:
+                continue
+            y0, x0, y1, x1 = arrays[f"{case}/in/bbox"][index] * np.array([height, width, height, width], np.float32)
+            region = object_region(np.array([x0, y0, x1, y1]), width, height, float(arrays[f"{case}/in/pad_scale"]))
+            top, left = arrays[f"{case}/out/{rank}_crop_offset"].tolist()
+            rows, columns = arrays[f"{case}/out/{rank}_crop_size"].tolist()
+            assert region == (left, top, left + columns, top + rows)
+            checked += 1
+    assert checked >= 5
+
+
+def generated(tokens, best=None):
+    tokens = torch.as_tensor(tokens)
+    zeros = torch.zeros(tokens.shape)
+    best = tokens if best is None else torch.as_tensor(best)
+    return Generated(tokens, zeros, best, zeros)
+
+
+@given(data=st.data())
+def test_no_answer_makes_decoding_raise(tasks, data):
+    vocab = tasks["detection"].vocab
+    ids = data.draw(hnp.arrays(np.int64, (3, 24), elements=st.integers(0, vocab.size - 1)))
+    out = generated(ids, data.draw(hnp.arrays(np.int64, (3, 24), elements=st.integers(0, vocab.size - 1))))
+    pixels, limits = np.array([80.0, 70.0]), (75, 70)
+    for instance in tasks["detection"].instances(out, 0, pixels, limits):
+        x0, y0, x1, y1 = instance.box_xyxy
+        assert 0 <= x0 < x1 <= 75
+        assert 0 <= y0 < y1 <= 70
+    for ring in tasks["segmentation"].rings(out, slice(0, 3), pixels, limits):
+        assert len(ring) >= 3
+        assert (ring >= 0).all()
+        assert (ring <= limits).all()
+    category = next(c for c in tasks["keypoint"].categories.values() if c.keypoints)
+    points = tasks["keypoint"].points(out, 0, category, pixels)
+    assert points.shape == (len(category.keypoints), 3)
+    assert np.isfinite(points).all()
+    caption, score = tasks["captioning"].caption(out, 0)
+    assert isinstance(caption, str)
+    assert score <= 0
+
+
+def test_outlines_vote(vocab, shapes):
+    task = Segmentation(SegmentationConfig(num_samples=4, threshold=0.5), vocab, shapes.categories)
+    base = vocab.coord_base
+
+    def square(side):
+        return [base, base, base, base + side, base + side, base + side, base + side, base, EOS]
+
+    # In a picture of 63 pixels a bin is a pixel. Sides 10, 20, 20 and 40: half of the votes reach 20.
+    out = generated([square(10), square(20), square(20), square(40)])
+    (ring,) = task.rings(out, slice(0, 4), np.array([63.0, 63.0]), (63, 63))
+    assert ring.min() == 0
+    assert ring.max() == 20
+
+
+def test_points_called_invisible_get_their_likeliest_place(vocab):
+    category = Category(1, 1, "cat", ("nose", "tail"))
+    base = vocab.coord_base
+    out = generated([[base + 63, base, 41, 41]], [[base + 1, base + 1, base + 21, base + 42]])
+    pixels = np.array([63.0, 126.0])
+    points = Keypoint(KeypointConfig(), vocab, (category,)).points(out, 0, category, pixels)
+    np.testing.assert_allclose(points, [[0, 126, 2], [42, 42, 1]], atol=1e-4)
+    kept = Keypoint(KeypointConfig(suppress_invisible=False), vocab, (category,)).points(out, 0, category, pixels)
+    np.testing.assert_allclose(kept, [[0, 126, 2], [0, 0, 0]], atol=1e-4)
+
+
+@pytest.fixture
+def predictor(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Predictor(model)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (50, 80, 3)).astype(np.uint8)
+
+
+def test_a_chain_asks_about_what_was_detected_and_encodes_once(predictor, monkeypatch):
+    calls = []
+    encode = predictor.model.encode
+    monkeypatch.setattr(predictor.model, "encode", lambda images: calls.append(len(images)) or encode(images))
+    image = predictor.encode(PICTURE)
+    prediction = predictor.predict(image, ["detection", "segmentation", "captioning"])
+    assert calls == [1]
+    found = predictor.detect(image)
+    assert [i.box_xyxy for i in prediction.instances] == [i.box_xyxy for i in found]
+    assert [i.score for i in prediction.instances] == [i.score for i in found]
+    asked = [i for i in prediction.instances if i.score >= 0.05]
+    assert all(i.mask_score is not None for i in asked)
+    assert len(prediction.captions) == 1
+    assert prediction.captions[0].text
+
+
+def test_boxes_may_come_from_the_user(predictor):
+    boxes = [[10, 10, 40, 30], [0, 0, 80, 50]]
+    segmented = predictor.segment(PICTURE, boxes, categories=["person", "heart"])
+    assert sorted(i.category.name for i in segmented) == ["heart", "person"]
+    pointed = predictor.keypoints(PICTURE, boxes, categories=["person", "heart"])
+    assert [i.category.name for i in pointed] == ["person"]
+    assert pointed[0].keypoints.shape[1] == 3
+    assert (pointed[0].keypoints[:, 0] <= 80).all()
+    again = predictor.keypoints(PICTURE, pointed)
+    np.testing.assert_array_equal(again[0].keypoints, pointed[0].keypoints)
+    assert predictor.segment(PICTURE, []) == []
+    for wrong, message in (
+        ([[10, 10, 5, 30]], "x1 > x0"),
+        ([[100, 10, 120, 30]], "inside the picture"),
+        ([[1, 2, 3]], "finite numbers"),
+        ([[1, 2, float("nan"), 4]], "finite numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predictor.segment(PICTURE, wrong, categories="person")
+    with pytest.raises(InputError, match="need categories"):
+        predictor.segment(PICTURE, boxes)
+    with pytest.raises(InputError, match="did you mean 'person'"):
+        predictor.segment(PICTURE, boxes, categories="persona")
+    with pytest.raises(InputError, match="1 categories"):
+        predictor.segment(PICTURE, boxes, categories=["person"])
+
+
+def test_answers_do_not_depend_on_how_many_objects_are_asked_about_at_once(predictor, monkeypatch):
+    predictor.tasks["segmentation"] = Segmentation(
+        SegmentationConfig(max_points=20, num_samples=1, temperature=0),
+        predictor.model.config.vocab,
+        predictor.model.categories,
+    )
+    boxes = np.array([[x, y, x + 20, y + 15] for x in range(0, 60, 12) for y in range(0, 35, 10)], float)
+    image = predictor.encode(PICTURE)
+    together = predictor.segment(image, boxes, categories="person")
+    monkeypatch.setattr("pix2seq.predictor.MAX_ROWS", 3)
+    apart = predictor.segment(image, boxes, categories="person")
+    assert [i.box_xyxy for i in together] == [i.box_xyxy for i in apart]
+    for a, b in zip(together, apart, strict=True):
+        assert len(a.polygons) == len(b.polygons)
+        for ring_a, ring_b in zip(a.polygons, b.polygons, strict=True):
+            np.testing.assert_array_equal(ring_a, ring_b)
+
+
+def test_classes_of_several_data_sets_are_joined_by_name():
+    first = (Category(1, 7, "Cat"), Category(3, 9, "dog"))
+    second = (Category(1, 1, "person", ("nose",), ()), Category(2, 2, " cat "))
+    third = (Category(5, 5, "dog", ("tail",), ()),)
+    united = unite_categories([first, second, third])
+    assert [(c.label, c.name) for c in united] == [(1, "Cat"), (3, "dog"), (4, "person")]
+    assert united[1].keypoints == ("tail",)
+    assert unite_categories([first]) == first
+
+
+def test_fine_tuning_carries_rows_over_by_name(shapes, text, vocab, tasks):
+    start = new_model(shapes, text, vocab, tasks)
+    old = start.categories
+    renamed = (Category(1, 1, old[2].name), Category(2, 2, "unicorn"), Category(3, 3, old[0].name))
+    words = WordTokenizer([*text.tokens[:3], "unicorn", *text.tokens[5:9]])
+    model = build_model(start.config, renamed, words)
+    fresh = model.decoder.token_embedding.weight.detach().clone()
+    summary = start_from(model, start, "somewhere")
+    assert summary == "2 of 3 classes were known by name, 7 of 8 words were known"
+    ours, theirs = model.decoder.token_embedding.weight, start.decoder.token_embedding.weight
+    torch.testing.assert_close(ours[101], theirs[100 + old[2].label], rtol=0, atol=0)
+    torch.testing.assert_close(ours[103], theirs[100 + old[0].label], rtol=0, atol=0)
+    torch.testing.assert_close(ours[102], fresh[102], rtol=0, atol=0)
+    torch.testing.assert_close(ours[1000:1064], theirs[1000:1064], rtol=0, atol=0)
+    torch.testing.assert_close(ours[1103], fresh[1103], rtol=0, atol=0)
+    torch.testing.assert_close(ours[1104:1108], theirs[1105:1109], rtol=0, atol=0)
+    torch.testing.assert_close(model.decoder.blocks[1].mlp.expand.weight, start.decoder.blocks[1].mlp.expand.weight)
+    wider = build_model(
+        ModelConfig(image_size=SIZE, encoder=start.config.encoder, decoder=DecoderConfig(dim=64), vocab=vocab)
+    )
+    with pytest.raises(InputError, match="is another model"):
+        start_from(wider, start, "somewhere")
+
+
+def test_instances_in_json(shapes):
+    instance = Instance((1, 2, 4, 8), shapes.categories[0], 0.5, mask_score=0.25)
+    content = json.loads(json.dumps(instance.to_json()))
+    assert content["bbox"] == [1, 2, 3, 6]
+    assert content["mask_score"] == 0.25
+    assert "keypoint_score" not in content
