@@ -118,7 +118,8 @@ def test_fine_tuning_keeps_words_and_classes(run, data, tmp_path, capsys):
     second = Pix2Seq.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000001")
     assert second.text.tokens == first.text.tokens
     vocab = first.config.vocab
-    used = [*range(100), *(100 + category.label for category in first.categories), *range(vocab.coord_base, vocab.size)]
+    used = [*range(100), *(100 + category.label for category in first.categories)]
+    used += [*range(vocab.coord_base, vocab.coord_end), *range(vocab.text_base, vocab.size)]
     ours, theirs = second.decoder.token_embedding.weight[used], first.decoder.token_embedding.weight[used]
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
