@@ -76,8 +76,8 @@ class EvalResult:
         show = lambda value: "undefined" if value is None else f"{value:.3f}"  # noqa: E731
         parts = []
         for name, score in self.scores.items():
-            chosen = ("BLEU-4",) if isinstance(score, CaptionScores) else ("AP", "AP50")
-            chosen += ("AR100",) if name == "detection" else ()
+            chosen = ["BLEU-4"] if isinstance(score, CaptionScores) else ["AP", "AP50"]
+            chosen += ["AR100"] if name == "detection" else []
             prefix = "" if name == "detection" else f"{name} "
             parts.append(prefix + ", ".join(f"{metric} {show(score.metrics[metric])}" for metric in chosen))
         return f"{'; '.join(parts)} on {self.num_images} images in {self.seconds:.0f} s"

@@ -311,16 +311,16 @@ class Predictor:
         """What is asked about: detected where nothing is given, with `min_score` at least."""
         if boxes is None:
             return _likely(self.detect(image, seed=seed), min_score)
-        if isinstance(boxes, Sequence) and all(isinstance(box, Instance) for box in boxes):
-            known = {same_name(category.name): category for category in self._categories()}
-            return [replace(i, category=self._category(i.category.name, known)) for i in boxes]  # type: ignore[union-attr]
+        known = {same_name(category.name): category for category in self._categories()}
+        given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
+        if isinstance(boxes, Sequence) and len(given) == len(boxes):
+            return [replace(i, category=self._category(i.category.name, known)) for i in given]
         corners = np.asarray(boxes, np.float64)
         if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
             raise InputError(f"boxes must be finite numbers (N, 4) as x0, y0, x1, y1, got shape {corners.shape}")
         corners = np.clip(corners, 0, np.tile(image.size, 2))
         if not (corners[:, 2:] > corners[:, :2]).all():
             raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the picture")
-        known = {same_name(category.name): category for category in self._categories()}
         if categories is None and len(known) > 1:
             raise InputError("boxes need categories: one name for all of them, or one for each")
         names = next(iter(known)) if categories is None else categories
@@ -353,7 +353,7 @@ class Predictor:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def _relative_yxyx(instances: Sequence[Instance], image: EncodedImage) -> NDArray[np.float64]:
+def _relative_yxyx(instances: Sequence[Instance], image: EncodedImage) -> NDArray[np.floating]:
     """Boxes (I, 4) in [0, 1] of the model's input."""
     boxes = np.array([instance.box_xyxy for instance in instances], np.float64).reshape(-1, 4)
     return box_xyxy_to_yxyx(boxes / np.tile(image.canvas_size, 2))

@@ -26,6 +26,14 @@ def test_prompts_equal_the_official_ones(shared):
         np.testing.assert_array_equal(ours, arrays[f"{case}/out/prompt_seq"][real])
 
 
+def test_prompts_of_the_default_vocabulary_equal_the_official_ones(parity_ops):
+    boxes, labels = parity_ops["det_bbox"], parity_ops["instance_label"]
+    real = labels > 0
+    for task, key in (("segmentation", "seg"), ("keypoint", "kpt")):
+        expected = parity_ops[f"instance_prompt_{key}"]
+        np.testing.assert_array_equal(instance_prompts(task, boxes[real], labels[real], VOCAB), expected[real])
+
+
 def test_responses_equal_the_official_ones(parity_ops):
     points, expected = parity_ops["keypoints_yx"], parity_ops["keypoint_response_seq"]
     points, expected = points.reshape(-1, points.shape[-1]), expected.reshape(-1, expected.shape[-1])

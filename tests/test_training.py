@@ -23,7 +23,7 @@ from pix2seq.tasks.example import Sample, collate
 from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
 from pix2seq.training.schedule import ScheduleConfig, learning_rate
-from pix2seq.training.step import TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.training.step import TaskBatches, build_optimizer, sequence_loss, token_losses, train_step
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -93,6 +93,13 @@ def test_the_loss_is_the_weighted_mean_cross_entropy_of_all_positions():
     losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
     expected = (losses * batch.weights.flatten()).sum()
     torch.testing.assert_close(sequence_loss(model, batch), expected)
+
+
+@pytest.mark.parametrize(("key", "smoothing"), [("xent_xent", 0.0), ("xent_xent@0.1", 0.1)])
+def test_token_losses_are_the_official_ones(parity_ops, key, smoothing):
+    logits, targets = torch.from_numpy(parity_ops["xent_logits"]), torch.from_numpy(parity_ops["xent_target"])
+    ours = token_losses(logits.flatten(0, -2), targets.flatten(), smoothing)
+    np.testing.assert_allclose(ours.numpy(), parity_ops[key].ravel(), atol=1e-5, rtol=1e-5)
 
 
 def test_neither_prompts_padding_nor_noise_coordinates_are_scored():

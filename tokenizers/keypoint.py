@@ -60,5 +60,7 @@ def decode_keypoints(
     pairs = np.zeros((num_points, 2), np.int64)
     read = ids[: 2 * num_points]
     pairs.ravel()[: len(read)] = read
-    given = ((pairs >= vocab.coord_base) & (pairs < vocab.coord_end)).all(axis=1)
-    return np.where(given[:, None], vocab.coords(pairs), np.float32(0)), given
+    given: NDArray[np.bool_] = np.all((pairs >= vocab.coord_base) & (pairs < vocab.coord_end), axis=1)
+    points = vocab.coords(pairs)
+    points[~given] = 0
+    return points, given

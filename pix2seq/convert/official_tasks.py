@@ -45,7 +45,7 @@ def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions:
     A config without task sections gets the published settings: of detection, and of all four tasks
     where its vocabulary has text. Captioning is left out where `captions` is false.
     """
-    sections = {task.get("name"): task for task in official_tasks(official)}
+    sections = {str(task.get("name")): task for task in official_tasks(official)}
     if not sections:
         sections = dict(PUBLISHED) if config.vocab.num_text else {"object_detection": PUBLISHED["object_detection"]}
     room = config.decoder.max_seq_len

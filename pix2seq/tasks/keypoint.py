@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import KeypointGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
-from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tasks.task import Task, TaskConfig, object_prompt
 from pix2seq.tokenizers.instance import PROMPT_LENGTH, instance_prompts
 from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
 from pix2seq.vocab import INVISIBLE
@@ -88,8 +87,7 @@ class Keypoint(Task[KeypointConfig]):
                 rng if self.config.mask_inputs else None,
                 invisible_weight=self.config.invisible_weight,
             )
-            box = box_xyxy_to_yxyx(target.boxes_xyxy[i : i + 1]) / np.tile(scale, 2)
-            prompt = instance_prompts(self.name, box, target.labels[i : i + 1], self.vocab)[0]
+            prompt = object_prompt(self.name, target, int(i), size, self.vocab)
             found.append(Example(prompt, response.inputs, response.targets, response.weights))
         return found
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import PolygonGrammar
 from pix2seq.polygon_ops import clip_rings, mask_to_rings, rasterize
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
-from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tasks.task import Task, TaskConfig, object_prompt
 from pix2seq.tokenizers.instance import PROMPT_LENGTH, instance_prompts
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.vocab import EOS, SEPARATOR
@@ -86,8 +85,7 @@ class Segmentation(Task[SegmentationConfig]):
             )
             if not len(ids):
                 continue
-            box = box_xyxy_to_yxyx(target.boxes_xyxy[i : i + 1]) / np.tile(scale, 2)
-            prompt = instance_prompts(self.name, box, target.labels[i : i + 1], self.vocab)[0]
+            prompt = object_prompt(self.name, target, int(i), size, self.vocab)
             response = np.append(ids, EOS)
             weights = np.ones(len(response), np.float32)
             weights[-1] = self.config.eos_weight
@@ -125,7 +123,7 @@ class Segmentation(Task[SegmentationConfig]):
         samples = []
         for ids in out.tokens[rows].cpu().numpy():
             rings = [ring[:, ::-1] * to_pixels for ring in decode_polygons(ids, self.vocab)]
-            samples.append(clip_rings(rings, width, height))
+            samples.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
         if len(samples) == 1:
             return samples[0]
         points = np.concatenate([ring for rings in samples for ring in rings] or [np.zeros((0, 2), np.float32)])

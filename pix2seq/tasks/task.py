@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
 from pix2seq.tasks.example import Example
+from pix2seq.tokenizers.instance import instance_prompts
 from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.vocab import Vocab
 
@@ -93,6 +96,11 @@ class Task(ABC, Generic[Config]):
         """Tokens of the longest sequence, prompt and end included."""
 
     @property
+    @abstractmethod
+    def max_new_tokens(self) -> int:
+        """Length of the longest response."""
+
+    @property
     def crop_padding(self) -> float | None:
         """Share of an object's box that is kept around it where every object is a picture of its own; else None."""
         return None
@@ -104,6 +112,12 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Training sequences of a target in pixels of an input of `size` (height, width); maybe none."""
+
+
+def object_prompt(task: str, target: Target, i: int, size: tuple[int, int], vocab: Vocab) -> NDArray[np.int64]:
+    """The prompt (6,) about object `i` of a target in pixels of an input of `size` (height, width)."""
+    box = (box_xyxy_to_yxyx(target.boxes_xyxy[i : i + 1]) / np.array([*size, *size])).astype(np.float32)
+    return instance_prompts(task, box, target.labels[i : i + 1], vocab)[0]
 
 
 def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:

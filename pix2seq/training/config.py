@@ -52,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0  # 0 does not clip
+    label_smoothing: float = 0.0  # share of every target that is spread over the vocabulary
     ema_decay: float = 0.999  # 0 evaluates and saves the raw weights
     init: str | None = None  # checkpoint to start from
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -75,6 +76,8 @@ class TrainConfig:
                     f"the batch size of {task}, {self.batch_size_of(task)}, does not divide into "
                     f"accumulate={self.accumulate} parts"
                 )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
 

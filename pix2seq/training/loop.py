@@ -77,7 +77,14 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
                 TaskBatches(name, config.task(name).loss_weight, [next(stream) for _ in range(config.accumulate)])
                 for name, stream in streams.items()
             ]
-            result = train_step(model, optimizer, batches, max_grad_norm=config.max_grad_norm, bf16=config.bf16)
+            result = train_step(
+                model,
+                optimizer,
+                batches,
+                max_grad_norm=config.max_grad_norm,
+                bf16=config.bf16,
+                label_smoothing=config.label_smoothing,
+            )
             state.step += 1
             if state.ema is not None:
                 state.ema.update(model, state.step)

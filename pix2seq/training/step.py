@@ -17,7 +17,12 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks.example import Batch
 
 
-def sequence_loss(model: Pix2Seq, batch: Batch) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy (S,) of logits (S, V), in float32; see `F.cross_entropy` for the smoothing."""
+    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Sum over tokens of weight times cross entropy, a scalar in float32.
 
     Only scored places meet the output layer: padding, prompts and the coordinates of noise objects
@@ -34,8 +39,8 @@ def sequence_loss(model: Pix2Seq, batch: Batch) -> Tensor:
         targets, weights = packed.pick(targets), packed.pick(weights)
     weights = weights.flatten()
     scored = weights.nonzero()[:, 0]
-    logits = model.decoder.logits(hidden.flatten(0, 1)[scored]).float()  # (S, V)
-    losses = F.cross_entropy(logits, targets.flatten()[scored], reduction="none")
+    logits = model.decoder.logits(hidden.flatten(0, 1)[scored])  # (S, V)
+    losses = token_losses(logits, targets.flatten()[scored], label_smoothing)
     return (losses * weights[scored]).sum()
 
 
@@ -67,6 +72,7 @@ def train_step(
     *,
     max_grad_norm: float,
     bf16: bool,
+    label_smoothing: float = 0.0,
 ) -> StepResult:
     """Update the weights once, by the weighted sum of all tasks' losses.
 
@@ -80,7 +86,7 @@ def train_step(
         losses[task.name] = torch.zeros((), device=device)
         for batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = sequence_loss(model, batch) / num_scored
+                loss = sequence_loss(model, batch, label_smoothing=label_smoothing) / num_scored
             (loss * task.loss_weight).backward()
             losses[task.name] += loss.detach()
     total = torch.stack([task.loss_weight * losses[task.name] for task in tasks]).sum()
