@@ -18,6 +18,7 @@ from pix2seq.errors import InputError
 from pix2seq.keypoint_ops import mirror_order
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
+from pix2seq.tasks import TASKS
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.example import Sample, collate
 from pix2seq.training.config import load_config
@@ -325,6 +326,7 @@ def test_every_config_builds_its_model():
         config = load_config(str(file), ["model.encoder.pretrained=false"])
         with torch.device("meta"):
             model = build_model(config.model, CATEGORIES)
-        task = Detection(config.detection, config.model.vocab, CATEGORIES)
-        assert task.max_seq_len <= model.decoder.max_seq_len, file.name
+        for name in config.tasks:
+            task = TASKS[name](config.task(name), config.model.vocab, CATEGORIES)
+            assert task.max_seq_len <= model.decoder.max_seq_len, (file.name, name)
         assert config.model.image_size[0] % model.encoder.stride == 0, file.name
