@@ -1,6 +1,7 @@
 """The four tasks: examples, answers and scores, against the official arrays and against slower ways."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,18 +10,21 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pycocotools import mask as mask_utils
 
 from pix2seq import Predictor
+from pix2seq.affine import Affine
 from pix2seq.data.categories import unite_categories
 from pix2seq.data.coco import CocoDataset
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.target import Category, Instance
+from pix2seq.data.target import Category, ImageRecord, Instance, Target
 from pix2seq.data.training_set import TrainingSet
-from pix2seq.data.transforms import AugmentConfig, object_region
+from pix2seq.data.transforms import AugmentConfig, object_region, transform_target
 from pix2seq.errors import InputError
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.generate import Generated
 from pix2seq.model.pix2seq import build_model
+from pix2seq.polygon_ops import rasterize
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import CaptioningConfig, with_text
 from pix2seq.tasks.detection import DetectionConfig
@@ -112,6 +116,31 @@ def test_keypoints_are_cut_out_one_object_a_sample(shapes, tasks):
     ]
     assert len(cropped) == sum(counts)
     assert len(whole) == sum(count > 0 for count in counts)
+
+
+def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):
+    mask = np.zeros((40, 50), np.uint8, order="F")
+    mask[10:20, 5:30] = 1
+    rle = mask_utils.encode(mask)
+    target = Target(
+        image=ImageRecord(1, None, 50, 40),
+        boxes_xyxy=np.array([[5, 10, 30, 20]] * 2, np.float32),
+        labels=np.array([1, 1]),
+        areas=np.array([250, 250], np.float32),
+        iscrowd=np.array([False, True]),
+        annotation_ids=np.array([1, 2]),
+        segmentations=(rle, rle),
+        keypoints=np.zeros((2, 0, 3), np.float32),
+    )
+    task = Segmentation(SegmentationConfig(num_samples=1), vocab, (Category(1, 1, "cat"),))
+    assert task.places(target) == [None]
+    moved = transform_target(target, Affine(1.26, 1.575), (63, 63))
+    (example,) = task.examples(moved, (63, 63), np.random.default_rng(0))
+    (ring,) = task.rings(generated([example.targets.tolist()]), slice(0, 1), np.array([50.0, 40.0]), (50, 40))
+    found = rasterize([ring], 40, 50)
+    assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.9
+    alone = replace(target, iscrowd=np.array([True, True]))
+    assert task.places(alone) == []
 
 
 def test_captions_come_back_from_their_targets(shapes, tasks, vocab, text):
