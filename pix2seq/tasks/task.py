@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
@@ -78,7 +79,11 @@ class Task(ABC, Generic[Config]):
     def from_model(cls, model: Pix2Seq) -> Self:
         """The task as a checkpoint's config.json describes it."""
         structure = OmegaConf.structured(cls.config_type)
-        config = OmegaConf.to_object(OmegaConf.merge(structure, model.task_settings[cls.name]))
+        try:
+            config = OmegaConf.to_object(OmegaConf.merge(structure, model.task_settings[cls.name]))
+        except (OmegaConfBaseException, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"this checkpoint's settings of {cls.name} cannot be used: {reason}") from None
         return cls(config, model.config.vocab, model.categories, model.text)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:
