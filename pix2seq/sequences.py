@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pix2seq.tokenizers.keypoint import decode_keypoints
 from pix2seq.tokenizers.segmentation import decode_polygons
 from pix2seq.training.config import TrainConfig
 from pix2seq.training.recipe import prepare
-from pix2seq.vocab import CLASS_BASE, EOS, NOISE, Vocab
+from pix2seq.vocab import CLASS_BASE, EOS, INVISIBLE, NOISE, SEPARATOR, Vocab
 
 NOISE_CATEGORY = Category(NOISE, NOISE, "noise")
 
@@ -64,17 +64,31 @@ class SequenceView:
         lines = [f"image {self.sample.image_id}, {self.task.name}: {len(self.sample.examples)} sequences"]
         for number, example in enumerate(self.sample.examples):
             lines.append(f"\nsequence {number}: {self.summary(example)}")
-            lines.append(f"{'place':>5}  {'reads':>5}  {'meaning':<24} {'says':>5}  {'meaning':<24} weight")
-            for row in rows(example):
-                read = f"{self.meaning(row.read)}{' (prompt)' if row.prompt else ''}"
-                lines.append(
-                    f"{row.place:5d}  {row.read:5d}  {read:<24} {row.said:5d}  {self.meaning(row.said):<24} "
-                    f"{row.weight:g}"
-                )
+            lines.append(f"{'place':>5}  {'reads':>5}  {'meaning':<28} {'says':>5}  {'meaning':<28} weight")
+            steps = list(rows(example))
+            reads, says = self.meanings([row.read for row in steps]), self.meanings([row.said for row in steps])
+            for row, read, said in zip(steps, reads, says, strict=True):
+                given = f"{read}{' (prompt)' if row.prompt else ''}"
+                lines.append(f"{row.place:5d}  {row.read:5d}  {given:<28} {row.said:5d}  {said:<28} {row.weight:g}")
         return "\n".join(lines)
 
+    def meanings(self, tokens: Sequence[int]) -> list[str]:
+        """What the ids of a sequence stand for, in words; coordinates are y and x in turn, in pixels of the input."""
+        sides = self.sample.image.shape[:2]
+        words, axis = [], 0
+        for token in tokens:
+            word = self.meaning(token)
+            if self.vocab.coord_base <= token < self.vocab.coord_end:
+                pixels = float(self.vocab.coords(np.array([token]))[0]) * sides[axis]
+                word = f"{'yx'[axis]} {word} = {pixels:.1f} px"
+            # Separators and invisible points stand in the place of coordinates.
+            in_pair = self.vocab.coord_base <= token < self.vocab.coord_end or token in (SEPARATOR, INVISIBLE)
+            axis = 1 - axis if in_pair else 0
+            words.append(word)
+        return words
+
     def meaning(self, token: int) -> str:
-        """What an id stands for, in words."""
+        """What an id stands for wherever it is, in words."""
         label, text_id = token - CLASS_BASE, token - self.vocab.text_base
         if CLASS_BASE <= token < self.vocab.coord_base and label in self.task.categories:
             return f"class {self.task.categories[label].name}"
