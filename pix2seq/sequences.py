@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Instance
@@ -106,17 +106,23 @@ class SequenceView:
         return self.meaning(int(example.prompt[-1]))
 
     def picture(self) -> Image.Image:
-        """The input of the model with what its sequences say drawn on it; noise boxes are called `noise`."""
-        instances, captions = [], []
+        """The input of the model with what its sequences say drawn on it; noise boxes are thin and white."""
+        instances: list[Instance] = []
+        captions: list[str] = []
+        canvas = Image.fromarray(self.sample.image)
         for example in self.sample.examples:
             if self.task.name == "captioning":
                 captions.append(self.summary(example))
             elif self.task.name == "detection":
-                instances += self._objects(example.targets)
+                for instance in self._objects(example.targets):
+                    if instance.category is NOISE_CATEGORY:
+                        ImageDraw.Draw(canvas).rectangle(instance.box_xyxy, outline="white")
+                    else:
+                        instances.append(instance)
             else:
                 instances.append(self._object(example))
         caption = " / ".join(captions) or None
-        return draw_instances(self.sample.image, instances, scores=False, caption=caption)
+        return draw_instances(np.asarray(canvas), instances, scores=False, caption=caption)
 
     def save(self, path: Path) -> None:
         """Write the picture."""
