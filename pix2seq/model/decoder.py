@@ -9,10 +9,14 @@ Reference: google-research/pix2seq, `architectures/transformers.py` (`Autoregres
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pix2seq.model.cpu_step import CpuStep, can_step
 from pix2seq.model.kv_cache import KVCache, LayerCache
 from pix2seq.model.layers import (
     NORM_EPS,
@@ -89,9 +93,12 @@ class DecoderBlock(nn.Module):
         cache.self_values[:, :, start:end] = v
         # New tokens see everything cached and, among themselves, what stands before them. With one
         # new token nothing is masked; with a prompt at the start plain causality is right.
-        if start > 0 and x.shape[1] > 1:
+        if start == 0:
+            attended = attend(q, k, v, is_causal=x.shape[1] > 1)
+        elif x.shape[1] == 1:
+            attended = attend(q, cache.self_keys[:, :, :end], cache.self_values[:, :, :end])
+        else:
             raise ValueError("several tokens at once can only be read at the start of a sequence")
-        attended = attend(q, cache.self_keys[:, :, :end], cache.self_values[:, :, :end], is_causal=x.shape[1] > 1)
         x = x + self.self_attention.out(merge_heads(attended))
         x = x + self.cross_attention(self.cross_norm(x), cache.memory_keys, cache.memory_values)
         return x + self.mlp(self.mlp_norm(x))
@@ -160,17 +167,34 @@ class Decoder(nn.Module):
         """Rows (V, D) that hidden states are compared with."""
         return (self.output_embedding or self.token_embedding).weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) to logits (..., V)."""
-        return F.linear(hidden, self.output_weight, self.output_bias)
+    def logits(self, hidden: Tensor, *, cache: KVCache | None = None, ids: slice | None = None) -> Tensor:
+        """Hidden states (..., D) to logits (..., V), or only to those of `ids`.
+
+        With the `cache` of the step that gave them, in that step's fast form.
+        """
+        if cache is not None and cache.cpu_step is not None and ids is None:
+            with _no_cpu_autocast():
+                return cache.cpu_step.logits(hidden)
+        weight, bias = self.output_weight, self.output_bias
+        if ids is not None:
+            weight, bias = weight[ids], None if bias is None else bias[ids]
+        return F.linear(hidden, weight, bias)
 
     def new_cache(self, memory: Tensor, *, rows_per_image: int, num_slots: int) -> KVCache:
         """An empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""
-        projected = [block.cross_attention.project_memory(memory) for block in self.blocks]
+        projected = (block.cross_attention.project_memory(memory) for block in self.blocks)
         return KVCache.allocate(projected, num_rows=len(memory) * rows_per_image, num_slots=num_slots)
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read the next tokens (R, t) of every row, and give the hidden state (R, D) after the last."""
+        if tokens.shape[1] == 1 and can_step(cache) and not self.training and not torch.is_grad_enabled():
+            self._check_length(cache.length + 1)
+            with _no_cpu_autocast():
+                if cache.cpu_step is None:
+                    cache.cpu_step = CpuStep(self, cache)
+                hidden = cache.cpu_step.hidden(tokens[:, 0], cache.length)
+            cache.length += 1
+            return hidden
         x = self._embed(tokens, cache.length)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, layer, cache.length)
@@ -179,9 +203,23 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         end = start + tokens.shape[1]
-        if end > self.max_seq_len:
+        self._check_length(end)
+        return self.token_embedding(tokens) + self.position_embedding[start:end]
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_seq_len:
             raise ValueError(
-                f"a sequence of {end} tokens is longer than the decoder's {self.max_seq_len} positions; "
+                f"a sequence of {length} tokens is longer than the decoder's {self.max_seq_len} positions; "
                 "raise model.decoder.max_seq_len or ask for fewer tokens"
             )
-        return self.token_embedding(tokens) + self.position_embedding[start:end]
+
+
+@contextmanager
+def _no_cpu_autocast() -> Iterator[None]:
+    """The fast step chooses its own types; autocast would convert all weights again at every step."""
+    enabled = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)

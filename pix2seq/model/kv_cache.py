@@ -5,15 +5,24 @@ Shapes: B images, R rows (R = B * rows per image), H heads, S slots, N memory to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from pix2seq.model.cpu_step import CpuStep
+
 
 @dataclass
 class LayerCache:
-    """Keys and values of one decoder layer."""
+    """Keys and values of one decoder layer.
+
+    Keys of float32 on the CPU lie in memory as (.., d, S): a query's products with all keys then run
+    along memory, a third faster than the other way. They are handed around in the usual shape.
+    """
 
     self_keys: Tensor  # (R, H, S, d), filled up to the cache's length
     self_values: Tensor  # (R, H, S, d)
@@ -27,19 +36,57 @@ class KVCache:
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
         self.length = 0
+        self.cpu_step: CpuStep | None = None  # made at the first step that can use it, for the rows there are
 
     @classmethod
-    def allocate(cls, memory_keys_values: list[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
+    def allocate(cls, memory_keys_values: Iterable[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
         """An empty cache over the projected memory of each layer, keys and values (B, H, N, d)."""
         layers = []
         for keys, values in memory_keys_values:
             _, num_heads, _, head_dim = keys.shape
-            shape = (num_rows, num_heads, num_slots, head_dim)
-            empty = torch.empty((2, *shape), dtype=keys.dtype, device=keys.device)
-            layers.append(LayerCache(empty[0], empty[1], keys, values))
+            empty = torch.empty((2, num_rows, num_heads, num_slots, head_dim), dtype=keys.dtype, device=keys.device)
+            if keys.device.type == "cpu":
+                # Heads side by side in memory are read a third slower, at every step.
+                keys = _keys_first(keys) if keys.dtype == torch.float32 else keys.contiguous()
+                values = values.contiguous()
+            self_keys = empty[0].view(num_rows, num_heads, head_dim, num_slots).transpose(2, 3)
+            layers.append(LayerCache(self_keys if is_keys_first(keys) else empty[0], empty[1], keys, values))
         return cls(layers)
 
     @property
     def num_slots(self) -> int:
         """How many tokens a row can hold."""
         return self.layers[0].self_keys.shape[2]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return self.layers[0].self_keys.shape[0]
+
+    def keep(self, images: Tensor, rows: Tensor) -> None:
+        """Keep only these images (B',) and rows (R',), an equal number for each kept image, in its order."""
+        all_images = len(images) == self.layers[0].memory_keys.shape[0]
+        for layer in self.layers:
+            layer.self_keys = _select(layer.self_keys, rows)
+            layer.self_values = _select(layer.self_values, rows)
+            if not all_images:
+                layer.memory_keys = _select(layer.memory_keys, images)
+                layer.memory_values = _select(layer.memory_values, images)
+        self.cpu_step = None
+
+
+def is_keys_first(x: Tensor) -> bool:
+    """Whether (.., S, d) lies in memory as (.., d, S)."""
+    return x.stride(-1) != 1
+
+
+def _keys_first(x: Tensor) -> Tensor:
+    """The same (.., S, d), in memory as (.., d, S)."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _select(x: Tensor, indices: Tensor) -> Tensor:
+    """Some of the first dimension, in the same order of memory."""
+    if is_keys_first(x):
+        return x.transpose(-1, -2).index_select(0, indices).transpose(-1, -2)
+    return x.index_select(0, indices)

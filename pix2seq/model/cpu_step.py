@@ -1,0 +1,191 @@
+"""One token a row through the decoder on the CPU, with as little as possible around the matrices.
+
+At one token a row a step reads every weight for a handful of products, so its time is that of memory
+plus what each operation costs to start. Hence weights are brought into the fastest form for the number
+of rows once per generation, matrices of two dimensions replace modules, and masks are absent, because
+a new token sees all that is cached.
+
+Shapes: B images, G rows an image, R = B * G rows, H heads, d head width, D = H * d, S slots, N memory
+tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pix2seq.model.kv_cache import KVCache, LayerCache
+
+if TYPE_CHECKING:
+    from pix2seq.model.decoder import Decoder, DecoderBlock
+
+Linear = Callable[[Tensor], Tensor]
+
+# From this many rows on MKL is faster with its own arrangement of the weights.
+MIN_PACKED_ROWS = 4
+# Multiplications (of at least 8 rows' worth: below, a matrix is read rather than computed with) from which
+# oneDNN's bf16 is faster than float32: it takes 15 microseconds longer to start.
+MIN_BF16_WORK = 2**22
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: bool, gelu: bool = False) -> Linear:
+    """A function of x (R, in), that gives (R, out), for `weight` (out, in) and about `num_rows` rows.
+
+    With `bf16` it computes in bfloat16 where that is faster, and in float32, from the same weights,
+    where not. What it returns may be of either type. `gelu` puts an exact GELU behind.
+    """
+    if bf16 and _can_pack() and weight.numel() * max(num_rows, 8) >= MIN_BF16_WORK:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), num_rows)
+        packed_bias = None if bias is None else bias.bfloat16()
+        activation = ("gelu", [], "none") if gelu else ("none", [], "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, packed_bias, *activation)
+    weight = weight.float()
+    bias = None if bias is None else bias.float()
+    if num_rows >= MIN_PACKED_ROWS and _can_pack():
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_rows)
+        linear: Linear = lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, num_rows)  # noqa: E731
+    else:
+        linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
+    return (lambda x: F.gelu(linear(x))) if gelu else linear
+
+
+def can_step(cache: KVCache) -> bool:
+    """Whether `CpuStep` knows the cache's device and type."""
+    keys = cache.layers[0].self_keys
+    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16)
+
+
+class CpuStep:
+    """The decoder's weights and one cache, arranged for the cache's number of rows. Residuals are float32."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        first = cache.layers[0]
+        bf16 = first.self_keys.dtype == torch.bfloat16
+        self.num_rows = cache.num_rows
+        self.tokens = decoder.token_embedding.weight
+        self.positions = decoder.position_embedding
+        self.norm = Norm.of(decoder.norm)
+        self.layers = [
+            Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16)
+            for block, layer in zip(decoder.blocks, cache.layers, strict=True)
+        ]
+        self._output = pack_linear(decoder.output_weight, decoder.output_bias, num_rows=self.num_rows, bf16=bf16)
+
+    def hidden(self, tokens: Tensor, position: int) -> Tensor:
+        """Hidden states (R, D) after `tokens` (R,), which enter the cache at `position`."""
+        x = F.embedding(tokens, self.tokens).float()
+        x += self.positions[position]
+        for layer in self.layers:
+            x += layer.attend_to_tokens(layer.self_norm(x), position)
+            x += layer.attend_to_memory(layer.cross_norm(x))
+            x += layer.contract(layer.expand(layer.mlp_norm(x)))
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (R, D) to logits (R, V)."""
+        return self._output(hidden)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm in float32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> Norm:
+        """The same as `module`."""
+        return cls(module.weight.float(), module.bias.float(), module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, D) to (R, D)."""
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: packed weights, and views of its cache with rows or images and heads in one dimension."""
+
+    self_norm: Norm
+    qkv: Linear
+    self_out: Linear
+    cross_norm: Norm
+    query: Linear
+    cross_out: Linear
+    mlp_norm: Norm
+    expand: Linear  # GELU included
+    contract: Linear
+    num_heads: int
+    cache: LayerCache
+    self_keys: Tensor  # (R * H, S, d)
+    self_values: Tensor  # (R * H, S, d)
+    memory_keys: Tensor  # (B * H, d, N)
+    memory_values: Tensor  # (B * H, N, d)
+
+    @classmethod
+    def of(cls, block: DecoderBlock, cache: LayerCache, *, num_rows: int, bf16: bool) -> Layer:
+        """The same as `block`."""
+
+        def pack(linear: nn.Linear, *, gelu: bool = False) -> Linear:
+            return pack_linear(linear.weight, linear.bias, num_rows=num_rows, bf16=bf16, gelu=gelu)
+
+        return cls(
+            Norm.of(block.self_norm),
+            pack(block.self_attention.qkv),
+            pack(block.self_attention.out),
+            Norm.of(block.cross_norm),
+            pack(block.cross_attention.query),
+            pack(block.cross_attention.out),
+            Norm.of(block.mlp_norm),
+            pack(block.mlp.expand, gelu=True),
+            pack(block.mlp.contract),
+            block.self_attention.num_heads,
+            cache,
+            cache.self_keys.flatten(0, 1),
+            cache.self_values.flatten(0, 1),
+            cache.memory_keys.transpose(2, 3).flatten(0, 1),
+            cache.memory_values.flatten(0, 1),
+        )
+
+    def attend_to_tokens(self, x: Tensor, position: int) -> Tensor:
+        """Self-attention of x (R, D), the tokens at `position`, on these and all before."""
+        end = position + 1
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # each (R, H, d)
+        self.cache.self_keys.select(2, position).copy_(k)
+        self.cache.self_values.select(2, position).copy_(v)
+        if self.self_keys.dtype == torch.bfloat16:
+            attended = F.scaled_dot_product_attention(
+                q.bfloat16().unsqueeze(2), self.cache.self_keys[:, :, :end], self.cache.self_values[:, :, :end]
+            )
+            return self.self_out(attended.reshape(x.shape))
+        q = q.reshape(-1, 1, q.shape[-1])
+        attended = _attend(q, self.self_keys[:, :end].transpose(1, 2), self.self_values[:, :end])
+        return self.self_out(attended.view(x.shape))
+
+    def attend_to_memory(self, x: Tensor) -> Tensor:
+        """Cross-attention of x (R, D); the rows of an image are queries side by side."""
+        keys, values = self.cache.memory_keys, self.cache.memory_values
+        q = self.query(x).view(len(keys), -1, self.num_heads, keys.shape[-1]).transpose(1, 2)  # (B, H, G, d)
+        if keys.dtype == torch.bfloat16:
+            attended = F.scaled_dot_product_attention(q.bfloat16(), keys, values)
+        else:
+            attended = _attend(q.flatten(0, 1), self.memory_keys, self.memory_values).view(q.shape)
+        return self.cross_out(attended.transpose(1, 2).reshape(x.shape))
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of q (M, G, d) on keys (M, d, N) and values (M, N, d); for few queries faster than the fused kernel."""
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, keys)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def _can_pack() -> bool:
+    """Whether this build of PyTorch has the packed matrix products that its compiler uses on x86."""
+    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
