@@ -48,9 +48,9 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: boo
     bias = None if bias is None else bias.float()
     if num_rows >= MIN_PACKED_ROWS and _can_pack():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_rows)
-        linear: Linear = lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, num_rows)  # noqa: E731
+        linear: Linear = lambda x: torch.ops.mkl._mkl_linear(x.float(), packed, weight, bias, num_rows)  # noqa: E731
     else:
-        linear = lambda x: F.linear(x, weight, bias)  # noqa: E731
+        linear = lambda x: F.linear(x.float(), weight, bias)  # noqa: E731
     return (lambda x: F.gelu(linear(x))) if gelu else linear
 
 

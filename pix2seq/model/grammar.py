@@ -30,15 +30,33 @@ class Allowed:
     def mask(self, logits: Tensor) -> Tensor:
         """Logits (R, V) with every other id at minus infinity."""
         ids = torch.arange(logits.shape[-1], device=logits.device)
-        allowed = (ids >= self.low[:, None]) & (ids < self.high[:, None])
-        if self.singles.shape[1]:
-            given = self.singles != NONE
-            allowed |= torch.zeros_like(allowed).scatter_reduce_(1, self.singles.clamp(min=0), given, "amax")
-        return logits.masked_fill(~allowed, -torch.inf)
+        return logits.masked_fill(self.forbids(ids), -torch.inf)
+
+    def forbids(self, ids: Tensor) -> Tensor:
+        """Which of `ids` (V,) may not come next: (R, V) bool."""
+        forbidden = (ids < self.low[:, None]) | (ids >= self.high[:, None])
+        for single in self.singles.unbind(1):
+            forbidden &= ids != single[:, None]
+        return forbidden
+
+    def span(self) -> tuple[int, int]:
+        """The shortest range [first, past the last) that holds all that any row allows. Waits for the device."""
+        some = self.low < self.high
+        firsts = [self.low[some], self.singles[self.singles != NONE]]
+        pasts = [self.high[some], firsts[1] + 1]
+        return int(torch.cat(firsts).min()), int(torch.cat(pasts).max())
+
+    def only(self, single: int) -> Tensor:
+        """Which rows (R,) allow nothing but this id."""
+        others = (self.singles != NONE) & (self.singles != single)
+        return (self.low >= self.high) & ~others.any(1)
 
 
 class Grammar(Protocol):
-    """Called before every step with the ids (R, t) generated so far."""
+    """Called before every step with the ids (R, t) generated so far.
+
+    Finished rows leave the batch, so a row is to be judged by its ids alone, not by its place.
+    """
 
     def allowed(self, ids: Tensor) -> Allowed: ...
 
