@@ -1,0 +1,385 @@
+"""How fast tokens come: this project, the same model without a cache, and Hugging Face's generate.
+
+    python benchmarks/decode.py [--sizes deit-small-384 vit-b-640] [--batches 1 16] [--tokens 200] [--json]
+
+On the CPU, with random weights, greedy and without an end token, so that everyone gives as many tokens.
+Contestants take turns and medians are reported. Decoding starts from the encoder's output and includes
+what each does once per image (projecting keys and values of memory); the encoder is timed apart.
+
+- `ours` decodes as `Pix2Seq.generate` does by default, with the log-probability of every token; in bf16
+  under autocast, as the predictor does.
+- `ours, no logprobs` leaves those out, as Hugging Face's greedy decoding does.
+- `uncached` runs the decoder over the whole sequence for every token. It is timed at five lengths, and
+  the time of a whole sequence is the area below.
+- `hugging face` is VisionEncoderDecoderModel with a BertLMHeadModel as decoder: the same width, depth,
+  heads, feed-forward and vocabulary, cross-attention in every layer, and a dense layer more in front of
+  the output. In bf16 its weights are bf16. Where transformers is missing (`pip install pix2seq[bench]`)
+  the column is left out.
+
+Bandwidth: the bytes that a step cannot avoid reading (decoder weights, and keys and values of memory and of
+half the tokens, in the type asked for) over the time of a step, as a share of what reading as many bytes
+with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding.
+Results go to benchmarks/results/, dated; --json prints them as one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pix2seq.cli import run_guarded
+from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.generate import generate
+from pix2seq.model.pix2seq import Pix2Seq, build_model
+from pix2seq.vocab import Vocab
+
+START_ID = 10
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UNCACHED_LENGTHS = 5
+MEMORY_TOKENS = (100, 200, 400)
+MEMORY_VOCABS = (3000, 12000)
+
+
+@dataclass(frozen=True)
+class Size:
+    image: int  # pixels of a side; patches are of 16
+    encoder: EncoderConfig
+    dim: int  # of the decoder, as all below
+    num_heads: int
+    num_layers: int = 6
+    mlp_dim: int = 2048
+
+
+def _vit(dim: int, num_heads: int) -> EncoderConfig:
+    return EncoderConfig(name="vit", dim=dim, num_layers=12, num_heads=num_heads, mlp_dim=4 * dim)
+
+
+SIZES = {
+    "deit-small-384": Size(384, _vit(384, 6), dim=256, num_heads=8),
+    "vit-b-640": Size(640, _vit(768, 12), dim=512, num_heads=16),
+    "tiny": Size(64, EncoderConfig(name="vit", dim=64, num_layers=1, num_heads=2, mlp_dim=64), dim=64, num_heads=2),
+}
+
+
+def build(size: Size, vocab_size: int, tokens: int) -> Pix2Seq:
+    """A model of random weights with positions for a start and `tokens` more."""
+    torch.manual_seed(0)
+    decoder = DecoderConfig(
+        dim=size.dim,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        mlp_dim=size.mlp_dim,
+        max_seq_len=tokens + 1,
+    )
+    vocab = Vocab(num_bins=1000, size=vocab_size)
+    config = ModelConfig(image_size=(size.image, size.image), encoder=size.encoder, decoder=decoder, vocab=vocab)
+    return build_model(config).eval()
+
+
+def build_hugging_face(size: Size, vocab_size: int, tokens: int) -> Any | None:
+    """Their model of that size, or None where transformers is not installed."""
+    try:
+        import transformers
+        from transformers import BertConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    encoder = ViTConfig(
+        hidden_size=size.encoder.dim,
+        num_hidden_layers=size.encoder.num_layers,
+        num_attention_heads=size.encoder.num_heads,
+        intermediate_size=size.encoder.mlp_dim,
+        image_size=size.image,
+    )
+    decoder = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=size.dim,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        intermediate_size=size.mlp_dim,
+        max_position_embeddings=tokens + 2,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    return VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)).eval()
+
+
+def hugging_face_decode(model: Any, features: Tensor, tokens: int) -> Tensor:
+    """Ids (B, 1 + tokens)."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return model.generate(
+        encoder_outputs=BaseModelOutput(features),
+        decoder_start_token_id=START_ID,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def decode(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool, with_logprobs: bool = True) -> Tensor:
+    """Ids (B, tokens) of the decoder on memory (B, N, D)."""
+    prompt = torch.full((len(memory), 1), START_ID)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return generate(
+            model.decoder,
+            memory,
+            prompt,
+            max_new_tokens=tokens,
+            temperature=0,
+            eos_id=None,
+            with_logprobs=with_logprobs,
+        ).tokens
+
+
+def uncached_seconds(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool) -> float:
+    """Time of all tokens, each of which runs the decoder over all before; from five lengths."""
+    lengths = torch.linspace(1, tokens, UNCACHED_LENGTHS).round().long().tolist()
+    times = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for length in lengths:
+            ids = torch.full((len(memory), length), START_ID)
+            times.append(seconds(lambda ids=ids: model.decoder.logits(model.decoder(ids, memory)[:, -1]).argmax(-1)))  # type: ignore[misc]
+    return float(torch.trapezoid(torch.tensor(times), torch.tensor(lengths)))
+
+
+def step_bytes(model: Pix2Seq, memory: Tensor, tokens: int, item_size: int) -> int:
+    """What one step in the middle of a sequence must read."""
+    decoder = model.decoder
+    # Keys and values of memory are projected before; of the embedding the output layer reads all.
+    weights = sum(p.numel() for p in decoder.parameters()) - decoder.position_embedding.numel()
+    weights -= sum(block.cross_attention.key_value.weight.numel() for block in decoder.blocks)
+    batch, places, dim = memory.shape
+    return item_size * (weights + 2 * len(decoder.blocks) * batch * dim * (places + tokens // 2))
+
+
+def read_bandwidth(num_bytes: int) -> float:
+    """Bytes a second of reading so many again and again."""
+    numbers = torch.ones(max(num_bytes // 4, 1))
+    return num_bytes / median(seconds(numbers.sum) for _ in range(9))
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Bytes a second, read and written ones, of copying so many."""
+    source = torch.ones(num_bytes // 4)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / median(seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def peak_growth(function: Callable[[], Any]) -> int | None:
+    """By how many bytes the resident set was larger, at most, during one call; None where Linux does not tell."""
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+
+
+def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table for one size, batch and type."""
+    size, tokens, bf16 = SIZES[name], args.tokens, dtype == "bfloat16"
+    model = build(size, args.vocab, tokens)
+    places = (size.image // 16) ** 2
+    memory = torch.randn(batch, places, size.dim)
+    images = torch.rand(batch, 3, size.image, size.image)
+
+    def encode() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model.encode(images)
+
+    contestants: dict[str, Callable[[], Any]] = {
+        "ours": lambda: decode(model, memory, tokens, bf16=bf16),
+        "ours, no logprobs": lambda: decode(model, memory, tokens, bf16=bf16, with_logprobs=False),
+    }
+    encoders: dict[str, Callable[[], Any]] = {"ours": encode}
+    theirs = build_hugging_face(size, args.vocab, tokens)
+    if theirs is not None:
+        theirs = theirs.to(DTYPES[dtype])
+        features = torch.randn(batch, places, size.encoder.dim, dtype=DTYPES[dtype])
+        pixels = images.to(DTYPES[dtype])
+        contestants["hugging face"] = lambda: hugging_face_decode(theirs, features, tokens)
+        encoders["hugging face"] = lambda: theirs.encoder(pixels)
+    with torch.inference_mode():
+        memories = {who: peak_growth(run) for who, run in contestants.items()}  # also warms up
+        times: dict[str, list[float]] = {who: [] for who in contestants}
+        for _ in range(args.repeats):
+            for who, run in contestants.items():
+                times[who].append(seconds(run))
+        if not args.no_uncached:
+            memories["uncached"] = None
+            times["uncached"] = [uncached_seconds(model, memory, tokens, bf16=bf16)]
+        encoding = {who: median(seconds(run) for _ in range(min(args.repeats, 3))) for who, run in encoders.items()}
+    num_bytes = step_bytes(model, memory, tokens, DTYPES[dtype].itemsize)
+    bandwidth = read_bandwidth(num_bytes)
+    rows = []
+    for who, spent in times.items():
+        decoding = median(spent)
+        encoder = encoding["hugging face" if who == "hugging face" else "ours"]
+        rows.append(
+            {
+                "size": name,
+                "batch": batch,
+                "dtype": dtype,
+                "who": who,
+                "tokens_per_second": batch * tokens / decoding,
+                "decode_seconds": spent,
+                "encode_seconds": encoder,
+                "ms_per_image": 1000 * (decoding + encoder) / batch,
+                "peak_memory_mb": None if memories[who] is None else memories[who] / 2**20,  # type: ignore[operator]
+                "bandwidth_share": num_bytes / (decoding / tokens) / bandwidth,
+                "step_mb": num_bytes / 2**20,
+                "read_gb_per_second": bandwidth / 1e9,
+            }
+        )
+    if "hugging face" in times:
+        for row in rows:
+            row["times_hugging_face"] = median(times["hugging face"]) / median(times[row["who"]])
+            # Neighbours in time share what else the machine does: the median of their ratios is the steadier figure.
+            if len(times[row["who"]]) == args.repeats:
+                pairs = zip(times["hugging face"], times[row["who"]], strict=True)
+                row["times_hugging_face"] = median(a / b for a, b in pairs)
+    return rows
+
+
+def memory_growth(name: str, *, rows: int) -> list[dict[str, Any]]:
+    """Peak memory of decoding against tokens, for two vocabularies."""
+    found = []
+    for vocab_size in MEMORY_VOCABS:
+        model = build(SIZES[name], vocab_size, max(MEMORY_TOKENS))
+        memory = torch.randn(1, 16, SIZES[name].dim).expand(rows, -1, -1)
+        decode(model, memory, 2, bf16=False)
+        peaks = [peak_growth(lambda t=t, m=model, x=memory: decode(m, x, t, bf16=False)) for t in MEMORY_TOKENS]  # type: ignore[misc]
+        for tokens, peak in zip(MEMORY_TOKENS, peaks, strict=True):
+            found.append({"vocab": vocab_size, "tokens": tokens, "rows": rows, "peak_bytes": peak})
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on; not who it is."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    found: dict[str, Any] = {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    try:
+        import transformers
+
+        found["transformers"] = transformers.__version__
+    except ImportError:
+        found["transformers"] = None
+    return found
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["deit-small-384", "vit-b-640"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="images at a time")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, default=200, help="tokens an image")
+    parser.add_argument("--vocab", type=int, default=3000, help="size of the vocabulary")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--threads", type=int, help="CPU threads; else PyTorch's choice")
+    parser.add_argument("--no-uncached", action="store_true", help="leave out the model without a cache")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory against tokens and vocabulary")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
+    parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-decode.json")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.sizes, args.batches, args.tokens, args.repeats = ["tiny"], [1, 4], 20, 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    say = sys.stderr if args.json else sys.stdout
+    now = datetime.now(UTC)
+    result: dict[str, Any] = {
+        "benchmark": "decode",
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python benchmarks/decode.py", *argv]),
+        "machine": machine(),
+        "read_gb_per_second": read_bandwidth(2**28) / 1e9,
+        "copy_gb_per_second": copy_bandwidth(2**28) / 1e9,
+        "rows": [],
+    }
+    print(result["machine"], file=say)
+    print(f"256 MiB: read {result['read_gb_per_second']:.1f} GB/s, copy {result['copy_gb_per_second']:.1f}", file=say)
+    if result["machine"]["transformers"] is None:
+        result["note"] = "transformers is not installed: no column for Hugging Face; pip install pix2seq[bench]"
+        print(result["note"], file=say)
+    columns = ("size", "batch", "dtype", "who", "tokens/s", "x HF", "ms/image", "peak MiB", "bandwidth")
+    print("".join(f"{name:>18}" for name in columns), file=say)
+    for name in args.sizes:
+        for batch in args.batches:
+            for dtype in args.dtypes:
+                for row in measure(name, batch, dtype, args):
+                    result["rows"].append(row)
+                    print(_line(row), file=say, flush=True)
+    if not args.no_memory:
+        result["memory"] = memory_growth(args.sizes[0], rows=max(args.batches))
+        for row in result["memory"]:
+            peak = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB"
+            print(f"{row['rows']} rows, vocabulary {row['vocab']}, {row['tokens']} tokens: {peak}", file=say)
+    if args.out is not None or not args.quick:
+        path = args.out or Path(__file__).parent / "results" / f"{now:%Y-%m-%d}-decode.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}", file=say)
+    if args.json:
+        print(json.dumps(result))
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [str(row[name]) for name in ("size", "batch", "dtype", "who")]
+    cells.append(f"{row['tokens_per_second']:.0f}")
+    cells.append(f"{row['times_hugging_face']:.2f}" if "times_hugging_face" in row else "-")
+    cells.append(f"{row['ms_per_image']:.0f}")
+    cells.append("-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.1f}")
+    cells.append(f"{row['bandwidth_share']:.0%}")
+    return "".join(f"{cell:>18}" for cell in cells)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(_main, sys.argv[1:]))
