@@ -16,6 +16,9 @@ what each does once per image (projecting keys and values of memory); the encode
   the output. In bf16 its weights are bf16. Where transformers is missing (`pip install pix2seq[bench]`)
   the column is left out.
 
+`x HF` compares wall times, `x HF, CPU` the time the process had a processor. On a machine that others use
+too, the second is the fairer one, with one thread (--threads 1): threads that wait for each other count.
+
 Bandwidth: the bytes that a step cannot avoid reading (decoder weights, and keys and values of memory and of
 half the tokens, in the type asked for) over the time of a step, as a share of what reading as many bytes
 with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding.
@@ -238,9 +241,12 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
     with torch.inference_mode():
         memories = {who: peak_growth(run) for who, run in contestants.items()}  # also warms up
         times: dict[str, list[float]] = {who: [] for who in contestants}
+        cpu_times: dict[str, list[float]] = {who: [] for who in contestants}
         for _ in range(args.repeats):
             for who, run in contestants.items():
+                started = time.process_time()
                 times[who].append(seconds(run))
+                cpu_times[who].append(time.process_time() - started)
         if not args.no_uncached:
             memories["uncached"] = None
             times["uncached"] = [uncached_seconds(model, memory, tokens, bf16=bf16)]
@@ -259,6 +265,7 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
                 "who": who,
                 "tokens_per_second": batch * tokens / decoding,
                 "decode_seconds": spent,
+                "decode_cpu_seconds": cpu_times.get(who),
                 "encode_seconds": encoder,
                 "ms_per_image": 1000 * (decoding + encoder) / batch,
                 "peak_memory_mb": None if memories[who] is None else memories[who] / 2**20,  # type: ignore[operator]
@@ -269,12 +276,17 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
         )
     if "hugging face" in times:
         for row in rows:
-            row["times_hugging_face"] = median(times["hugging face"]) / median(times[row["who"]])
-            # Neighbours in time share what else the machine does: the median of their ratios is the steadier figure.
-            if len(times[row["who"]]) == args.repeats:
-                pairs = zip(times["hugging face"], times[row["who"]], strict=True)
-                row["times_hugging_face"] = median(a / b for a, b in pairs)
+            row["times_hugging_face"] = _ratio(times["hugging face"], times[row["who"]])
+            if row["who"] in cpu_times:
+                row["times_hugging_face_cpu"] = _ratio(cpu_times["hugging face"], cpu_times[row["who"]])
     return rows
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times faster, as the median over turns: neighbours in time share what else the machine does."""
+    if len(theirs) != len(ours):
+        return median(theirs) / median(ours)
+    return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def memory_growth(name: str, *, rows: int) -> list[dict[str, Any]]:
@@ -349,7 +361,7 @@ def _main(argv: Sequence[str]) -> None:
     if result["machine"]["transformers"] is None:
         result["note"] = "transformers is not installed: no column for Hugging Face; pip install pix2seq[bench]"
         print(result["note"], file=say)
-    columns = ("size", "batch", "dtype", "who", "tokens/s", "x HF", "ms/image", "peak MiB", "bandwidth")
+    columns = ("size", "batch", "dtype", "who", "tokens/s", "x HF", "x HF, CPU", "ms/image", "peak MiB", "bandwidth")
     print("".join(f"{name:>18}" for name in columns), file=say)
     for name in args.sizes:
         for batch in args.batches:
@@ -374,7 +386,8 @@ def _main(argv: Sequence[str]) -> None:
 def _line(row: dict[str, Any]) -> str:
     cells = [str(row[name]) for name in ("size", "batch", "dtype", "who")]
     cells.append(f"{row['tokens_per_second']:.0f}")
-    cells.append(f"{row['times_hugging_face']:.2f}" if "times_hugging_face" in row else "-")
+    for name in ("times_hugging_face", "times_hugging_face_cpu"):
+        cells.append(f"{row[name]:.2f}" if name in row else "-")
     cells.append(f"{row['ms_per_image']:.0f}")
     cells.append("-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.1f}")
     cells.append(f"{row['bandwidth_share']:.0%}")

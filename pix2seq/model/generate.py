@@ -129,7 +129,7 @@ def generate(
             rows["logprobs"][:, length] = _log(chosen, log_total).masked_fill_(finished, 0.0)
         if scored and score_range:
             best = logits[:, slice(*score_range)].max(-1)
-            rows["best_tokens"][:, length] = best.indices + score_range[0]
+            rows["best_tokens"][:, length] = (best.indices + score_range[0]).masked_fill_(finished, pad_id)
             rows["best_logprobs"][:, length] = _log(best.values, log_total).masked_fill_(finished, -torch.inf)
         tokens[:, length] = next_id.masked_fill_(finished, pad_id)
         length += 1
