@@ -291,11 +291,18 @@ def test_steps_in_bf16_stay_near_those_in_float32(model, images):
     assert (out.logprobs - expected).abs().mean() < 0.1
 
 
-def test_a_model_in_bf16_decodes(model):
+def test_a_model_in_bf16_decodes(model, monkeypatch):
     half = tiny_model().bfloat16()
     out = half.generate(MEMORY.bfloat16(), PROMPTS, max_new_tokens=12, eos_id=None)
     expected = expected_logprobs(model, MEMORY, PROMPTS, out.tokens)
     assert (out.logprobs - expected).abs().mean() < 0.2
+    monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
+    grammar, check = KeypointGrammar(1000, 32, 6), re.compile("(cc|II){6}")
+    out = generate(
+        half.decoder, MEMORY.bfloat16(), PROMPTS, max_new_tokens=12, eos_id=None, grammar=grammar, with_logprobs=False
+    )
+    for ids in out.tokens.tolist():
+        assert check.fullmatch("".join("I" if i == 6 else "c" if 1000 <= i < 1032 else "?" for i in ids))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 16])

@@ -42,8 +42,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: boo
     if bf16 and _can_pack() and weight.numel() * max(num_rows, 8) >= MIN_BF16_WORK:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), num_rows)
         packed_bias = None if bias is None else bias.bfloat16()
-        activation = ("gelu", [], "none") if gelu else ("none", [], "")
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, packed_bias, *activation)
+        name, variant = ("gelu", "none") if gelu else ("none", "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, packed_bias, name, [], variant)
     weight = weight.float()
     bias = None if bias is None else bias.float()
     if num_rows >= MIN_PACKED_ROWS and _can_pack():
@@ -74,7 +74,8 @@ class CpuStep:
             Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16)
             for block, layer in zip(decoder.blocks, cache.layers, strict=True)
         ]
-        self._output = pack_linear(decoder.output_weight, decoder.output_bias, num_rows=self.num_rows, bf16=bf16)
+        self.output_weight, self.output_bias = decoder.output_weight, decoder.output_bias
+        self.output = pack_linear(self.output_weight, self.output_bias, num_rows=self.num_rows, bf16=bf16)
 
     def hidden(self, tokens: Tensor, position: int) -> Tensor:
         """Hidden states (R, D) after `tokens` (R,), which enter the cache at `position`."""
@@ -86,9 +87,12 @@ class CpuStep:
             x += layer.contract(layer.expand(layer.mlp_norm(x)))
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (R, D) to logits (R, V)."""
-        return self._output(hidden)
+    def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
+        """Hidden states (R, D) to logits (R, V), or only to those of `ids`."""
+        if ids is None:
+            return self.output(hidden)
+        bias = None if self.output_bias is None else self.output_bias[ids]
+        return F.linear(hidden.to(self.output_weight), self.output_weight[ids], bias)
 
 
 @dataclass(frozen=True)

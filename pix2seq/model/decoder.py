@@ -172,13 +172,12 @@ class Decoder(nn.Module):
 
         With the `cache` of the step that gave them, in that step's fast form.
         """
-        if cache is not None and cache.cpu_step is not None and ids is None:
+        if cache is not None and cache.cpu_step is not None:
             with _no_cpu_autocast():
-                return cache.cpu_step.logits(hidden)
-        weight, bias = self.output_weight, self.output_bias
-        if ids is not None:
-            weight, bias = weight[ids], None if bias is None else bias[ids]
-        return F.linear(hidden, weight, bias)
+                return cache.cpu_step.logits(hidden, ids)
+        if ids is None:
+            return F.linear(hidden, self.output_weight, self.output_bias)
+        return F.linear(hidden, self.output_weight[ids], None if self.output_bias is None else self.output_bias[ids])
 
     def new_cache(self, memory: Tensor, *, rows_per_image: int, num_slots: int) -> KVCache:
         """An empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""
