@@ -118,6 +118,8 @@ class Predictor:
             grammar=task.grammar(),
             eos_id=task.eos_id,
             score_range=task.score_range,
+            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),  # at classes
+            with_logprobs=False,
             seed=seed,
         )
         return [task.instances(out, row, np.array(image.canvas_size), image.size) for row, image in enumerate(images)]
@@ -284,9 +286,10 @@ class Predictor:
         grammar: Grammar,
         seed: int,
         eos_id: int | None = 0,
-        score_range: tuple[int, int] | None = None,
-        num_samples: int = 1,
+        **options: Any,
     ) -> Generated:
+        # A generator for each picture, so that none depends on those beside it.
+        generators = [torch.Generator(memory.device).manual_seed(seed) for _ in memory]
         with torch.inference_mode(), self._autocast():
             return self.model.generate(
                 memory,
@@ -294,10 +297,9 @@ class Predictor:
                 max_new_tokens=task.max_new_tokens,
                 grammar=grammar,
                 eos_id=eos_id,
-                score_range=score_range,
-                num_samples=num_samples,
-                generator=torch.Generator(memory.device).manual_seed(seed),
+                generator=generators,
                 **task.sampling,
+                **options,
             )
 
     def _instances(

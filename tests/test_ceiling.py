@@ -29,7 +29,8 @@ def dataset(shared):
 
 def written(tokens):
     tokens = torch.as_tensor(tokens)[None]
-    return Generated(tokens, torch.zeros(tokens.shape), tokens, torch.zeros(tokens.shape))
+    zeros = torch.zeros(tokens.shape)
+    return Generated(tokens, zeros, tokens, zeros, torch.zeros(1, dtype=torch.bool))
 
 
 def answers(dataset, kind):

@@ -247,7 +247,7 @@ def generated(tokens, best=None):
     tokens = torch.as_tensor(tokens)
     zeros = torch.zeros(tokens.shape)
     best = tokens if best is None else torch.as_tensor(best)
-    return Generated(tokens, zeros, best, zeros)
+    return Generated(tokens, zeros, best, zeros, torch.zeros(len(tokens), dtype=torch.bool))
 
 
 @given(data=st.data())

@@ -138,8 +138,10 @@ class Pix2Seq(nn.Module):
         grammar: Grammar | None = None,
         num_samples: int = 1,
         score_range: tuple[int, int] | None = None,
+        score_steps: tuple[int, int] = (1, 0),
+        with_logprobs: bool = True,
         eos_id: int | None = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Generated:
         """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D).
 
@@ -158,6 +160,8 @@ class Pix2Seq(nn.Module):
             grammar=grammar,
             num_samples=num_samples,
             score_range=score_range,
+            score_steps=score_steps,
+            with_logprobs=with_logprobs,
             eos_id=eos_id,
             generator=generator,
         )
