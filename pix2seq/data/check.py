@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from pix2seq.data.folder import find_splits, open_dataset
 from pix2seq.data.image import read_image
-from pix2seq.data.table import DEFECT_COLUMNS
-from pix2seq.data.target import Dataset, ImageRecord
+from pix2seq.data.table import BadShareError, defect_frame, describe
+from pix2seq.data.target import ImageRecord
 from pix2seq.errors import InputError
 
 NUM_LISTED = 10  # ids a defect
+_AT_A_TIME = 1024  # pictures that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SplitReport:
     num_images: int
     objects: pd.DataFrame  # as read, without what was dropped
     defects: pd.DataFrame
+    refusal: str | None = None  # why training and evaluation refuse the split, if they do
 
     def text(self) -> str:
         """Statistics, then each kind of defect with its first ids."""
@@ -60,6 +62,8 @@ class SplitReport:
             listed = "; ".join(_name(row) for row in rows.head(NUM_LISTED).itertuples())
             more = f"; and {len(rows) - NUM_LISTED} more" if len(rows) > NUM_LISTED else ""
             lines.append(f"  {len(rows)} x {defect} ({action}): {listed}{more}")
+        if self.refusal is not None:
+            lines.append(f"  refused in training and evaluation: {self.refusal}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class SplitReport:
             "split": self.split,
             "num_images": self.num_images,
             "num_objects": len(self.objects),
+            "refused": self.refusal,
             "objects_per_class": {str(k): int(v) for k, v in self.objects["category"].value_counts().items()},
             "defects": [
                 {key: None if pd.isna(value) else value for key, value in row.items()}
@@ -85,8 +90,8 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether anything is left to train on."""
-        return any(report.num_images for report in self.splits)
+        """Whether anything is left to train on, of a split that is not refused."""
+        return any(report.num_images and report.refusal is None for report in self.splits)
 
     def text(self) -> str:
         """What `pix2seq data check` prints."""
@@ -106,16 +111,26 @@ def check_dataset(path: str | Path, split: str | None = None) -> CheckReport:
     """
     path = Path(path)
     splits = [split] if split else (find_splits(path) if path.is_dir() else [])
-    return CheckReport(path, [_check_split(open_dataset(path, name), name) for name in splits or ["train"]])
+    return CheckReport(path, [_check_split(path, name) for name in splits or ["train"]])
 
 
-def _check_split(dataset: Dataset, split: str) -> SplitReport:
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        found = pool.map(_check_image, dataset.images)
-        rows = [row for row in tqdm(found, total=len(dataset.images), unit="image", desc=split) if row is not None]
-    defects = pd.concat([dataset.defects, pd.DataFrame(rows, columns=list(DEFECT_COLUMNS))], ignore_index=True)
+def _check_split(path: Path, split: str) -> SplitReport:
+    refusal = None
+    try:
+        dataset = open_dataset(path, split)
+    except BadShareError as error:
+        dataset, refusal = open_dataset(path, split, max_bad_share=1.0), str(error)
+    num_images = len(dataset.images)
+    rows = []
+    # Decoding releases the interpreter lock.
+    with ThreadPoolExecutor() as pool, tqdm(total=num_images, unit="image", desc=split) as bar:
+        for start in range(0, num_images, _AT_A_TIME):
+            some = dataset.images[start : start + _AT_A_TIME]
+            rows += [row for row in pool.map(_check_image, some) if row is not None]
+            bar.update(len(some))
+    defects = pd.concat([dataset.defects, defect_frame(rows)], ignore_index=True) if rows else dataset.defects
     unreadable = sum(row[2] == "unreadable image" for row in rows)
-    return SplitReport(split, len(dataset.images) - unreadable, dataset.objects, defects)
+    return SplitReport(split, num_images - unreadable, dataset.objects, defects, refusal)
 
 
 def _check_image(record: ImageRecord) -> tuple[Any, None, str, str, str] | None:
@@ -132,6 +147,5 @@ def _check_image(record: ImageRecord) -> tuple[Any, None, str, str, str] | None:
 
 
 def _name(row: Any) -> str:
-    annotation = "" if pd.isna(row.annotation_id) else f" annotation {int(row.annotation_id)}"
     detail = f" ({row.detail})" if row.detail else ""
-    return f"image {row.image}{annotation}{detail}"
+    return describe(row.image, row.annotation_id) + detail

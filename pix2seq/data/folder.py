@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pix2seq.data.coco import CocoDataset, find_files
+from pix2seq.data.table import MAX_BAD_SHARE
 from pix2seq.data.target import Category, Dataset
 from pix2seq.data.voc import VocDataset, is_voc
 from pix2seq.errors import InputError
 
 
-def open_dataset(path: str | Path, split: str) -> Dataset:
-    """The data set of a split in COCO or Pascal VOC layout. Raises `InputError` where there is neither."""
+def open_dataset(path: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> Dataset:
+    """The data set of a split in COCO or Pascal VOC layout.
+
+    Raises `InputError` where there is neither, or where more than `max_bad_share` (0 to 1) of the
+    pictures or of the annotations, and ten of them or more, had to be dropped.
+    """
     path = Path(path)
     if not path.is_dir():
         reason = "is a file" if path.exists() else "does not exist"
         raise InputError(f"data folder {path} {reason}; expected a folder in COCO or Pascal VOC layout")
     if find_files(path, split):
-        return CocoDataset.read(path, split)
+        return CocoDataset.read(path, split, max_bad_share=max_bad_share)
     if is_voc(path):
-        return VocDataset.read(path, split)
+        return VocDataset.read(path, split, max_bad_share=max_bad_share)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise InputError(
         f"{path} has no annotations of split {split!r}: expected annotations/instances_{split}*.json (COCO) or "

@@ -18,9 +18,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pix2seq.data.annotations import Annotations, ImageTable, box_annotations
 from pix2seq.data.image import image_size
-from pix2seq.data.table import OBJECT_COLUMNS, Defects, clip_box, label_categories
-from pix2seq.data.target import Category, ImageRecord, Target
+from pix2seq.data.table import (
+    HUGE,
+    MAX_BAD_SHARE,
+    OBJECT_COLUMNS,
+    Defects,
+    clip_box,
+    defect_frame,
+    label_categories,
+    refuse_bad_share,
+)
+from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
 
 VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
@@ -33,33 +43,32 @@ class VocDataset:
     root: Path
     split: str
     categories: tuple[Category, ...]
-    images: list[ImageRecord]
-    objects: pd.DataFrame  # VOC_COLUMNS
+    images: ImageTable
     defects: pd.DataFrame
-    _first: NDArray[np.int64]  # (images + 1,) where each image's annotations start
+    annotations: Annotations
+    truncated: NDArray[np.bool_]  # (N,) objects that reach beyond the picture or behind others
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def objects(self) -> pd.DataFrame:
+        """A row for each annotation that is used, with `VOC_COLUMNS`; made anew at each call."""
+        table = self.annotations.table(self.images, self.categories)
+        table["difficult"], table["truncated"] = self.annotations.iscrowd, self.truncated
+        return table
+
     def target(self, index: int) -> Target:
         """The annotations of image `index`."""
-        rows = self.objects.iloc[int(self._first[index]) : int(self._first[index + 1])]
-        xywh = rows[["x", "y", "width", "height"]].to_numpy(np.float32)
-        label_of = {category.id: category.label for category in self.categories}
-        return Target(
-            image=self.images[index],
-            boxes_xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-            labels=np.array([label_of[i] for i in rows["category_id"]], np.int64),
-            areas=rows["area"].to_numpy(np.float32),
-            iscrowd=rows["iscrowd"].to_numpy(bool),
-            annotation_ids=rows["annotation_id"].to_numpy(np.int64),
-            segmentations=(None,) * len(rows),
-            keypoints=np.zeros((len(rows), 0, 3), np.float32),
-        )
+        return self.annotations.target(index, self.images[index])
 
     @classmethod
-    def read(cls, root: str | Path, split: str) -> VocDataset:
-        """Read a split. Raises `InputError` where its list is missing or an XML file is damaged."""
+    def read(cls, root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> VocDataset:
+        """Read a split.
+
+        Raises `InputError` where its list is missing or an XML file is damaged, and where more than
+        `max_bad_share` (0 to 1) of the pictures or of the objects, and ten of them or more, had to be dropped.
+        """
         root = Path(root)
         names = read_split(root, split)
         # Ids and classes come from all files, so that they are the same in every split.
@@ -72,7 +81,7 @@ class VocDataset:
                 f"{root / 'Annotations'} has no object in any file; expected <object> with <name> and <bndbox>"
             )
         categories = label_categories([(i, name, (), ()) for i, name in enumerate(classes, start=1)])
-        return _read_objects(root, split, names, image_ids, parsed, categories)
+        return _read_objects(root, split, names, image_ids, parsed, categories, max_bad_share)
 
 
 def is_voc(root: Path) -> bool:
@@ -108,30 +117,34 @@ def _read_objects(
     image_ids: dict[str, int],
     parsed: dict[str, ElementTree.Element],
     categories: tuple[Category, ...],
+    max_bad_share: float,
 ) -> VocDataset:
-    defects = Defects()
+    picture_defects, defects = Defects(), Defects()
     files = {os.path.splitext(entry.name)[0]: Path(entry.path) for entry in os.scandir(_image_folder(root))}
     category_of = {category.name: category for category in categories}
-    images: list[ImageRecord] = []
+    images: list[tuple[int, str, int, int]] = []
     first = [0]
-    rows: list[tuple[Any, ...]] = []
+    num_objects = 0
+    boxes: list[tuple[float, float, float, float]] = []
+    rows: list[tuple[int, int, bool, bool]] = []  # annotation id, label, difficult, truncated
     for name in names:
         if name not in parsed or name not in files:
             missing = "annotation" if name not in parsed else "image"
-            defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
+            picture_defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
             continue
         tree, image_id = parsed[name], image_ids[name]
         width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
-        if not (width > 0 and height > 0):
+        if not (0 < width <= HUGE and 0 < height <= HUGE):
             try:
                 width, height = image_size(files[name])
             except InputError as error:
-                defects.add(image_id, None, "unreadable image", "dropped", str(error))
+                picture_defects.add(image_id, None, "unreadable image", "dropped", str(error))
                 continue
-            defects.add(image_id, None, "no width and height", "read from the file", name)
-        image = ImageRecord(image_id, files[name], int(width), int(height))
-        images.append(image)
+            picture_defects.add(image_id, None, "no width and height", "read from the file", name)
+        width, height = int(width), int(height)
+        images.append((image_id, files[name].relative_to(root).as_posix(), width, height))
         for position, entry in enumerate(tree.findall("object")):
+            num_objects += 1
             annotation_id = image_id * 10_000 + position
             category = category_of.get(_text(entry, "name"))
             if category is None:
@@ -141,7 +154,7 @@ def _read_objects(
             # Told on the numbers as written: 237 to 237 is one column in VOC's counting, yet all such
             # boxes are slips of the mouse.
             degenerate = xmax <= xmin or ymax <= ymin
-            box, defect = clip_box((xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1), image.width, image.height)
+            box, defect = clip_box((xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1), width, height)
             if degenerate:
                 box, defect = None, "box has no area"
             if defect is not None and not (
@@ -151,19 +164,36 @@ def _read_objects(
                 defects.add(image_id, annotation_id, defect, action, f"{name}: {xmin:g} {ymin:g} {xmax:g} {ymax:g}")
             if box is None:
                 continue
-            x0, y0, x1, y1 = box
             difficult, truncated = (_number(entry, flag) == 1 for flag in ("difficult", "truncated"))
-            rows.append(
-                (image_id, annotation_id, category.id, category.name, x0, y0, x1 - x0, y1 - y0)
-                + ((x1 - x0) * (y1 - y0), difficult, 0, 0, difficult, truncated)
-            )
+            boxes.append(box)
+            rows.append((annotation_id, category.label, difficult, truncated))
         first.append(len(rows))
     if not images:
         raise InputError(
             f"{root} has none of the {len(names)} pictures of split {split!r}; expected them in JPEGImages/"
         )
-    table = pd.DataFrame(rows, columns=list(VOC_COLUMNS))
-    return VocDataset(root, split, categories, images, table, defects.frame(), np.array(first))
+    limit: dict[str, Any] = {"where": root / "Annotations", "max_bad_share": max_bad_share}
+    refuse_bad_share("pictures", picture_defects.rows, len(names), **limit)
+    refuse_bad_share("objects", defects.rows, num_objects, **limit)
+    corners = np.array(boxes, np.float64).reshape(-1, 4)
+    ids, labels, difficult_ones, truncated_ones = np.array(rows, np.int64).reshape(-1, 4).T
+    annotations = box_annotations(
+        first=np.array(first, np.int64),
+        boxes_xyxy=corners.astype(np.float32),
+        labels=labels.astype(np.int32),
+        areas=((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).astype(np.float32),
+        iscrowd=difficult_ones.astype(np.bool_),
+        ids=ids.copy(),
+    )
+    return VocDataset(
+        root=root,
+        split=split,
+        categories=categories,
+        images=ImageTable.build(root, images),
+        defects=defect_frame([*picture_defects.rows, *defects.rows]),
+        annotations=annotations,
+        truncated=truncated_ones.astype(np.bool_),
+    )
 
 
 def _image_folder(root: Path) -> Path:

@@ -1,0 +1,241 @@
+"""The pictures and annotations of a data set in flat arrays: a box takes 33 bytes, a picture some 50.
+
+What only some have (polygons, run-length masks, keypoints, captions) lies in lists of its own, sorted
+by owner, with an array that names each entry's owner; nothing is stored for those without. Shapes
+use I images, N annotations, K keypoints of an object.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pix2seq.data.shared_arrays import SharedArrays
+from pix2seq.data.table import OBJECT_COLUMNS
+from pix2seq.data.target import Category, ImageRecord, Segmentation, Target
+
+_GATHERED = 1 << 20  # values that are moved at a time: their indices take more room than they do
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTable(SharedArrays, Sequence[ImageRecord]):
+    """The pictures of a data set, as a sequence of `ImageRecord` that are made when asked for."""
+
+    root: Path
+    ids: NDArray[np.int64]  # (I,)
+    widths: NDArray[np.int32]  # (I,) pixels
+    heights: NDArray[np.int32]  # (I,) pixels
+    first_byte: NDArray[np.int64]  # (I + 1,) where each name starts in `names`
+    names: NDArray[np.uint8]  # paths below `root`, as the file system encodes them
+
+    @classmethod
+    def build(cls, root: Path, images: Iterable[tuple[int, str, int, int]]) -> ImageTable:
+        """From id, path below `root`, width and height of each picture."""
+        ids, names, widths, heights = [], [], [], []
+        for image_id, name, width, height in images:
+            ids.append(image_id)
+            names.append(os.fsencode(name))
+            widths.append(width)
+            heights.append(height)
+        return cls(
+            root=root,
+            ids=np.array(ids, np.int64),
+            widths=np.array(widths, np.int32),
+            heights=np.array(heights, np.int32),
+            first_byte=offsets(np.array([len(name) for name in names], np.int64)),
+            names=np.frombuffer(b"".join(names), np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        name = os.fsdecode(self.names[self.first_byte[i] : self.first_byte[i + 1]].tobytes())
+        return ImageRecord(int(self.ids[i]), self.root / name, int(self.widths[i]), int(self.heights[i]))
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations(SharedArrays):
+    """The annotations of a data set, sorted by image."""
+
+    first: NDArray[np.int64]  # (I + 1,) where each image's annotations start
+    boxes_xyxy: NDArray[np.float32]  # (N, 4) pixels
+    labels: NDArray[np.int32]  # (N,) `Category.label`
+    areas: NDArray[np.float32]  # (N,) square pixels
+    iscrowd: NDArray[np.bool_]  # (N,)
+    ids: NDArray[np.int64]  # (N,)
+    num_keypoints: int  # K
+    ring_owner: NDArray[np.int64]  # of each ring of a polygon, its annotation, ascending
+    first_point: NDArray[np.int64]  # of each ring, and one more
+    points: NDArray[np.float32]  # (points, 2) x, y
+    run_owner: NDArray[np.int64]  # of each run-length mask
+    first_byte: NDArray[np.int64]  # of each run-length mask, and one more
+    runs: NDArray[np.uint8]  # `counts`: int32 if they are a list, else ASCII
+    runs_are_list: NDArray[np.bool_]  # of each run-length mask
+    keypoint_owner: NDArray[np.int64]  # of each set of keypoints
+    keypoints: NDArray[np.float32]  # (sets, K, 3)
+    caption_owner: NDArray[np.int64]  # of each caption, its image, ascending
+    first_char: NDArray[np.int64]  # of each caption, and one more, in bytes
+    captions: NDArray[np.uint8]  # UTF-8
+
+    def __post_init__(self) -> None:
+        for value in vars(self).values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False  # writing would copy pages to each worker
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all arrays."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+    def target(self, index: int, image: ImageRecord) -> Target:
+        """The annotations of image `index`; arrays are copies, the caller's own."""
+        start, stop = int(self.first[index]), int(self.first[index + 1])
+        keypoints = np.zeros((stop - start, self.num_keypoints, 3), np.float32)
+        low, high = _span(self.keypoint_owner, start, stop)
+        keypoints[self.keypoint_owner[low:high] - start] = self.keypoints[low:high]
+        return Target(
+            image=image,
+            boxes_xyxy=self.boxes_xyxy[start:stop].copy(),
+            labels=self.labels[start:stop].astype(np.int64),
+            areas=self.areas[start:stop].copy(),
+            iscrowd=self.iscrowd[start:stop].copy(),
+            annotation_ids=self.ids[start:stop].copy(),
+            segmentations=self._segmentations(start, stop, image),
+            keypoints=keypoints,
+            captions=self._captions(index),
+        )
+
+    def table(self, images: ImageTable, categories: Sequence[Category]) -> pd.DataFrame:
+        """A row for each annotation with `OBJECT_COLUMNS`, in double precision; some 200 bytes each."""
+        category_of = {category.label: category for category in categories}
+        labels, codes = np.unique(self.labels, return_inverse=True)
+        known = [category_of[label] for label in labels.tolist()]
+        x0, y0, x1, y1 = self.boxes_xyxy.T.astype(np.float64)
+        num_labelled = np.zeros(len(self), np.int64)
+        num_labelled[self.keypoint_owner] = (self.keypoints[..., 2] > 0).sum(axis=1)
+        columns = {
+            "image_id": np.repeat(images.ids, np.diff(self.first)),
+            "annotation_id": self.ids,
+            "category_id": np.array([category.id for category in known], np.int64)[codes],
+            "category": np.array([category.name for category in known], object)[codes],
+            "x": x0,
+            "y": y0,
+            "width": x1 - x0,
+            "height": y1 - y0,
+            "area": self.areas.astype(np.float64),
+            "iscrowd": self.iscrowd,
+            "num_parts": np.bincount(self.ring_owner, minlength=len(self)),
+            "num_keypoints": num_labelled,
+        }
+        return pd.DataFrame(columns, columns=list(OBJECT_COLUMNS))
+
+    def _segmentations(self, start: int, stop: int, image: ImageRecord) -> tuple[Segmentation | None, ...]:
+        found: list[Segmentation | None] = [None] * (stop - start)
+        low, high = _span(self.run_owner, start, stop)
+        for i in range(low, high):
+            counts = self.runs[self.first_byte[i] : self.first_byte[i + 1]].tobytes()
+            plain = np.frombuffer(counts, np.int32).tolist() if self.runs_are_list[i] else counts.decode("ascii")
+            found[int(self.run_owner[i]) - start] = {"size": [image.height, image.width], "counts": plain}
+        low, high = _span(self.ring_owner, start, stop)
+        if low < high:
+            edges = self.first_point[low : high + 1]
+            points = self.points[edges[0] : edges[-1]].copy()
+            ends = (edges - edges[0]).tolist()
+            owners = (self.ring_owner[low:high] - start).tolist()
+            for owner, (begin, end) in zip(owners, pairwise(ends), strict=True):
+                rings = found[owner]
+                if isinstance(rings, list):
+                    rings.append(points[begin:end])
+                else:
+                    found[owner] = [points[begin:end]]
+        return tuple(found)
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        low, high = _span(self.caption_owner, index, index + 1)
+        ends = self.first_char[low : high + 1].tolist()
+        return tuple(self.captions[begin:end].tobytes().decode("utf-8") for begin, end in pairwise(ends))
+
+
+def box_annotations(
+    first: NDArray[np.int64],
+    boxes_xyxy: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    areas: NDArray[np.float32],
+    iscrowd: NDArray[np.bool_],
+    ids: NDArray[np.int64],
+    **more: Any,
+) -> Annotations:
+    """Annotations with nothing but boxes, and what `more` names."""
+    none, edge, no_bytes = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    empty: dict[str, Any] = {
+        "num_keypoints": 0,
+        "ring_owner": none,
+        "first_point": edge,
+        "points": np.zeros((0, 2), np.float32),
+        "run_owner": none.copy(),
+        "first_byte": edge.copy(),
+        "runs": no_bytes,
+        "runs_are_list": np.zeros(0, np.bool_),
+        "keypoint_owner": none.copy(),
+        "keypoints": np.zeros((0, more.get("num_keypoints", 0), 3), np.float32),
+        "caption_owner": none.copy(),
+        "first_char": edge.copy(),
+        "captions": no_bytes.copy(),
+    }
+    return Annotations(
+        first=first,
+        boxes_xyxy=boxes_xyxy,
+        labels=labels,
+        areas=areas,
+        iscrowd=iscrowd,
+        ids=ids,
+        **(empty | more),
+    )
+
+
+def offsets(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of (L,) pieces starts if they lie end to end, and where the last one ends: (L + 1,)."""
+    return np.append(0, np.cumsum(sizes)).astype(np.int64)
+
+
+def gather(values: NDArray[Any], edges: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[Any]:
+    """The pieces `values[edges[i] : edges[i + 1]]` for each i of `order`, end to end."""
+    starts, sizes = edges[order], edges[order + 1] - edges[order]
+    out_edges = offsets(sizes)
+    out = np.empty((int(out_edges[-1]), *values.shape[1:]), values.dtype)
+    piece = 0
+    while piece < len(order):
+        # As many pieces as `_GATHERED` values hold, and one at least.
+        stop = max(int(np.searchsorted(out_edges, out_edges[piece] + _GATHERED, side="right")) - 1, piece + 1)
+        shift = starts[piece:stop] - out_edges[piece:stop]
+        here = np.arange(out_edges[piece], out_edges[stop])
+        out[here] = values[here + np.repeat(shift, sizes[piece:stop])]
+        piece = stop
+    return out
+
+
+def _span(owner: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
+    """Which entries belong to owners from `start` to before `stop`."""
+    if not len(owner):
+        return 0, 0
+    low, high = owner.searchsorted((start, stop)).tolist()
+    return low, high

@@ -1,0 +1,429 @@
+"""COCO annotations from JSON entries to flat arrays: first as written, then checked all at once.
+
+The files are not held as Python objects, and official ones name their categories at the end. So each
+entry goes into columns before anything is known of pictures and categories; `check_objects` and
+`check_captions` then apply the policies of `pix2seq.data.coco`. A row is an entry's number in its columns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pix2seq.data.annotations import Annotations, ImageTable, box_annotations, gather, offsets
+from pix2seq.data.run_lengths import run_lengths
+from pix2seq.data.table import BOX_DEFECTS, HUGE, Defect, clip_box, clip_boxes
+from pix2seq.data.target import Category
+
+NO_ID = -(2**63)  # in a column of ids, where there is no whole number of 64 bits
+_CHECKED = 1 << 20  # rows or numbers at a time, so that temporary arrays stay small
+
+# The order of an annotation's defects.
+_ENTRY, _ID, _OWNER, _MASK, _KEYPOINTS, _BOX = range(6)
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of 64 bits, also where it is written as 7.0; else None."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and NO_ID < value < 2**63 else None
+
+
+class ObjectColumns:
+    """Boxes, masks and keypoints as written: `instances` first, then `person_keypoints`."""
+
+    def __init__(self) -> None:
+        self.ids, self.image_ids, self.category_ids = array("q"), array("q"), array("q")
+        self.boxes = array("d")  # x, y, width, height; all 0 where there is none, NaN where it is not four numbers
+        self.areas = array("d")  # 0 where there is none
+        self.iscrowd = bytearray()
+        self.ring_rows, self.ring_ends, self.points = array("q"), array("q"), array("f")
+        self.run_rows, self.run_ends, self.runs = array("q"), array("q"), bytearray()
+        self.run_sizes, self.runs_are_list = array("q"), bytearray()  # height, width of each mask
+        self.keypoint_rows, self.keypoint_ends, self.keypoints = array("q"), array("q"), array("f")
+        self.as_written: dict[tuple[int, str], str] = {}  # ids and boxes that no column takes
+        self.defects: list[tuple[int, int, str, str, str]] = []  # row, order, defect, action, detail
+        self.num_no_object = 0  # entries without a row
+        self.num_instances = 0  # rows before those of person_keypoints
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, entry: Any, position: str) -> None:
+        """Append an entry of a list of annotations; `position` says where it stands, should it be none."""
+        row = len(self.ids)
+        if not isinstance(entry, dict):
+            self.num_no_object += 1
+            self.defects.append((row, _ENTRY, "annotation is no object", "dropped", position))
+            return
+        for column, name in ((self.ids, "id"), (self.image_ids, "image_id"), (self.category_ids, "category_id")):
+            value = entry.get(name)
+            number = whole(value)
+            if number is None:
+                self.as_written[row, name] = str(value)[:80]
+                number = NO_ID
+            column.append(number)
+        self._add_box(row, entry.get("bbox"))
+        area = entry.get("area")
+        self.areas.append(area if type(area) is float or (type(area) is int and abs(area) < HUGE**2) else 0.0)
+        self.iscrowd.append(bool(entry.get("iscrowd", 0)))
+        segmentation = entry.get("segmentation")
+        if isinstance(segmentation, list):
+            # One flat list instead of a list of them is one defect, not one for each number.
+            nested = not segmentation or any(isinstance(part, list) for part in segmentation)
+            for part in segmentation if nested else ["flat"]:
+                self._add_ring(row, part)
+        elif isinstance(segmentation, dict):
+            self._add_runs(row, segmentation.get("size"), segmentation.get("counts"))
+        elif segmentation is not None:
+            self._mask_defect(row, "segmentation is neither polygons nor run lengths", "mask left out")
+        keypoints = entry.get("keypoints")
+        if keypoints is not None:  # none at all, [], also goes before what another file has
+            flat = _numbers("f", keypoints or [])
+            self.keypoints.extend(array("f", [np.nan]) if flat is None else flat)
+            self.keypoint_rows.append(row)
+            self.keypoint_ends.append(len(self.keypoints))
+
+    def _add_box(self, row: int, value: Any) -> None:
+        box = array("d", (0, 0, 0, 0)) if value is None else _numbers("d", value)
+        if box is None or len(box) != 4:
+            self.as_written[row, "bbox"] = str(value)[:80]
+            box = array("d", [np.nan] * 4)
+        self.boxes.extend(box)
+
+    def _add_ring(self, row: int, part: Any) -> None:
+        flat = _numbers("f", part)
+        if flat is None and isinstance(part, list) and len(part) >= 6 and not len(part) % 2:
+            self._mask_defect(row, "polygon with unusable numbers", "part left out")
+        elif flat is None or len(flat) < 6 or len(flat) % 2:
+            self._mask_defect(row, "polygon of fewer than three points or odd length", "part left out")
+        else:
+            self.points.extend(flat)
+            self.ring_rows.append(row)
+            self.ring_ends.append(len(self.points))
+
+    def _add_runs(self, row: int, size: Any, counts: Any) -> None:
+        lengths = run_lengths(counts)
+        sides = [whole(side) for side in size] if isinstance(size, list) else []
+        height, width = sides if len(sides) == 2 else (None, None)
+        if lengths is None or height is None or width is None or int(lengths.sum()) != height * width:
+            self._mask_defect(row, "bad run-length mask", "mask left out")
+            return
+        self.runs += counts.encode("ascii") if isinstance(counts, str) else lengths.astype(np.int32).tobytes()
+        self.run_rows.append(row)
+        self.run_ends.append(len(self.runs))
+        self.run_sizes.extend((height, width))
+        self.runs_are_list.append(isinstance(counts, list))
+
+    def _mask_defect(self, row: int, defect: str, action: str) -> None:
+        self.defects.append((row, _MASK, defect, action, ""))
+
+
+class CaptionColumns:
+    """Captions as written, spaces joined."""
+
+    def __init__(self) -> None:
+        self.image_ids, self.ends, self.texts = array("q"), array("q"), bytearray()
+        self.as_written: dict[int, str] = {}  # image ids that no column takes
+        self.annotation_ids = array("q")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def add(self, entry: Any) -> None:
+        """Append an entry of a list of captions."""
+        fields = entry if isinstance(entry, dict) else {}
+        image_id, annotation_id = whole(fields.get("image_id")), whole(fields.get("id"))
+        if image_id is None:
+            self.as_written[len(self)] = str(fields.get("image_id"))[:80]
+        self.image_ids.append(NO_ID if image_id is None else image_id)
+        self.annotation_ids.append(NO_ID if annotation_id is None else annotation_id)
+        text = fields.get("caption")
+        # Half a surrogate pair, which JSON can write, is no character.
+        self.texts += " ".join(text.split()).encode("utf-8", "replace") if isinstance(text, str) else b""
+        self.ends.append(len(self.texts))
+
+
+def check_objects(
+    columns: ObjectColumns, images: ImageTable, categories: Sequence[Category], dropped_images: Collection[int]
+) -> tuple[Annotations, list[Defect], int]:
+    """The annotations that can be used, without captions; the defects; and how many annotations there were.
+
+    Of an image in `dropped_images` none is used, and that is no defect of theirs.
+    """
+    found = list(columns.defects)
+    ids, is_new, is_same_person = _identities(columns, found)
+    image_ids, category_ids = _int64(columns.image_ids), _int64(columns.category_ids)
+    places = _places(image_ids, images.ids)
+    kinds = _places(category_ids, np.array([category.id for category in categories], np.int64))
+    fresh = is_new & ~is_same_person
+
+    def written(row: int, name: str, column: NDArray[np.int64]) -> str:
+        return columns.as_written.get((row, name)) or str(column[row])
+
+    for row in np.flatnonzero(fresh & (places < 0)).tolist():
+        if int(image_ids[row]) not in dropped_images:
+            found.append((row, _OWNER, "unknown image id", "dropped", ""))
+    for row in np.flatnonzero(fresh & (places >= 0) & (kinds < 0)).tolist():
+        found.append((row, _OWNER, "unknown category id", "dropped", written(row, "category_id", category_ids)))
+    known = fresh & (places >= 0) & (kinds >= 0)
+
+    rings, runs = _sound_rings(columns, found), _sound_runs(columns, images, places, known, found)
+    is_same_person &= is_new
+    keypoints, keypoint_rows = _sound_keypoints(columns, ids, is_same_person, known, categories, found)
+    boxes = _boxes(columns, images, places, known, rings, keypoints, keypoint_rows, found)
+
+    used = np.flatnonzero(~np.isnan(boxes[:, 0]))
+    used = used[np.argsort(places[used], kind="stable")]
+    new_row = np.full(len(columns), -1, np.int64)
+    new_row[used] = np.arange(len(used))
+    kept = boxes[used]
+    areas = _doubles(columns.areas)[used]
+    box_areas = (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1])
+    labels = np.array([category.label for category in categories], np.int32)
+    ring_owner, ring_order = _owned(_int64(columns.ring_rows), rings, new_row)
+    run_owner, run_order = _owned(_int64(columns.run_rows), runs, new_row)
+    keypoint_owner, keypoint_order = _owned(keypoint_rows, np.ones(len(keypoint_rows), np.bool_), new_row)
+    ring_edges, run_edges = (np.append(0, _int64(ends)) for ends in (columns.ring_ends, columns.run_ends))
+    points = np.frombuffer(columns.points, np.float32).reshape(-1, 2)
+    annotations = box_annotations(
+        first=np.searchsorted(places[used], np.arange(len(images) + 1)).astype(np.int64),
+        boxes_xyxy=kept.astype(np.float32),
+        labels=labels[kinds[used]],
+        areas=np.where((areas > 0) & (areas < HUGE**2), areas, box_areas).astype(np.float32),
+        iscrowd=np.frombuffer(columns.iscrowd, np.bool_)[used],
+        ids=ids[used],
+        num_keypoints=keypoints.shape[1],
+        ring_owner=ring_owner,
+        first_point=offsets(np.diff(ring_edges // 2)[ring_order]),
+        points=gather(points, ring_edges // 2, ring_order),
+        run_owner=run_owner,
+        first_byte=offsets(np.diff(run_edges)[run_order]),
+        runs=gather(np.frombuffer(columns.runs, np.uint8), run_edges, run_order),
+        runs_are_list=np.frombuffer(columns.runs_are_list, np.bool_)[run_order],
+        keypoint_owner=keypoint_owner,
+        keypoints=keypoints[keypoint_order],
+    )
+    found.sort(key=lambda defect: defect[:2])
+    defects: list[Defect] = []
+    for row, order, defect, action, detail in found:
+        if order == _ENTRY and defect == "annotation is no object":
+            defects.append((None, None, defect, action, detail))
+        elif order <= _OWNER or known[row]:
+            image_id = columns.as_written.get((row, "image_id")) or int(image_ids[row])
+            defects.append((image_id, int(ids[row]), defect, action, detail))
+    return annotations, defects, len(columns) + columns.num_no_object - int(is_same_person.sum())
+
+
+def check_captions(
+    columns: CaptionColumns, images: ImageTable, dropped_images: Collection[int]
+) -> tuple[dict[str, Any], list[Defect]]:
+    """The fields of `Annotations` that hold captions, and the defects."""
+    image_ids, annotation_ids = _int64(columns.image_ids), _int64(columns.annotation_ids)
+    places = _places(image_ids, images.ids)
+    edges = np.append(0, _int64(columns.ends))
+    sizes = np.diff(edges)
+    defects: list[Defect] = []
+    for row in np.flatnonzero((places < 0) | (sizes == 0)).tolist():
+        image_id, number = int(image_ids[row]), int(annotation_ids[row])
+        if image_id in dropped_images:
+            continue
+        defect = "unknown image id" if places[row] < 0 else "empty caption"
+        named = columns.as_written.get(row) or image_id
+        defects.append((named, None if number == NO_ID else number, defect, "dropped", ""))
+    owner, order = _owned(places, sizes > 0, np.arange(len(images), dtype=np.int64))
+    fields = {
+        "caption_owner": owner,
+        "first_char": offsets(sizes[order]),
+        "captions": gather(np.frombuffer(columns.texts, np.uint8), edges, order),
+    }
+    return fields, defects
+
+
+def _identities(
+    columns: ObjectColumns, found: list[tuple[int, int, str, str, str]]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of each row its id, whether it is the first of its file with it, and whether the instances have it too."""
+    ids = _int64(columns.ids).copy()
+    unnamed = np.flatnonzero(ids == NO_ID)
+    below = min(int(ids[ids != NO_ID].min(initial=0)), 0)
+    ids[unnamed] = below - 1 - np.arange(len(unnamed))
+    found += [(row, _ENTRY, "no annotation id", "one was given", "") for row in unnamed.tolist()]
+    is_new = np.zeros(len(ids), np.bool_)
+    for start, stop in ((0, columns.num_instances), (columns.num_instances, len(ids))):
+        is_new[start + np.unique(ids[start:stop], return_index=True)[1]] = True
+    found += [(row, _ID, "duplicate annotation id", "dropped", "") for row in np.flatnonzero(~is_new).tolist()]
+    is_same_person = np.zeros(len(ids), np.bool_)
+    is_same_person[columns.num_instances :] = np.isin(ids[columns.num_instances :], ids[: columns.num_instances])
+    return ids, is_new, is_same_person
+
+
+def _sound_rings(columns: ObjectColumns, found: list[tuple[int, int, str, str, str]]) -> NDArray[np.bool_]:
+    """Which rings have usable numbers only."""
+    sound = np.ones(len(columns.ring_rows), np.bool_)
+    points, ends = np.frombuffer(columns.points, np.float32), _int64(columns.ring_ends)
+    for start in range(0, len(points), _CHECKED):
+        bad = np.flatnonzero(~(np.abs(points[start : start + _CHECKED]) <= HUGE))
+        sound[np.searchsorted(ends, start + bad, side="right")] = False
+    for ring in np.flatnonzero(~sound).tolist():
+        found.append((columns.ring_rows[ring], _MASK, "polygon with unusable numbers", "part left out", ""))
+    return sound
+
+
+def _sound_runs(
+    columns: ObjectColumns,
+    images: ImageTable,
+    places: NDArray[np.int64],
+    known: NDArray[np.bool_],
+    found: list[tuple[int, int, str, str, str]],
+) -> NDArray[np.bool_]:
+    """Which run-length masks are of their picture's size."""
+    rows = _int64(columns.run_rows)
+    sound = known[rows]
+    place = places[rows[sound]]
+    sizes = np.stack([images.heights[place], images.widths[place]], axis=1)
+    fits = (_int64(columns.run_sizes).reshape(-1, 2)[sound] == sizes).all(axis=1)
+    for row in rows[sound][~fits].tolist():
+        found.append((row, _MASK, "bad run-length mask", "mask left out", ""))
+    sound[np.flatnonzero(sound)[~fits]] = False
+    return sound
+
+
+def _sound_keypoints(
+    columns: ObjectColumns,
+    ids: NDArray[np.int64],
+    is_same_person: NDArray[np.bool_],
+    known: NDArray[np.bool_],
+    categories: Sequence[Category],
+    found: list[tuple[int, int, str, str, str]],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The sets of keypoints (M, K, 3) in which at least one is labelled, and the row of each, ascending."""
+    count = max((len(category.keypoints) for category in categories), default=0)
+    rows, edges = _int64(columns.keypoint_rows), np.append(0, _int64(columns.keypoint_ends))
+    if not count or not len(rows):
+        return np.zeros((0, count, 3), np.float32), np.zeros(0, np.int64)
+    # Those of a person in both files go to the row of the instances, in place of what that has itself.
+    order = np.argsort(ids[: columns.num_instances], kind="stable")
+    of_file = is_same_person[rows]
+    owner = rows.copy()
+    owner[of_file] = order[np.searchsorted(ids[order], ids[rows[of_file]])]
+    chosen = np.argsort(owner * 2 + ~of_file, kind="stable")  # the keypoint file's own set first
+    chosen = chosen[np.unique(owner[chosen], return_index=True)[1]]
+    chosen = chosen[known[owner[chosen]] & (np.diff(edges)[chosen] > 0)]
+
+    values = np.frombuffer(columns.keypoints, np.float32)
+    whole_sets = np.diff(edges)[chosen] == 3 * count
+    sets = gather(values, edges, chosen[whole_sets]).reshape(-1, count, 3)
+    sound = whole_sets.copy()
+    sound[whole_sets] = (np.abs(sets) <= HUGE).all(axis=(1, 2))
+    for row in owner[chosen[~sound]].tolist():
+        found.append((row, _KEYPOINTS, "bad keypoints", "left out", f"expected {3 * count} numbers"))
+    sets, owner = sets[sound[whole_sets]], owner[chosen[sound]]
+    sets[sets[..., 2] <= 0] = 0
+    labelled = sets[..., 2].any(axis=1)
+    return sets[labelled], owner[labelled]
+
+
+def _boxes(
+    columns: ObjectColumns,
+    images: ImageTable,
+    places: NDArray[np.int64],
+    known: NDArray[np.bool_],
+    rings: NDArray[np.bool_],
+    keypoints: NDArray[np.float32],
+    keypoint_rows: NDArray[np.int64],
+    found: list[tuple[int, int, str, str, str]],
+) -> NDArray[np.float64]:
+    """Boxes (rows, 4) as x0, y0, x1, y1, NaN where the row cannot be used."""
+    xywh = _doubles(columns.boxes).reshape(-1, 4)
+    boxes = np.full(xywh.shape, np.nan)
+    for start in range(0, len(xywh), _CHECKED):
+        rows = start + np.flatnonzero(known[start : start + _CHECKED])
+        place = places[rows]
+        boxes[rows], codes = clip_boxes(xywh[rows], images.widths[place], images.heights[place])
+        for row, code in zip(rows[codes > 0].tolist(), codes[codes > 0].tolist(), strict=True):
+            if not xywh[row].any():
+                box = _known_box(columns, row, images, int(places[row]), rings, keypoints, keypoint_rows)
+                if box is not None:
+                    boxes[row] = box
+                    found.append((row, _BOX, "no box", "rebuilt from mask or keypoints", ""))
+                    continue
+            said = columns.as_written.get((row, "bbox")) or f"[{', '.join(f'{v:.12g}' for v in xywh[row].tolist())}]"
+            action = "dropped" if np.isnan(boxes[row, 0]) else "clipped"
+            found.append((row, _BOX, str(BOX_DEFECTS[code]), action, said))
+    return boxes
+
+
+def _known_box(
+    columns: ObjectColumns,
+    row: int,
+    images: ImageTable,
+    place: int,
+    rings: NDArray[np.bool_],
+    keypoints: NDArray[np.float32],
+    keypoint_rows: NDArray[np.int64],
+) -> tuple[float, float, float, float] | None:
+    """What the polygons or the labelled keypoints of a row cover, inside the picture."""
+    corners = list(_rings_of(columns, row, rings))
+    if not corners:
+        low, high = np.searchsorted(keypoint_rows, (row, row + 1))
+        corners = [points[points[:, 2] > 0, :2] for points in keypoints[low:high]]
+    if not corners:
+        return None
+    points = np.concatenate(corners).astype(np.float64)
+    low_xy, high_xy = points.min(axis=0), points.max(axis=0)
+    xywh = (*low_xy.tolist(), *(high_xy - low_xy).tolist())
+    return clip_box(xywh, int(images.widths[place]), int(images.heights[place]))[0]
+
+
+def _rings_of(columns: ObjectColumns, row: int, sound: NDArray[np.bool_]) -> Iterator[NDArray[np.float32]]:
+    points = np.frombuffer(columns.points, np.float32).reshape(-1, 2)
+    low, high = np.searchsorted(_int64(columns.ring_rows), (row, row + 1)).tolist()
+    for ring in range(low, high):
+        if sound[ring]:
+            yield points[(columns.ring_ends[ring - 1] if ring else 0) // 2 : columns.ring_ends[ring] // 2]
+
+
+def _owned(
+    rows: NDArray[np.int64], sound: NDArray[np.bool_], new_row: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of the sound entries whose row is used, the new row in ascending order, and which entries they are."""
+    owner = np.where(sound & (rows >= 0), new_row[rows] if len(new_row) else -1, -1)
+    entries = np.flatnonzero(owner >= 0)
+    order = entries[np.argsort(owner[entries], kind="stable")]
+    return owner[order], order
+
+
+def _places(ids: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in `known`, of unlike ids, each id stands; -1 where it does not."""
+    if not len(known):
+        return np.full(len(ids), -1, np.int64)
+    order = np.argsort(known, kind="stable")
+    place = order[np.minimum(np.searchsorted(known[order], ids), len(known) - 1)]
+    return np.where(known[place] == ids, place, -1)
+
+
+def _numbers(typecode: str, value: Any) -> array[float] | None:
+    """A list of numbers as an array, infinite where they do not fit; None where it is something else."""
+    try:
+        if type(value) is list:
+            return array(typecode, value)
+    except (TypeError, OverflowError):
+        pass  # numbers written as strings are tried next
+    try:
+        flat = np.asarray(value, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array(typecode, flat.tolist()) if flat.ndim == 1 else None
+
+
+def _int64(values: array[int]) -> NDArray[np.int64]:
+    return np.frombuffer(values, np.int64)
+
+
+def _doubles(values: array[float]) -> NDArray[np.float64]:
+    return np.frombuffer(values, np.float64)
