@@ -11,7 +11,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from pix2seq.data.folder import find_splits, open_dataset
-from pix2seq.data.image import read_image
+from pix2seq.data.image import image_size, read_image
 from pix2seq.data.table import BadShareError, defect_frame, describe
 from pix2seq.data.target import ImageRecord
 from pix2seq.errors import InputError
@@ -141,7 +141,7 @@ def _check_image(record: ImageRecord) -> tuple[Any, None, str, str, str] | None:
     if (width, height) == (record.width, record.height):
         return None
     said = f"{record.path.name} is {width}x{height}, the annotations say {record.width}x{record.height}"
-    if (height, width) == (record.width, record.height):
+    if (record.width, record.height) == image_size(record.path, upright=False):
         return record.id, None, "sides swapped by EXIF orientation", "boxes kept as written", said
     return record.id, None, "size disagrees with the annotations", "boxes kept as written", said
 

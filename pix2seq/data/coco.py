@@ -118,6 +118,12 @@ class _Reader:
                 f"none of the {self.num_missing} pictures that {file} lists was found under "
                 f"{self.root}; expected them in {self.split}*/ or images/"
             )
+        if not self.pictures and self.num_listed:
+            image, _, defect, _, detail = self.defects.rows[0]
+            raise InputError(
+                f"none of the {self.num_listed} pictures that {file} lists can be used; "
+                f"the first: image {image}: {defect} ({detail})"
+            )
         limit: dict[str, Any] = {"where": file, "max_bad_share": self.max_bad_share}
         refuse_bad_share("pictures", self.defects.rows, self.num_listed, **limit)
         if not self.categories and "captions" not in self.files:
@@ -195,7 +201,7 @@ class _Reader:
         return size
 
     def _add_categories(self, path: Path, entries: Any) -> None:
-        for entry in entries if isinstance(entries, list) else [entries]:
+        for entry in entries if isinstance(entries, list) else [entries] if entries else []:
             fields = entry if isinstance(entry, dict) else {}
             category_id, name = whole(fields.get("id")), fields.get("name")
             if category_id is None or not isinstance(name, str):

@@ -27,7 +27,7 @@ _ENTRY, _ID, _OWNER, _MASK, _KEYPOINTS, _BOX = range(6)
 
 
 def whole(value: Any) -> int | None:
-    """A whole number of 64 bits, also where it is written as 7.0; else None."""
+    """A whole number that fits 64 bits, also where it is written as 7.0; else None."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and NO_ID < value < 2**63 else None

@@ -42,11 +42,14 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
             raise InputError(f"{name} cannot be decoded: {reason}; the file is damaged, replace it") from error
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height after EXIF orientation, from the header alone. Raises `InputError` as `read_image`."""
+def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
+    """Width and height, after EXIF orientation if `upright`, from the header alone.
+
+    Raises `InputError` as `read_image`.
+    """
     with _open(path, str(path), None) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+        return (height, width) if upright and _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Image.Image:

@@ -107,8 +107,10 @@ class _Scanner:
                 if not cut or not self._read_on():
                     raise self.error(error.msg, error.pos) from None
                 continue
-            if end == len(self.window) and self.window[end - 1] not in '}]"' and self._read_on():
-                continue  # it may be the first half of a number
+            # It may be the first half of a number, of which the rest so far, such as `.` or `e+`, is none.
+            cut = len(self.window) - end <= 2 and not self.window[end:].strip(".eE+-")
+            if cut and self.window[end - 1] not in '}]"' and self._read_on():
+                continue
             self.position = end
             return value
 

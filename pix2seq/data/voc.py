@@ -33,6 +33,7 @@ from pix2seq.data.table import (
 from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
 VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
 
 
@@ -97,16 +98,21 @@ def read_split(root: Path, split: str) -> list[str]:
     except FileNotFoundError:
         others = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise InputError(f"{path} does not exist; splits of this data set: {others}") from None
-    return list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; expected a name a line, in UTF-8") from None
+    return [line.split()[0] for line in lines if line.split()]
 
 
 def _parse(path: Path) -> ElementTree.Element:
     try:
         content = path.read_bytes()
-        if b"<!ENTITY" in content:  # entities can grow without bound, and annotations need none
-            raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16 too; they can grow without bound, and serve no purpose
+        raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
+    try:
         return ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two for its encoding
         raise InputError(f"{path} is no readable XML ({error}); the file is damaged: copy it again") from None
 
 
@@ -120,21 +126,26 @@ def _read_objects(
     max_bad_share: float,
 ) -> VocDataset:
     picture_defects, defects = Defects(), Defects()
-    files = {os.path.splitext(entry.name)[0]: Path(entry.path) for entry in os.scandir(_image_folder(root))}
+    files = _pictures(root)
     category_of = {category.name: category for category in categories}
     images: list[tuple[int, str, int, int]] = []
     first = [0]
     num_objects = 0
     boxes: list[tuple[float, float, float, float]] = []
     rows: list[tuple[int, int, bool, bool]] = []  # annotation id, label, difficult, truncated
+    seen: set[str] = set()
     for name in names:
+        if name in seen:
+            picture_defects.add(image_ids.get(name, name), None, "duplicate image id", "dropped", name)
+            continue
+        seen.add(name)
         if name not in parsed or name not in files:
             missing = "annotation" if name not in parsed else "image"
             picture_defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
             continue
         tree, image_id = parsed[name], image_ids[name]
         width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
-        if not (0 < width <= HUGE and 0 < height <= HUGE):
+        if not (1 <= width <= HUGE and 1 <= height <= HUGE):
             try:
                 width, height = image_size(files[name])
             except InputError as error:
@@ -196,11 +207,19 @@ def _read_objects(
     )
 
 
-def _image_folder(root: Path) -> Path:
+def _pictures(root: Path) -> dict[str, Path]:
+    """Image files by their name without extension."""
     folder = root / "JPEGImages"
     if not folder.is_dir():
         raise InputError(f"{root} has no folder JPEGImages; expected Pascal VOC layout")
-    return folder
+    found: dict[str, Path] = {}
+    with os.scandir(folder) as entries:
+        # Sorted, so that of two pictures of one name it is always the same that counts.
+        for name in sorted(entry.name for entry in entries if entry.is_file()):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                found.setdefault(stem, folder / name)
+    return found
 
 
 def _text(element: ElementTree.Element, path: str) -> str:
