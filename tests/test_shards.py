@@ -1,0 +1,219 @@
+"""Data sets as tar files: what is read back, in which order, and what damaged ones lead to."""
+
+import json
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from pix2seq.data import shards
+from pix2seq.data.folder import open_dataset
+from pix2seq.data.shapes import write_shapes
+from pix2seq.data.shards import ShardIndex, ShardStream, write_shards
+from pix2seq.errors import InputError
+
+pytest.importorskip("webdataset")
+NUM, EACH = 23, 5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "data"
+    write_shapes(folder, num_train=NUM, num_val=1, size=64)
+    return open_dataset(folder, "train")
+
+
+@pytest.fixture
+def folder(dataset, tmp_path):
+    write_shards(dataset, tmp_path, samples_per_shard=EACH)
+    return tmp_path
+
+
+def ids(stream, count):
+    return [(sample.epoch, sample.target.image.id) for sample in islice(stream, count)]
+
+
+def assert_same_target(ours, theirs):
+    for name in ("boxes_xyxy", "labels", "areas", "iscrowd", "annotation_ids", "keypoints"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        assert getattr(ours, name).dtype == getattr(theirs, name).dtype
+    assert ours.captions == theirs.captions
+    for mask, other in zip(ours.segmentations, theirs.segmentations, strict=True):
+        if isinstance(mask, list):
+            for ring, other_ring in zip(mask, other, strict=True):
+                np.testing.assert_array_equal(ring, other_ring)
+        else:
+            assert mask == other
+
+
+def test_what_is_read_back_is_the_data_set(dataset, folder):
+    index = ShardIndex.read(folder, "train")
+    assert len(index) == NUM
+    assert index.categories == dataset.categories
+    assert [shard.num_samples for shard in index.shards] == [5, 5, 5, 5, 3]
+    place = {image.id: i for i, image in enumerate(dataset.images)}
+    for sample in islice(ShardStream(index, seed=0), NUM):
+        theirs = dataset.target(place[sample.target.image.id])
+        assert sample.image == theirs.image.path.read_bytes()
+        assert (sample.target.image.width, sample.target.image.height) == (theirs.image.width, theirs.image.height)
+        assert sample.target.image.path.as_posix() == theirs.image.path.relative_to(dataset.root).as_posix()
+        assert_same_target(sample.target, theirs)
+
+
+def test_masks_of_run_lengths_come_back(shared, tmp_path):
+    coco = open_dataset(shared / "data/coco_mini", "train")
+    write_shards(coco, tmp_path, samples_per_shard=40)
+    place = {image.id: i for i, image in enumerate(coco.images)}
+    crowds = 0
+    for sample in islice(ShardStream(ShardIndex.read(tmp_path, "train"), seed=0), len(coco)):
+        assert_same_target(sample.target, coco.target(place[sample.target.image.id]))
+        crowds += sum(isinstance(mask, dict) for mask in sample.target.segmentations)
+    assert crowds
+
+
+def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, tmp_path):
+    again = write_shards(dataset, tmp_path / "again", samples_per_shard=EACH)
+    assert again.shards == ShardIndex.read(folder, "train").shards
+    with tarfile.open(folder / "train-000004.tar") as tar:
+        assert [name.split(".")[0] for name in tar.getnames()] == [f"{n:09d}" for n in (20, 20, 21, 21, 22, 22)]
+    assert not list(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 5])
+def test_each_epoch_holds_every_picture_once_over_all_lanes(folder, num_lanes):
+    index = ShardIndex.read(folder, "train")
+    seen = []
+    for lane in range(num_lanes):
+        stream = iter(ShardStream(index, seed=3, lane=lane, num_lanes=num_lanes, mix=2))
+        for sample in stream:
+            if sample.epoch == 2:
+                break
+            seen.append((sample.epoch, sample.target.image.id))
+    assert len(seen) == len(set(seen)) == 2 * NUM
+
+
+def test_a_stream_goes_on_where_another_stopped(folder):
+    index = ShardIndex.read(folder, "train")
+    options = {"seed": 5, "lane": 1, "num_lanes": 2, "mix": 2}
+    whole = ids(ShardStream(index, **options), 40)
+    assert whole != ids(ShardStream(index, **options | {"seed": 6}), 40)
+    for start in range(30):
+        assert ids(ShardStream(index, **options, start=start), 10) == whole[start : start + 10]
+
+
+def test_a_start_far_away_reads_no_shard_that_it_does_not_need(folder, monkeypatch):
+    index = ShardIndex.read(folder, "train")
+    read = []
+    monkeypatch.setattr(
+        shards, "read_shard", lambda where, shard, f=shards.read_shard: read.append(shard) or f(where, shard)
+    )
+    assert ids(ShardStream(index, seed=0, mix=2, start=NUM * 1000), 1)[0][0] == 1000
+    assert len(read) == 2
+
+
+@pytest.fixture
+def server(folder):
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_over_http_comes_what_comes_from_the_folder(folder, server):
+    here = ids(ShardStream(ShardIndex.read(folder, "train"), seed=1), 2 * NUM)
+    there = ShardIndex.read(server, "train")
+    assert ids(ShardStream(there, seed=1), 2 * NUM) == here
+    assert ids(ShardStream(there, seed=1, start=30), 10) == here[30:40]
+    with pytest.raises(InputError, match="404"):
+        ShardIndex.read(server, "val")
+
+
+class FailsTwice(SimpleHTTPRequestHandler):
+    """First an error, then half of the file, then all of it."""
+
+    asked = 0
+
+    def do_GET(self):
+        FailsTwice.asked += 1
+        if FailsTwice.asked == 1:
+            self.send_error(503)
+        elif FailsTwice.asked == 2:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+        else:
+            super().do_GET()
+
+
+def test_a_server_that_fails_is_asked_again(folder, monkeypatch):
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(FailsTwice, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        index = ShardIndex.read(f"http://127.0.0.1:{server.server_address[1]}", "train")
+        server.shutdown()
+        thread.join()
+    assert len(index) == NUM
+    assert FailsTwice.asked == 3
+    with pytest.raises(InputError, match="cannot be read"):
+        list(ShardStream(index, seed=0))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_shard_is_named(folder, damage):
+    path = folder / "train-000002.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[:-600])
+    with pytest.raises(InputError, match=r"train-000002\.tar"):
+        list(islice(ShardStream(ShardIndex.read(folder, "train"), seed=0), NUM))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 9}, "format 9, expected 1"),
+        ({"shards": 5}, "no index of shards"),
+        ({"shards": [{"name": "pipe:ls.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "cannot be read"),
+        ({"shards": [{"name": "../a.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "that cannot be"),
+        ({"shards": [{"name": "a.tar", "num_samples": 0, "num_bytes": 1, "sha256": ""}]}, "that cannot be"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(folder, change, message):
+    path = folder / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        next(iter(ShardStream(ShardIndex.read(folder, "train"), seed=0)))
+
+
+def test_what_cannot_be_written_or_shared_out_is_refused(dataset, folder, tmp_path):
+    with pytest.raises(InputError, match="exists"):
+        write_shards(dataset, folder)
+    index = ShardIndex.read(folder, "train")
+    with pytest.raises(InputError, match="5 shards of split 'train', too few for 6 readers"):
+        ShardStream(index, seed=0, num_lanes=6)
+    with pytest.raises(InputError, match=r"val\.json cannot be read"):
+        ShardIndex.read(folder, "val")
+
+
+def test_a_set_that_was_not_written_to_its_end_has_no_index(dataset, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shards(dataset, tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.tar"))
+    with pytest.raises(InputError, match="expected shards there"):
+        ShardIndex.read(tmp_path / "new", "train")
