@@ -143,7 +143,7 @@ def write_shards(dataset: Dataset, folder: str | Path, *, samples_per_shard: int
     path = folder / f"{dataset.split}.json"
     if path.exists():
         raise InputError(f"{path} exists; remove it and its shards, or name another folder")
-    shards = []
+    shards: list[Shard] = []
     for first in range(0, len(dataset), samples_per_shard):
         name = f"{dataset.split}-{len(shards):06d}.tar"
         numbers = range(first, min(first + samples_per_shard, len(dataset)))
