@@ -175,15 +175,13 @@ def check_objects(
     rings, runs = _sound_rings(columns, found), _sound_runs(columns, images, places, known, found)
     is_same_person &= is_new
     keypoints, keypoint_rows = _sound_keypoints(columns, ids, is_same_person, known, categories, found)
-    boxes = _boxes(columns, images, places, known, rings, keypoints, keypoint_rows, found)
+    boxes, areas = _boxes(columns, images, places, known, rings, keypoints, keypoint_rows, found)
+    columns.boxes = array("d")  # the largest of all where there are only boxes
 
     used = np.flatnonzero(~np.isnan(boxes[:, 0]))
     used = used[np.argsort(places[used], kind="stable")]
     new_row = np.full(len(columns), -1, np.int64)
     new_row[used] = np.arange(len(used))
-    kept = boxes[used]
-    areas = _doubles(columns.areas)[used]
-    box_areas = (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1])
     labels = np.array([category.label for category in categories], np.int32)
     ring_owner, ring_order = _owned(_int64(columns.ring_rows), rings, new_row)
     run_owner, run_order = _owned(_int64(columns.run_rows), runs, new_row)
@@ -192,9 +190,9 @@ def check_objects(
     points = np.frombuffer(columns.points, np.float32).reshape(-1, 2)
     annotations = box_annotations(
         first=np.searchsorted(places[used], np.arange(len(images) + 1)).astype(np.int64),
-        boxes_xyxy=kept.astype(np.float32),
+        boxes_xyxy=boxes[used],
         labels=labels[kinds[used]],
-        areas=np.where((areas > 0) & (areas < HUGE**2), areas, box_areas).astype(np.float32),
+        areas=areas[used],
         iscrowd=np.frombuffer(columns.iscrowd, np.bool_)[used],
         ids=ids[used],
         num_keypoints=keypoints.shape[1],
@@ -337,25 +335,30 @@ def _boxes(
     keypoints: NDArray[np.float32],
     keypoint_rows: NDArray[np.int64],
     found: list[tuple[int, int, str, str, str]],
-) -> NDArray[np.float64]:
-    """Boxes (rows, 4) as x0, y0, x1, y1, NaN where the row cannot be used."""
-    xywh = _doubles(columns.boxes).reshape(-1, 4)
-    boxes = np.full(xywh.shape, np.nan)
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Boxes (rows, 4) as x0, y0, x1, y1, NaN where the row cannot be used, and areas (rows,)."""
+    xywh, written_areas = _doubles(columns.boxes).reshape(-1, 4), _doubles(columns.areas)
+    boxes, areas = np.full(xywh.shape, np.nan, np.float32), np.zeros(len(xywh), np.float32)
     for start in range(0, len(xywh), _CHECKED):
         rows = start + np.flatnonzero(known[start : start + _CHECKED])
         place = places[rows]
-        boxes[rows], codes = clip_boxes(xywh[rows], images.widths[place], images.heights[place])
-        for row, code in zip(rows[codes > 0].tolist(), codes[codes > 0].tolist(), strict=True):
+        xyxy, codes = clip_boxes(xywh[rows], images.widths[place], images.heights[place])
+        for i in np.flatnonzero(codes).tolist():
+            row = int(rows[i])
             if not xywh[row].any():
-                box = _known_box(columns, row, images, int(places[row]), rings, keypoints, keypoint_rows)
+                box = _known_box(columns, row, images, int(place[i]), rings, keypoints, keypoint_rows)
                 if box is not None:
-                    boxes[row] = box
+                    xyxy[i] = box
                     found.append((row, _BOX, "no box", "rebuilt from mask or keypoints", ""))
                     continue
             said = columns.as_written.get((row, "bbox")) or f"[{', '.join(f'{v:.12g}' for v in xywh[row].tolist())}]"
-            action = "dropped" if np.isnan(boxes[row, 0]) else "clipped"
-            found.append((row, _BOX, str(BOX_DEFECTS[code]), action, said))
-    return boxes
+            action = "dropped" if np.isnan(xyxy[i, 0]) else "clipped"
+            found.append((row, _BOX, str(BOX_DEFECTS[codes[i]]), action, said))
+        boxes[rows] = xyxy
+        area = written_areas[rows]
+        box_area = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
+        areas[rows] = np.where((area > 0) & (area < HUGE**2), area, box_area)
+    return boxes, areas
 
 
 def _known_box(

@@ -12,6 +12,7 @@ from pix2seq.errors import InputError
 
 CHUNK_CHARS = 1 << 22  # of the file that are held at once, or one entry where that is longer
 _SPACE = re.compile(r"[ \t\n\r]*")
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 _LONGEST_WORD = 32  # a number or word that the end of a chunk cuts is no longer than this
 
 
@@ -87,9 +88,13 @@ class _Scanner:
             self.position += 1
             return
         while True:
-            if self.peek() != '"' and closing == "}":
+            if closing == "}" and self.peek() != '"':
                 raise self.error("Expecting property name enclosed in double quotes", self.position)
             yield self.value()
+            comma = _COMMA.match(self.window, self.position)
+            if comma is not None and comma.end() < len(self.window):  # as nearly always
+                self.position = comma.end()
+                continue
             if self.peek() == closing:
                 self.position += 1
                 return

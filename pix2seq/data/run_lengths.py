@@ -19,9 +19,15 @@ def run_lengths(counts: Any) -> NDArray[np.int64] | None:
     """
     if isinstance(counts, str):
         return _uncompress(counts)
-    if not isinstance(counts, list) or not all(type(count) is int and 0 <= count < _MAX_COUNT for count in counts):
+    if not isinstance(counts, list):
         return None
-    return np.array(counts, np.int64)
+    try:
+        lengths = np.array(counts if counts else np.zeros(0, np.int64))
+    except ValueError:  # lists of unlike lengths
+        return None
+    if lengths.dtype != np.int64 or lengths.ndim != 1 or ((lengths < 0) | (lengths >= _MAX_COUNT)).any():
+        return None
+    return lengths
 
 
 def _uncompress(text: str) -> NDArray[np.int64] | None:
