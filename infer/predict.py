@@ -10,14 +10,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
+from pix2seq.data.target import Instance
 from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
+from pix2seq.output import output_folder
 from pix2seq.predictor import EncodedImage, Prediction, Predictor
 
 
@@ -27,6 +30,7 @@ def predict_files(
     checkpoint: Path,
     out: Path,
     tasks: Sequence[str] | None = None,
+    boxes: Path | None = None,
     num_objects: int | None = None,
     num_samples: int | None = None,
     min_score: float = 0.3,
@@ -38,22 +42,20 @@ def predict_files(
     """Do `tasks`, all that the checkpoint knows by default, on picture files; write NAME.json and NAME.png into `out`.
 
     A picture that cannot be read stops nothing: the others are done first, then an `InputError`
-    names it. `min_score` applies to the drawing alone.
+    names it. Objects are detected, or taken from `boxes`: a file as this writes it, or a folder of
+    such files. `min_score` applies to the drawing alone.
     """
     if not images:
         raise InputError("no picture was given; name one or more image files")
     repeated = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if repeated:
         raise InputError(f"{len(repeated)} names are shared by several pictures, {repeated[0]!r} for one; rename them")
+    output_folder(out)
     predictor = Predictor.from_pretrained(checkpoint, device=device, bf16=bf16)
     tasks = tuple(predictor.tasks) if tasks is None else tasks
     for name in tasks:
         predictor.require(name)
-    if num_objects is not None:
-        predictor.set_num_objects(num_objects)
-    if num_samples is not None:
-        predictor.set_num_samples(num_samples)
-    out.mkdir(parents=True, exist_ok=True)
+    predictor.ask_for(num_objects=num_objects, num_samples=num_samples)
 
     unreadable: list[InputError] = []
     one_by_one = {"segmentation", "keypoint"} & set(tasks)  # these take long even for a few pictures
@@ -62,7 +64,10 @@ def predict_files(
             some = images[start : start + batch_size]
             readable, encoded = _encode(predictor, some, unreadable)
             bar.update(len(some) - len(readable))
-            predictions = predictor.predict_batch(encoded, tasks, seed=seed)
+            given = None
+            if boxes is not None:
+                given = [read_boxes(boxes, p, e.size, predictor) for p, e in zip(readable, encoded, strict=True)]
+            predictions = predictor.predict_batch(encoded, tasks, given, seed=seed)
             for path, image, prediction in zip(readable, encoded, predictions, strict=True):
                 write_result(out / path.stem, path, image, prediction, min_score=min_score)
                 bar.update()
@@ -82,6 +87,26 @@ def _encode(
         except InputError as error:
             unreadable.append(error)
     return readable, predictor.encode_batch(pictures) if pictures else []
+
+
+def read_boxes(boxes: Path, image: Path, size: tuple[int, int], predictor: Predictor) -> list[Instance]:
+    """The objects in NAME.json, or in a folder's NAME.json, of a picture of `size` (width, height)."""
+    path = boxes / f"{image.stem}.json" if boxes.is_dir() else boxes
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["instances"]
+        sides = [[float(value) for value in entry["bbox"]] for entry in entries]
+        corners = [(x, y, x + width, y + height) for x, y, width, height in sides]
+        names = [str(entry["category"]) for entry in entries]
+        scores = [float(entry.get("score", 1.0)) for entry in entries]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a NAME.json for each picture, as predict writes it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no file of boxes ({type(error).__name__}: {error}); expected "
+            '{"instances": [{"bbox": [x, y, width, height], "category": NAME, "score": 0 to 1}]}'
+        ) from None
+    found = predictor.objects((size[1], size[0]), corners, names)
+    return [replace(instance, score=score) for instance, score in zip(found, scores, strict=True)]
 
 
 def write_result(stem: Path, source: Path, image: EncodedImage, prediction: Prediction, *, min_score: float) -> None:

@@ -103,15 +103,20 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--limit", type=_positive, default=0, help="only the first N pictures")
+    _add_asking(parser)
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
         tasks = parse_tasks(args.task) if args.task else None
         from pix2seq.data.folder import open_dataset
         from pix2seq.evaluation import evaluate
+        from pix2seq.output import output_file
         from pix2seq.predictor import Predictor
 
+        if args.out:
+            output_file(args.out)
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
+        predictor.ask_for(num_objects=args.num_objects, num_samples=args.num_samples)
         dataset = open_dataset(args.data, args.split)
         result = evaluate(
             predictor,
@@ -119,6 +124,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
             tasks or tuple(predictor.tasks),
             batch_size=args.batch_size,
             limit=args.limit,
+            seed=args.seed,
             progress=True,
         )
         print(result.text())
@@ -136,11 +142,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
-    parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
-    parser.add_argument("--num-samples", type=_positive, help="outlines that vote on each mask; 1 for speed")
+    parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
     parser.add_argument("--min-score", type=float, default=0.3, help="least score of a drawn box; JSON has them all")
     parser.add_argument("--batch-size", type=_positive, default=16)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    _add_asking(parser)
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
@@ -151,6 +156,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             [*args.images, *args.image],
             checkpoint=args.checkpoint,
             tasks=tasks,
+            boxes=args.boxes,
             out=args.out,
             num_objects=args.num_objects,
             num_samples=args.num_samples,
@@ -267,6 +273,12 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         run_demo(args.out, args.settings)
 
     parser.set_defaults(run=run)
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
+    parser.add_argument("--num-samples", type=_positive, help="outlines that vote on each mask; 1 for speed")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

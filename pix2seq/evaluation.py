@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pix2seq.data.folder import labels_by_name
 from pix2seq.data.target import Category, Dataset, Instance, Target
+from pix2seq.errors import InputError
 from pix2seq.metrics.captions import CaptionScores, caption_scores
 from pix2seq.metrics.coco_ap import ApResult, Kind, average_precision
 from pix2seq.predictor import EncodedImage, Predictor
@@ -84,7 +85,6 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -95,13 +95,19 @@ def evaluate(
     *,
     batch_size: int = 16,
     limit: int = 0,
+    seed: int = 0,
     progress: bool = False,
 ) -> EvalResult:
     """COCO AP of boxes, masks and keypoints, and caption scores, on the first `limit` pictures (0: all).
 
-    Classes are matched by name, and every class of the data set must be known to the model; raises
-    `InputError` otherwise.
+    Classes are matched by name, and every class of the data set must be known to the model. Pictures
+    without captions are left out of the caption scores, and a data set without any has none. Raises
+    `InputError` where the model does not know a task or a class, and where there is no picture.
     """
+    for name in tasks:
+        predictor.require(name)
+    if not len(dataset):
+        raise InputError(f"{dataset.root} has no picture in split {dataset.split!r} to evaluate on")
     instance_tasks = [name for name in ("segmentation", "keypoint") if name in tasks]
     categories = {}
     if "detection" in tasks or instance_tasks:
@@ -119,14 +125,15 @@ def evaluate(
             encoded = predictor.encode_batch([target.image.path for target in some])
             found_boxes: list[list[Instance]] = [[] for _ in some]
             if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
-                found_boxes = predictor.detect_batch(encoded, seed=start)
-            if "captioning" in tasks:
-                texts = predictor.caption_batch(encoded, seed=start)
-                captions |= {target.image.id: text.text for target, text in zip(some, texts, strict=True)}
+                found_boxes = predictor.detect_batch(encoded, seed=seed)
+            described = [i for i, target in enumerate(some) if target.captions and "captioning" in tasks]
+            if described:
+                texts = predictor.caption_batch([encoded[i] for i in described], seed=seed)
+                captions |= {some[i].image.id: text.text for i, text in zip(described, texts, strict=True)}
             for target, image, boxes in zip(some, encoded, found_boxes, strict=True):
                 answers = {"detection": boxes} if "detection" in tasks else {}
                 for name in instance_tasks:
-                    answers |= _about_boxes(predictor, name, image, boxes, target, categories, start)
+                    answers |= _about_boxes(predictor, name, image, boxes, target, categories, seed)
                 for name, instances in answers.items():
                     predictions.setdefault(name, {})[target.image.id] = instances
                 bar.update()
@@ -134,7 +141,7 @@ def evaluate(
         name: average_precision(targets, dataset.categories, found, kind=KINDS[name.partition("/")[0]])
         for name, found in sorted(predictions.items())
     }
-    if "captioning" in tasks:
+    if captions:
         scores["captioning"] = caption_scores({t.image.id: t.captions for t in targets if t.captions}, captions)
     num_detections = sum(len(instances) for instances in predictions.get("detection", {}).values())
     return EvalResult(scores, num_images, num_detections, time.perf_counter() - started)

@@ -151,8 +151,8 @@ class Predictor:
             for index, instance in enumerate(some):
                 rows = slice(index * copies, (index + 1) * copies)
                 likelihood, score = task.scores(out, rows, instance.score)
-                rings = task.rings(out, rows, np.array(encoded.canvas_size), encoded.size)
-                found.append(replace(instance, score=score, polygons=rings, mask_score=likelihood))
+                rings, rle = task.mask(out, rows, np.array(encoded.canvas_size), encoded.size)
+                found.append(replace(instance, score=score, polygons=rings, rle=rle, mask_score=likelihood))
         return sorted(found, key=lambda instance: -instance.score)
 
     def keypoints(
@@ -170,6 +170,9 @@ class Predictor:
         task = self._task(Keypoint)
         encoded = self._encoded(image)
         given = self._instances(encoded, boxes, categories, task.config.min_box_score, seed)
+        without = [instance for instance in given if not instance.category.keypoints]
+        if without and len(without) == len(given) and boxes is not None and categories is not None:
+            raise InputError(f"the class {without[0].category.name!r} has no keypoints; ask about one that has")
         given = [instance for instance in given if instance.category.keypoints]
         found: list[Instance] = []
         for some in _chunks(given, MAX_ROWS if task.crop_padding is None else MAX_CROPS):
@@ -186,7 +189,14 @@ class Predictor:
                 ]
                 prompts = task.prompts(np.concatenate(boxes_yxyx), named)
             out = self._generate(
-                task, memory, prompts, grammar=task.grammar(), eos_id=None, score_range=task.score_range, seed=seed
+                task,
+                memory,
+                prompts,
+                grammar=task.grammar(),
+                eos_id=None,
+                score_range=task.score_range,
+                score_without=task.score_without,
+                seed=seed,
             )
             for row, (instance, (crop, corner)) in enumerate(zip(some, places, strict=True)):
                 points = task.points(out, row, instance.category, np.array(crop.canvas_size))
@@ -208,15 +218,21 @@ class Predictor:
         return [Caption(*task.caption(out, row)) for row in range(len(images))]
 
     def predict(
-        self, image: EncodedImage | ImageLike, tasks: Sequence[str], boxes: Boxes | None = None, *, seed: int = 0
+        self,
+        image: EncodedImage | ImageLike,
+        tasks: Sequence[str],
+        boxes: Boxes | None = None,
+        *,
+        categories: str | Sequence[str] | None = None,
+        seed: int = 0,
     ) -> Prediction:
         """Everything that `tasks` name about one picture, which is encoded once.
 
         Objects are detected, or taken from `boxes`; masks and keypoints are added to them, and they keep
-        the score of their box.
+        the score of their box. For `boxes` and `categories`, see `segment`.
         """
         encoded = self._encoded(image)
-        given = None if boxes is None else [self._instances(encoded, boxes, None, 0.0, seed)]
+        given = None if boxes is None else [self._instances(encoded, boxes, categories, 0.0, seed)]
         return next(self.predict_batch([encoded], tasks, given, seed=seed))
 
     def predict_batch(
@@ -228,6 +244,10 @@ class Predictor:
         seed: int = 0,
     ) -> Iterator[Prediction]:
         """As `predict`, picture by picture; boxes and captions of all of them come from one pass each."""
+        for name in [tasks] if isinstance(tasks, str) else tasks:
+            self.require(name)
+        if isinstance(tasks, str):
+            tasks = [tasks]
         if not images:
             return
         captions = self.caption_batch(images, seed=seed) if "captioning" in tasks else None
@@ -250,10 +270,18 @@ class Predictor:
         """Raise `InputError` where the checkpoint does not know a task."""
         if task not in self.tasks:
             known = ", ".join(self.tasks) or "no task"
-            raise InputError(f"this checkpoint was not trained for {task}; it knows {known}")
+            hint = "; give it boxes to ask about" if task == Detection.name and self.tasks else ""
+            raise InputError(f"this checkpoint was not trained for {task}; it knows {known}{hint}")
+
+    def ask_for(self, *, num_objects: int | None = None, num_samples: int | None = None) -> None:
+        """`set_num_objects` and `set_num_samples` where a number is given."""
+        if num_objects is not None:
+            self.set_num_objects(num_objects)
+        if num_samples is not None:
+            self.set_num_samples(num_samples)
 
     def set_num_samples(self, num_samples: int) -> None:
-        """Let this many outlines vote on each mask from now on; 1 for speed."""
+        """Let this many outlines vote on each mask from now on; 1 for speed. Raises `InputError` without that task."""
         task = self._task(Segmentation)
         config = replace(task.config, num_samples=num_samples)
         self.tasks[Segmentation.name] = Segmentation(config, task.vocab, tuple(task.categories.values()))
@@ -315,12 +343,24 @@ class Predictor:
             return _likely(self.detect(image, seed=seed), min_score)
         known = {same_name(category.name): category for category in self._categories()}
         given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
-        if isinstance(boxes, Sequence) and len(given) == len(boxes):
+        if isinstance(boxes, Sequence) and given and len(given) == len(boxes):
             return [replace(i, category=self._category(i.category.name, known)) for i in given]
+        return self.objects((image.size[1], image.size[0]), boxes, categories)
+
+    def objects(
+        self, size: tuple[int, int], boxes: ArrayLike, categories: str | Sequence[str] | None = None
+    ) -> list[Instance]:
+        """Boxes (N, 4) as x0, y0, x1, y1 in pixels of a picture of `size` (height, width) as objects of score 1.
+
+        For `categories`, see `segment`. Raises `InputError` for boxes or names that cannot be.
+        """
         corners = np.asarray(boxes, np.float64)
+        if not corners.size:
+            return []
+        known = {same_name(category.name): category for category in self._categories()}
         if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
             raise InputError(f"boxes must be finite numbers (N, 4) as x0, y0, x1, y1, got shape {corners.shape}")
-        corners = np.clip(corners, 0, np.tile(image.size, 2))
+        corners = np.clip(corners, 0, np.tile(size[::-1], 2))
         if not (corners[:, 2:] > corners[:, :2]).all():
             raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the picture")
         if categories is None and len(known) > 1:

@@ -62,7 +62,7 @@ def answers(dataset, kind):
             y0, x0, y1, x1 = (vocab.coords(example.prompt[1:5]) * np.tile(canvas[::-1], 2)).tolist()
             instance = Instance((x0, y0, x1, y1), task.categories[int(example.prompt[5]) - 100], 1.0)
             if kind == "mask":
-                instance = replace(instance, polygons=task.rings(out, slice(0, 1), canvas, limits))
+                instance = replace(instance, polygons=task.mask(out, slice(0, 1), canvas, limits)[0])
             else:
                 instance = replace(instance, keypoints=task.points(out, 0, instance.category, canvas))
             found[image.id].append(instance)
@@ -93,7 +93,7 @@ def test_masks_come_back(dataset):
                 continue
             one = replace(target, **{name: getattr(target, name)[i : i + 1] for name in BY_OBJECT})
             (example,) = task.examples(transform_target(one, affine, SIZE), SIZE, np.random.default_rng(0))
-            rings = task.rings(written(example.targets), slice(0, 1), canvas, (image.width, image.height))
+            rings, _ = task.mask(written(example.targets), slice(0, 1), canvas, (image.width, image.height))
             ours = rasterize(rings, image.height, image.width)
             if isinstance(segmentation, dict):
                 truth = rle_to_mask(segmentation)

@@ -136,7 +136,7 @@ def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):
     assert task.places(target) == [None]
     moved = transform_target(target, Affine(1.26, 1.575), (63, 63))
     (example,) = task.examples(moved, (63, 63), np.random.default_rng(0))
-    (ring,) = task.rings(generated([example.targets.tolist()]), slice(0, 1), np.array([50.0, 40.0]), (50, 40))
+    ((ring,), _) = task.mask(generated([example.targets.tolist()]), slice(0, 1), np.array([50.0, 40.0]), (50, 40))
     found = rasterize([ring], 40, 50)
     assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.9
     alone = replace(target, iscrowd=np.array([True, True]))
@@ -260,7 +260,7 @@ def test_no_answer_makes_decoding_raise(tasks, data):
         x0, y0, x1, y1 = instance.box_xyxy
         assert 0 <= x0 < x1 <= 75
         assert 0 <= y0 < y1 <= 70
-    for ring in tasks["segmentation"].rings(out, slice(0, 3), pixels, limits):
+    for ring in tasks["segmentation"].mask(out, slice(0, 3), pixels, limits)[0]:
         assert len(ring) >= 3
         assert (ring >= 0).all()
         assert (ring <= limits).all()
@@ -282,7 +282,8 @@ def test_outlines_vote(vocab, shapes):
 
     # In a picture of 63 pixels a bin is a pixel. Sides 10, 20, 20 and 40: half of the votes reach 20.
     out = generated([square(10), square(20), square(20), square(40)])
-    (ring,) = task.rings(out, slice(0, 4), np.array([63.0, 63.0]), (63, 63))
+    (ring,), rle = task.mask(out, slice(0, 4), np.array([63.0, 63.0]), (63, 63))
+    assert mask_utils.decode(rle).sum() == 20 * 20
     assert ring.min() == 0
     assert ring.max() == 20
 

@@ -205,7 +205,7 @@ def test_a_flipped_person_keeps_left_and_right():
     keypoints[0, 1], keypoints[0, 2] = (40, 10, 2), (20, 10, 1)  # left and right eye
     target = target_of([[10, 5, 60, 40]], keypoints=keypoints)
     order = mirror_order(KEYPOINTS)
-    moved = transform_target(target, Affine(1.0, 1.0).then_mirror(64), (48, 64), mirror_order=order)
+    moved = transform_target(target, Affine(1.0, 1.0).then_mirror(64), (48, 64), mirror_orders={1: order})
     assert moved.keypoints[0, 1].tolist() == [44, 10, 1]
     assert moved.keypoints[0, 2].tolist() == [24, 10, 2]
 

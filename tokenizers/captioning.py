@@ -47,7 +47,7 @@ def drop_inputs(inputs: NDArray[np.integer], rate: float, rng: np.random.Generat
     """Replace each token that the decoder reads by NOISE with probability `rate`; any shape.
 
     Published with a rate of 0.5, so that words are learnt from the picture and not from the words
-    before. As published the prompt and padding are replaced as well: pass all that the decoder reads.
-    Targets and weights stay.
+    before. Targets and weights stay. The official code drops the prompt's token too, as if it were a word;
+    here the caller decides what it passes.
     """
     return np.where(rng.random(inputs.shape) < rate, NOISE, inputs).astype(np.int64)

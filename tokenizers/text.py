@@ -52,6 +52,10 @@ class TextTokenizer(Protocol):
     def tokens(self) -> Sequence[str]:
         """What each id stands for."""
 
+    @property
+    def first_piece(self) -> int:
+        """The first id that is text; those before are padding, beginning, end or unknown."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end."""
 
@@ -97,6 +101,7 @@ class WordTokenizer:
         self.tokens = tuple(tokens)
         self.size = len(self.tokens)
         self.eos_id = EOS_ID
+        self.first_piece = len(SPECIAL_TOKENS)
         self._ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         if self.tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
             raise ValueError(f"a vocabulary starts with {list(SPECIAL_TOKENS)}, got {list(self.tokens[:3])}")
@@ -239,6 +244,12 @@ class SentencePieceTokenizer:
                 f"sentencepiece cannot make {size} ids of {len(sentences)} captions ({reason}); try another size"
             ) from None
         return cls(model.getvalue())
+
+    @cached_property
+    def first_piece(self) -> int:
+        """The first id that is text."""
+        special = [i for i in range(self.size) if self._processor.is_control(i) or self._processor.is_unknown(i)]
+        return next(i for i in range(self.size + 1) if i not in special)
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:

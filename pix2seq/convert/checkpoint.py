@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from pix2seq.convert.weight_map import canonical_name, make_parameter, plan
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, build_model, write_checkpoint
+from pix2seq.tasks import TASKS
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
-UNSCORED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
+UNCONVERTED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
 SHOWN = 5  # names in a message; the rest are counted
 
 
@@ -50,18 +51,25 @@ def convert_checkpoint(
     bundle = TensorBundle(checkpoint_prefix(Path(prefix)))
     weights = read_weights(bundle, settings)
     model = _skeleton(settings)
-    model.categories = categories_of(official)
     model.task_settings = task_settings(official, settings, captions=tokenizer is not None)
+    model.categories = categories_of(official, settings.vocab, keypoints="keypoint" in model.task_settings)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there whole, so that a broken conversion leaves nothing.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        write_checkpoint(Path(scratch), model.config_json(), weights)
-        if tokenizer is not None:
-            tokenizer.save(Path(scratch))
-        out.mkdir(exist_ok=True)
-        for file in Path(scratch).iterdir():
-            shutil.move(file, out / file.name)
+    model.text = tokenizer
+    for name in model.task_settings:
+        TASKS[name].from_model(model)  # refuses settings that nobody could use
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and moved there when all is well, so that a broken conversion leaves nothing.
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+            folder = Path(scratch) / out.name
+            write_checkpoint(folder, model.config_json(), weights)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+            if out.exists():
+                out.rename(Path(scratch) / "old")
+            folder.rename(out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}); give another folder as --out") from None
 
 
 def checkpoint_prefix(path: Path) -> Path:
@@ -96,7 +104,7 @@ def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]
             keys[name] = key
 
     expected = _skeleton(config).state_dict()
-    places = plan([name for name in expected if not name.endswith(UNSCORED)], config)
+    places = plan([name for name in expected if not name.endswith(UNCONVERTED)], config)
     sources = [official for _, officials in places.values() for official in officials]
     problems = _listed("missing in the checkpoint", [name for name in sources if name not in keys])
     problems += _listed("not used", sorted(keys.keys() - set(sources)))
@@ -106,7 +114,7 @@ def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]
             "give the config it was trained with"
         )
 
-    weights = {name: torch.zeros_like(t, device="cpu") for name, t in expected.items() if name.endswith(UNSCORED)}
+    weights = {name: torch.zeros_like(t, device="cpu") for name, t in expected.items() if name.endswith(UNCONVERTED)}
     for name, (rule, officials) in places.items():
         variables = {official: _tensor(bundle, keys[official]) for official in officials}
         try:
@@ -134,13 +142,17 @@ def _tensor(bundle: TensorBundle, key: str) -> Tensor:
 
 def _skeleton(config: ModelConfig) -> Pix2Seq:
     """The model without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(config, load_pretrained=False)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("error")  # of layers without a width
+            return build_model(config, load_pretrained=False)
+    except (ValueError, UserWarning) as error:
+        raise InputError(f"config describes a model that cannot be: {error}") from None
 
 
 def _check_out(out: Path) -> None:
     ours = {CONFIG_FILE, WEIGHTS_FILE, SENTENCEPIECE_FILE}
-    if out.is_file() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
+    if out.is_file() or out.is_symlink() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
         raise InputError(f"{out} exists and is no converted checkpoint; give a new folder as --out")
 
 

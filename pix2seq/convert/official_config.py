@@ -90,10 +90,10 @@ def _backbone(section: _Section) -> dict[str, Any]:
 def _vocab(section: _Section, official: Mapping[str, Any]) -> Vocab:
     size, coord_base = section.number("vocab_size"), section.number("coord_vocab_shift")
     text_base = section.number("text_vocab_shift")
-    bins = {task["quantization_bins"] for task in official_tasks(official) if "quantization_bins" in task}
-    if len(bins) > 1:
-        raise InputError(f"config has tasks with {sorted(bins)} quantization_bins; one number for all is expected")
-    num_bins = bins.pop() if bins else min(NUM_BINS, text_base - coord_base, size - coord_base)
+    given = [task["quantization_bins"] for task in official_tasks(official) if "quantization_bins" in task]
+    if any(not isinstance(bins, int) or bins != given[0] for bins in given):
+        raise InputError(f"config has tasks with quantization_bins {given}; one whole number for all is expected")
+    num_bins = given[0] if given else min(NUM_BINS, text_base - coord_base, size - coord_base)
     try:
         return Vocab(num_bins, max(size - text_base, 0), coord_base, text_base, size)
     except (ValueError, TypeError) as error:

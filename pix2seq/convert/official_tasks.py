@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pix2seq.convert.coco_classes import coco_categories
 from pix2seq.convert.official_config import official_tasks
 from pix2seq.convert.presets import TASKS as PUBLISHED
 from pix2seq.data.target import Category
+from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
+from pix2seq.tasks.task import numbered_categories
+from pix2seq.tokenizers.instance import PROMPT_LENGTH
+from pix2seq.vocab import Vocab
 
-INSTANCE_PROMPT = 6  # tokens: task, four coordinates, class
 SAMPLING = ("temperature", "top_k", "top_p")
 # Their names of settings to ours, by task.
 NAMES = {
@@ -54,6 +58,9 @@ def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions:
         if theirs not in sections or (ours == "captioning" and not captions):
             continue
         section = {**PUBLISHED[theirs], **sections[theirs]}
+        for key in PUBLISHED[theirs]:
+            if not isinstance(section[key], int | float):
+                raise InputError(f"config has {theirs}.{key}={section[key]!r}; expected a number or true or false")
         values = {key: section[key] for key in SAMPLING if key in section}
         values |= {name: section[key] for key, name in names.items() if isinstance(section.get(key), int | float)}
         if ours == "detection":
@@ -61,15 +68,28 @@ def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions:
             num_objects = min(section["max_instances_per_image_test"], (room - 2) // 5)
             values |= {"max_objects": num_objects, "num_objects": num_objects}
         elif ours == "segmentation":
-            values["max_points"] = min(values["max_points"], (room - INSTANCE_PROMPT) // 2)
+            values["max_points"] = min(values["max_points"], (room - PROMPT_LENGTH) // 2)
         elif ours == "captioning":
             values["max_tokens"] = min(values["max_tokens"], room - 1)
         settings[ours] = values
     return settings
 
 
-def categories_of(official: Mapping[str, Any]) -> tuple[Category, ...]:
-    """COCO's classes where the config names COCO as its data; none otherwise, and labels go by number."""
+def categories_of(official: Mapping[str, Any], vocab: Vocab, *, keypoints: bool) -> tuple[Category, ...]:
+    """COCO's classes where the config names COCO as its data and the vocabulary holds them.
+
+    Otherwise labels go by number; where `keypoints` are asked for, label 1 is the person, as in the
+    official code.
+    """
     dataset = official.get("dataset")
     name = dataset.get("name", "") if isinstance(dataset, Mapping) else ""
-    return coco_categories() if str(name).startswith("coco/") else ()
+    named = coco_categories()
+    if str(name).startswith("coco/") and vocab.max_label >= max(category.label for category in named):
+        return named
+    if not keypoints:
+        return ()
+    person = next(category for category in named if category.keypoints)
+    return tuple(
+        replace(category, keypoints=person.keypoints, skeleton=person.skeleton) if category.label == 1 else category
+        for category in numbered_categories(vocab)
+    )

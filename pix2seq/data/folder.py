@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pix2seq.data.categories import same_name
 from pix2seq.data.coco import CocoDataset, find_files
 from pix2seq.data.table import MAX_BAD_SHARE
 from pix2seq.data.target import Category, Dataset
@@ -56,9 +57,9 @@ def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[
 
     Raises `InputError` naming the classes that the model does not know.
     """
-    known = {category.name.strip().lower(): category.label for category in model}
-    missing = [category.name for category in data if category.name.strip().lower() not in known]
+    known = {same_name(category.name): category.label for category in model}
+    missing = [category.name for category in data if same_name(category.name) not in known]
     if missing:
         listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise InputError(f"the model does not know these classes of the data: {listed}; use the data it was trained on")
-    return {category.label: known[category.name.strip().lower()] for category in data}
+    return {category.label: known[same_name(category.name)] for category in data}

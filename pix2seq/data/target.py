@@ -129,6 +129,7 @@ class Instance:
     score: float  # 0 to 1, what it is ranked by
     polygons: list[NDArray[np.float32]] = field(default_factory=list)  # rings (P, 2) as x, y
     keypoints: NDArray[np.float32] | None = None  # (K, 3) x, y, visibility
+    rle: dict[str, Any] | None = None  # the mask as COCO run lengths, where rings cannot say it: holes
     mask_score: float | None = None  # mean likelihood of the outline's tokens
     keypoint_score: float | None = None  # mean likelihood of the keypoints' tokens
 

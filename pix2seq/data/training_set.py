@@ -57,8 +57,11 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         self.size = size
         self.augment = augment
         self.seed = seed
-        names = max((category.keypoints for category in dataset.categories), key=len, default=())
-        self.mirror_order = mirror_order(names)
+        self.mirror_orders = {
+            category.label if labels is None else labels[category.label]: mirror_order(category.keypoints)
+            for category in dataset.categories
+            if category.keypoints
+        }
         self._labels = None
         if labels is not None:
             self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
@@ -89,7 +92,7 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
             affine,
             self.size,
             min_visible=self.augment.min_visible,
-            mirror_order=self.mirror_order,
+            mirror_orders=self.mirror_orders,
             with_masks=self.task.name == "segmentation",
         )
         return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)

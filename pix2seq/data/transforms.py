@@ -6,6 +6,7 @@ Every draw comes from the generator that is passed in, so a sample is a function
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -76,16 +77,16 @@ def transform_target(
     size: tuple[int, int],
     *,
     min_visible: float = 0.0,
-    mirror_order: NDArray[np.int64] | None = None,
+    mirror_orders: Mapping[int, NDArray[np.int64]] | None = None,
     with_masks: bool = True,
 ) -> Target:
     """The target in pixels of an output of `size` (height, width).
 
     Boxes are clipped to the output, and objects without any area left there, or with less than
     `min_visible` of it, are dropped. Keypoints outside become unlabelled (0, 0, 0); where the map
-    mirrors, `mirror_order` (K,) puts left and right back under their names. Masks become rings, which
-    may reach beyond the output; crowds, which nobody learns from, lose theirs, and all do where
-    `with_masks` is false.
+    mirrors, the order of its label in `mirror_orders` puts left and right back under their names. Masks
+    become rings, which may reach beyond the output; crowds, which nobody learns from, lose theirs, and
+    all do where `with_masks` is false.
     """
     height, width = size
     moved = affine.boxes(target.boxes_xyxy)
@@ -94,8 +95,10 @@ def transform_target(
     keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (area >= min_visible * box_area(moved))
 
     keypoints = target.keypoints.copy()
-    if affine.scale_x < 0 and mirror_order is not None and keypoints.shape[1] == len(mirror_order):
-        keypoints = keypoints[:, mirror_order]
+    if affine.scale_x < 0 and mirror_orders is not None:
+        for i, label in enumerate(target.labels.tolist()):
+            order = mirror_orders.get(label, ())
+            keypoints[i, : len(order)] = keypoints[i, order]
     keypoints[..., :2] = affine.points(keypoints[..., :2])
     inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] <= [width, height])).all(axis=-1)
     keypoints[~inside | (keypoints[..., 2] == 0)] = 0

@@ -144,7 +144,9 @@ def _detection(instance: Instance, width: int, height: int, ids: dict[str, int],
         "score": float(instance.score),
         "bbox": [x0, y0, x1 - x0, y1 - y0],
     }
-    if kind == "mask":
+    if kind == "mask" and instance.rle is not None:
+        entry["segmentation"] = instance.rle
+    elif kind == "mask":
         rings = [np.clip(ring, 0, [width, height]) for ring in instance.polygons if len(ring) >= 3]
         if not rings or not all(np.isfinite(ring).all() for ring in rings):
             return None

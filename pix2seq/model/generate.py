@@ -51,6 +51,7 @@ def generate(
     score_range: tuple[int, int] | None = None,
     score_steps: tuple[int, int] = (1, 0),
     with_logprobs: bool = True,
+    score_without: int | None = None,
     eos_id: int | None = 0,
     pad_id: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -68,6 +69,8 @@ def generate(
     only at steps t with t % period == phase. Without `with_logprobs`, and at steps without a score,
     no softmax over the whole vocabulary is taken, and of a large output layer only the part that the
     grammar allows is computed.
+
+    Log-probabilities are of all ids but `score_without`, where one is given: as if the model could not say it.
 
     Rows draw from numbers that are fixed at the start, R rows of T', from `generator`; given one
     generator for each image, what an image's rows draw does not depend on the images beside it.
@@ -123,7 +126,10 @@ def generate(
             noise=rows["noise"][:, length] if "noise" in rows else None,
         )
         if with_logprobs or scored:
-            log_total = logits.logsumexp(-1)  # (R,)
+            counted = logits
+            if score_without is not None:
+                counted = logits.index_fill(-1, torch.tensor([score_without], device=device), -torch.inf)
+            log_total = counted.logsumexp(-1)  # (R,)
         if with_logprobs:
             chosen = logits.gather(-1, next_id[:, None])[:, 0]
             rows["logprobs"][:, length] = _log(chosen, log_total).masked_fill_(finished, 0.0)

@@ -140,6 +140,7 @@ class Pix2Seq(nn.Module):
         score_range: tuple[int, int] | None = None,
         score_steps: tuple[int, int] = (1, 0),
         with_logprobs: bool = True,
+        score_without: int | None = None,
         eos_id: int | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Generated:
@@ -162,6 +163,7 @@ class Pix2Seq(nn.Module):
             score_range=score_range,
             score_steps=score_steps,
             with_logprobs=with_logprobs,
+            score_without=score_without,
             eos_id=eos_id,
             generator=generator,
         )

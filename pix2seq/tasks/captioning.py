@@ -19,8 +19,6 @@ from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_ca
 from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
 from pix2seq.vocab import PAD, TASK_IDS, Vocab
 
-NUM_SPECIAL = 3  # ids of a text tokenizer that are no text: padding or beginning, end, unknown
-
 
 @dataclass(frozen=True)
 class CaptioningConfig(TaskConfig):
@@ -121,7 +119,7 @@ class Captioning(Task[CaptioningConfig]):
     def grammar(self) -> TextGrammar:
         """Text, and an end after at least one token of it."""
         return TextGrammar(
-            first_piece=self.vocab.text_base + NUM_SPECIAL,
+            first_piece=self.vocab.text_base + self.tokenizer.first_piece,
             text_end=self.vocab.text_base + self.tokenizer.size,
             eos_id=self.eos_id,
             max_tokens=self.max_new_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from pix2seq.model.grammar import KeypointGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.task import Task, TaskConfig, object_prompt
-from pix2seq.tokenizers.instance import PROMPT_LENGTH, instance_prompts
+from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
 from pix2seq.vocab import INVISIBLE
 
@@ -96,10 +95,6 @@ class Keypoint(Task[KeypointConfig]):
         has_points = category is not None and len(category.keypoints) > 0
         return has_points and not target.iscrowd[i] and bool((target.keypoints[i, :, 2] > 0).any())
 
-    def prompts(self, boxes_yxyx: NDArray[np.floating], categories: Sequence[Category]) -> NDArray[np.int64]:
-        """Prompts (I, 6) for boxes (I, 4) in [0, 1] of the model's input."""
-        return instance_prompts(self.name, boxes_yxyx, np.array([c.label for c in categories], np.int64), self.vocab)
-
     @property
     def max_new_tokens(self) -> int:
         """Length of the longest response."""
@@ -109,6 +104,11 @@ class Keypoint(Task[KeypointConfig]):
     def score_range(self) -> tuple[int, int]:
         """Ids of the coordinates, as [first, past the last)."""
         return self.vocab.coord_base, self.vocab.coord_end
+
+    @property
+    def score_without(self) -> int | None:
+        """The id that likelihoods leave out: where invisible points are suppressed, the model is asked for places."""
+        return INVISIBLE if self.config.suppress_invisible else None
 
     def grammar(self) -> KeypointGrammar:
         """Pairs of coordinates, or of invisible tokens."""

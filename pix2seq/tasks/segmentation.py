@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as mask_utils
 
-from pix2seq.data.target import Category, Target
+from pix2seq.data.target import Target
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import PolygonGrammar
 from pix2seq.polygon_ops import clip_rings, mask_to_rings, rasterize
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.task import Task, TaskConfig, object_prompt
-from pix2seq.tokenizers.instance import PROMPT_LENGTH, instance_prompts
+from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.vocab import EOS, SEPARATOR
 
@@ -96,10 +97,6 @@ class Segmentation(Task[SegmentationConfig]):
     def _usable(target: Target, i: int) -> bool:
         return bool(target.segmentations[i]) and not target.iscrowd[i]
 
-    def prompts(self, boxes_yxyx: NDArray[np.floating], categories: Sequence[Category]) -> NDArray[np.int64]:
-        """Prompts (I, 6) for boxes (I, 4) in [0, 1] of the model's input."""
-        return instance_prompts(self.name, boxes_yxyx, np.array([c.label for c in categories], np.int64), self.vocab)
-
     def grammar(self) -> PolygonGrammar:
         """Rings of three points or more, and an end."""
         return PolygonGrammar(
@@ -110,10 +107,10 @@ class Segmentation(Task[SegmentationConfig]):
             max_points=self.config.max_points,
         )
 
-    def rings(
+    def mask(
         self, out: Generated, rows: slice, to_pixels: NDArray[np.floating], limits: tuple[int, int]
-    ) -> list[NDArray[np.float32]]:
-        """The outline (P, 2) x, y in pixels that the samples in `rows` agree on.
+    ) -> tuple[list[NDArray[np.float32]], dict[str, Any] | None]:
+        """The outline, rings (P, 2) x, y in pixels, that the samples in `rows` agree on, and its run lengths if voted.
 
         `to_pixels` (2,) is width and height of the model's input in pixels of the picture, `limits`
         the picture's own (width, height). One sample is taken as it is; of several, each pixel goes
@@ -125,17 +122,20 @@ class Segmentation(Task[SegmentationConfig]):
             rings = [ring[:, ::-1] * to_pixels for ring in decode_polygons(ids, self.vocab)]
             samples.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
         if len(samples) == 1:
-            return samples[0]
+            return samples[0], None
         points = np.concatenate([ring for rings in samples for ring in rings] or [np.zeros((0, 2), np.float32)])
         if not len(points):
-            return []
+            return [], None
         # Nothing lies outside the points' own box, so only that part of the picture is voted on.
         left, top = np.floor(points.min(axis=0)).astype(int)
         right, bottom = np.ceil(points.max(axis=0)).astype(int)
         size = (max(int(bottom - top), 1), max(int(right - left), 1))
         corner = np.array([left, top], np.float32)
         votes = np.mean([rasterize([ring - corner for ring in rings], *size) for rings in samples], axis=0)
-        return [ring + corner for ring in mask_to_rings(votes >= self.config.threshold)]
+        voted = votes >= self.config.threshold
+        whole = np.zeros((height, width), np.uint8, order="F")
+        whole[top:bottom, left:right] = voted[: height - top, : width - left]
+        return [ring + corner for ring in mask_to_rings(voted)], mask_utils.encode(whole)
 
     def scores(self, out: Generated, rows: slice, box_score: float) -> tuple[float, float]:
         """Likelihood of the outline, and the object's score."""

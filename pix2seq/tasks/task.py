@@ -105,6 +105,11 @@ class Task(ABC, Generic[Config]):
     def max_new_tokens(self) -> int:
         """Length of the longest response."""
 
+    def prompts(self, boxes_yxyx: NDArray[np.floating], categories: Sequence[Category]) -> NDArray[np.int64]:
+        """Prompts (I, 6) about objects with boxes (I, 4) in [0, 1] of the model's input."""
+        labels = np.array([category.label for category in categories], np.int64)
+        return instance_prompts(self.name, boxes_yxyx, labels, self.vocab)
+
     @property
     def crop_padding(self) -> float | None:
         """Share of an object's box that is kept around it where every object is a picture of its own; else None."""

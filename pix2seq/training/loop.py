@@ -18,6 +18,7 @@ from pix2seq.device import pick_device
 from pix2seq.errors import InputError
 from pix2seq.evaluation import EvalResult, evaluate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
+from pix2seq.output import output_folder
 from pix2seq.predictor import Predictor
 from pix2seq.tasks.example import Batch, collate
 from pix2seq.training.checkpoint import (
@@ -32,7 +33,7 @@ from pix2seq.training.ema import Ema
 from pix2seq.training.log import RunLog
 from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.schedule import learning_rate
-from pix2seq.training.start import start_from
+from pix2seq.training.start import start_from, with_model_of_start
 from pix2seq.training.step import TaskBatches, build_optimizer, train_step
 
 
@@ -50,13 +51,14 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     if resume != "never" and (done or resume != "auto"):
         resumed = done[-1] if resume == "auto" else find_checkpoint(Path(resume))
 
+    config = with_model_of_start(config)
+    output_folder(out)
     recipe = prepare(config, resumed=resumed)
     state = _new_state(config, recipe)
     if resumed is not None:
         load_checkpoint(state, resumed)
     model, optimizer, device = state.model, state.optimizer, state.model.device
 
-    out.mkdir(parents=True, exist_ok=True)
     save_config(replace(config, model=model.config), out / "config.yaml")
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pix2seq.data.categories import same_name, unite_categories
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.folder import labels_by_name, open_dataset
 from pix2seq.data.target import Category, Dataset
 from pix2seq.data.training_set import TrainingSet
 from pix2seq.errors import InputError
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import make_tokenizer, with_text
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
-from pix2seq.training.checkpoint import find_checkpoint
 from pix2seq.training.config import TrainConfig
 from pix2seq.vocab import TASK_IDS, Vocab
 
@@ -35,7 +34,7 @@ class Recipe:
 def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     """Open the data of every task, and join their classes and words in one vocabulary.
 
-    A run that is `resumed` keeps its words, and one that starts from `config.init` too.
+    A run that is `resumed` keeps its words.
     """
     folders = {name: config.data_of(name) for name in config.tasks}
     opened = {
@@ -78,13 +77,15 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
         samples.append(training_set)
     val_data = {name: opened[folder, config.val_split] for name, folder in folders.items()}
+    for name, dataset in val_data.items():
+        if name != "captioning":
+            labels_by_name(dataset.categories, categories)  # what only validation has, training cannot teach
     return Recipe(tuple(samples), val_data, categories, text, vocab)
 
 
 def _text_tokenizer(config: TrainConfig, dataset: Dataset, resumed: Path | None) -> TextTokenizer:
-    start = resumed or (find_checkpoint(Path(config.init)) if config.init else None)
-    if start is not None and has_text_tokenizer(start):
-        return load_text_tokenizer(start)
+    if resumed is not None and has_text_tokenizer(resumed):
+        return load_text_tokenizer(resumed)
     captions = [caption for index in range(len(dataset)) for caption in dataset.target(index).captions]
     if not captions:
         raise InputError(f"{dataset.root} has no caption to learn from in split {dataset.split!r}")

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from pix2seq.data.categories import same_name
 from pix2seq.errors import InputError
-from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.model.config import ModelConfig
+from pix2seq.model.pix2seq import Pix2Seq, read_config
+from pix2seq.training.checkpoint import find_checkpoint
+from pix2seq.training.config import TrainConfig
 from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
+
+
+def with_model_of_start(config: TrainConfig) -> TrainConfig:
+    """Settings with the model of the checkpoint in `config.init`, where they say nothing about the model themselves.
+
+    Its words are left out: they come with the captions that are learned.
+    """
+    if config.init is None or config.model != ModelConfig():
+        return config
+    start, _, _ = read_config(find_checkpoint(Path(config.init)))
+    vocab = start.vocab
+    if vocab.num_text:
+        vocab = replace(vocab, num_text=0, size=vocab.text_base)
+    return replace(config, model=replace(start, vocab=vocab))
 
 
 @torch.no_grad()
