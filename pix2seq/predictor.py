@@ -348,7 +348,7 @@ class Predictor:
         return self.objects((image.size[1], image.size[0]), boxes, categories)
 
     def objects(
-        self, size: tuple[int, int], boxes: ArrayLike, categories: str | Sequence[str] | None = None
+        self, size: tuple[int, int], boxes: Boxes, categories: str | Sequence[str] | None = None
     ) -> list[Instance]:
         """Boxes (N, 4) as x0, y0, x1, y1 in pixels of a picture of `size` (height, width) as objects of score 1.
 

@@ -239,6 +239,54 @@ def test_official_arrays_of_whole_tasks(shared, tmp_path, name):
         np.testing.assert_allclose(out.logprobs.numpy(), logits, atol=1e-4)
 
 
+def test_keypoint_scores_are_the_official_ones(shared, tmp_path):
+    folder = shared / "parity" / "tasks"
+    convert_checkpoint(
+        folder / "ckpt" / "vit_multitask" / "ckpt-0", folder / "ckpt" / "vit_multitask" / "config.json", tmp_path / "m"
+    )
+    model = Pix2Seq.from_pretrained(tmp_path / "m")
+    task = Predictor(model).tasks["keypoint"]
+    arrays = np.load(folder / "model_vit_multitask.npz")
+    person = task.categories[1]
+    expected, classes = arrays["keypoint_detection/post/scores"], arrays["keypoint_detection/post/pred_classes"]
+    out = model.generate(
+        torch.from_numpy(arrays["image"]).permute(0, 3, 1, 2),
+        torch.from_numpy(arrays["keypoint_detection/call0/prompt_seq"]),
+        max_new_tokens=task.max_new_tokens,
+        top_k=1,
+        score_range=task.score_range,
+        score_without=task.score_without,
+        eos_id=None,
+    )
+    checked = 0
+    for row, label in enumerate(classes):
+        if label == 1:  # the official code gives all others a score of 0
+            assert task.scores(out, row, 0.5)[1] == pytest.approx(float(expected[row]), abs=1e-5)
+            points = task.points(out, row, person, np.array([1.0, 1.0]))
+            theirs = arrays["keypoint_detection/post/pred_points"][row].reshape(-1, 2)[:, ::-1]
+            # Random weights say ids that are no coordinates too; those the official code reads all the same.
+            inside = ((theirs >= 0) & (theirs <= 1)).all(axis=1) & (points[:, 2] > 0)
+            np.testing.assert_allclose(points[inside, :2], theirs[inside], atol=1e-5)
+            checked += int(inside.sum())
+    assert checked > 3
+
+
+@pytest.mark.parametrize("name", TASK_MODELS)
+def test_recorded_checkpoints_answer_every_task_they_have(shared, tmp_path, name):
+    folder = shared / "parity" / "tasks"
+    text_model = folder / "tokenizer" / "tiny_spm.model" if "multitask" in name else None
+    arguments = [folder / "ckpt" / name / "ckpt-0", folder / "ckpt" / name / "config.json", tmp_path / "m"]
+    convert_checkpoint(*arguments, text_model=text_model)
+    predictor = Predictor.from_pretrained(tmp_path / "m", device="cpu")
+    assert len(predictor.tasks) == (4 if text_model else 1)
+    picture = np.random.default_rng(0).integers(0, 255, (60, 100, 3)).astype(np.uint8)
+    predictor.predict(picture, list(predictor.tasks))
+    if text_model:
+        name_of_person = predictor.tasks["keypoint"].categories[1].name
+        (found,) = predictor.keypoints(picture, [[10, 10, 50, 50]], categories=name_of_person)
+        assert found.keypoints.shape == (17, 3)
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet", "resnet-c"])
 def test_our_official_variables_are_theirs(shared, name):
     config = json.loads((shared / "parity" / name / "config.json").read_text())
@@ -322,6 +370,15 @@ def test_conversions_that_cannot_be_write_nothing(tmp_path, capsys):
     refused("no section", config=with_config("j.json", '{"a": 1}'))
     refused("did you mean 'vit-b-640-coco'", config="vit-b-640-cocoa")
     refused("does not exist", config=tmp_path / "nowhere.json")
+
+    refused("5 heads", config=with_config("k.json", MODEL | {"num_heads": 5}))
+    refused("cannot be", config=with_config("l.json", MODEL | {"dim_mlp": 5}))
+    task = {"name": "object_detection", "quantization_bins": [1]}
+    refused("quantization_bins", config=with_config("m.json", json.dumps({"model": MODEL, "tasks": [task]})))
+    task = {"name": "object_detection", "max_instances_per_image_test": "auto"}
+    refused("'auto'", config=with_config("n.json", json.dumps({"model": MODEL, "tasks": [task]})))
+    task = {"name": "object_detection", "top_p": 0.0}
+    refused("top_p", config=with_config("o.json", json.dumps({"model": MODEL, "tasks": [task]})))
 
     fewer = {name: value for name, value in variables.items() if "stem_conv/bias" not in name}
     write_bundle(prefix, checkpoint_tensors(fewer))

@@ -101,6 +101,62 @@ def test_predict_writes_one_json_and_one_picture(run, data, tmp_path):
     assert json.loads((tmp_path / f"{image.stem}.json").read_text())["instances"] == []
 
 
+def test_pictures_without_captions_are_left_out_of_their_scores(run, data, tmp_path):
+    some = tmp_path / "some"
+    shutil.copytree(data, some)
+    file = some / "annotations" / "captions_val2017.json"
+    content = json.loads(file.read_text())
+    first = content["annotations"][0]["image_id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
+    file.write_text(json.dumps(content))
+    command = ["eval", "--checkpoint", str(run), "--data", str(some), "--out", str(tmp_path / "m.json")]
+    assert main([*command, "--num-samples", "1"]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["scores"]["captioning"]["num_images"] == 4
+    file.unlink()
+    assert main(command) == 0
+    assert set(json.loads((tmp_path / "m.json").read_text())["scores"]) >= {"detection", "keypoint/true_boxes"}
+
+
+def test_boxes_may_come_from_a_file(run, data, tmp_path, capsys):
+    image = sorted((data / "val2017").iterdir())[0]
+    given = {"instances": [{"bbox": [4, 5, 20, 30], "category": "person", "score": 0.5}]}
+    (tmp_path / f"{image.stem}.json").write_text(json.dumps(given))
+    command = ["predict", str(image), "--checkpoint", str(run), "--task", "segmentation,keypoint"]
+    assert main([*command, "--boxes", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    (found,) = json.loads((tmp_path / "out" / f"{image.stem}.json").read_text())["instances"]
+    assert (found["bbox"], found["score"], len(found["keypoints"])) == ([4, 5, 20, 30], 0.5, 51)
+    (tmp_path / f"{image.stem}.json").write_text("{}")
+    assert main([*command, "--boxes", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is no file of boxes" in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(run, data, tmp_path, capsys):
+    image = sorted((data / "val2017").iterdir())[0]
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for command in (
+        ["predict", str(image), "--checkpoint", str(run), "--out", str(file)],
+        ["eval", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path)],
+        ["train", f"data={data}", f"out={file}/run", *TINY],
+    ):
+        assert main(command) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+    assert file.read_text() == "mine"
+
+
+def test_fine_tuning_takes_the_model_of_its_start(run, data, tmp_path):
+    kept = [setting for setting in TINY if not setting.startswith("model.")]
+    settings = [f"data={data}", f"out={tmp_path / 'run'}", f"init={run}", *kept, "steps=1"]
+    assert main(["train", "--task", "detection", *settings]) == 0
+    start, model = (
+        Pix2Seq.from_pretrained(f)
+        for f in (run / "checkpoints/step-00000004", tmp_path / "run/checkpoints/step-00000001")
+    )
+    assert model.config.encoder == start.config.encoder
+    assert model.config.vocab.num_text == 0
+
+
 @pytest.mark.parametrize("task", ALL.split(","))
 def test_every_task_trains_alone_by_its_own_script(data, tmp_path, task):
     settings = [f"data={data}", f"out={tmp_path / 'run'}", *TINY, "steps=1"]

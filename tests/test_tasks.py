@@ -21,6 +21,7 @@ from pix2seq.data.target import Category, ImageRecord, Instance, Target
 from pix2seq.data.training_set import TrainingSet
 from pix2seq.data.transforms import AugmentConfig, object_region, transform_target
 from pix2seq.errors import InputError
+from pix2seq.keypoint_ops import mirror_order
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.generate import Generated
 from pix2seq.model.pix2seq import build_model
@@ -370,6 +371,48 @@ def test_answers_do_not_depend_on_how_many_objects_are_asked_about_at_once(predi
             np.testing.assert_array_equal(ring_a, ring_b)
 
 
+def test_a_mirror_knows_each_class_by_its_own_skeleton():
+    points = np.zeros((2, 4, 3), np.float32)
+    points[..., 0] = [10, 20, 30, 40]
+    points[..., 2] = 2
+    target = Target(
+        image=ImageRecord(1, None, 100, 50),
+        boxes_xyxy=np.array([[0, 0, 50, 50]] * 2, np.float32),
+        labels=np.array([1, 2]),
+        areas=np.ones(2, np.float32),
+        iscrowd=np.zeros(2, bool),
+        annotation_ids=np.arange(2),
+        segmentations=(None, None),
+        keypoints=points,
+    )
+    orders = {1: mirror_order(("nose", "left_ear", "right_ear", "tail")), 2: mirror_order(("front", "back"))}
+    moved = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders=orders)
+    assert moved.keypoints[0, :, 0].tolist() == [90, 70, 80, 60]
+    assert moved.keypoints[1, :, 0].tolist() == [90, 80, 70, 60]
+
+
+def test_voted_masks_keep_their_holes(vocab, shapes):
+    task = Segmentation(SegmentationConfig(num_samples=2, threshold=1.0), vocab, shapes.categories)
+    base = vocab.coord_base
+    outer = [base, base, base, base + 30, base + 30, base + 30, base + 30, base]
+    inner = [base + 10, base + 10, base + 20, base + 10, base + 20, base + 20, base + 10, base + 20]
+    # The second sample goes around the hole by a bridge.
+    bridged = [*outer, base, base, *inner, *inner[:2]]
+    out = generated([[*outer, EOS] + [0] * (len(bridged) - len(outer)), [*bridged, EOS]])
+    _, rle = task.mask(out, slice(0, 2), np.array([63.0, 63.0]), (63, 63))
+    assert mask_utils.decode(rle)[15, 15] == 0
+    assert mask_utils.decode(rle)[5, 5] == 1
+
+
+def test_tasks_by_name_or_nothing(predictor):
+    with pytest.raises(InputError, match="segmentaton"):
+        predictor.predict(PICTURE, ["segmentaton"])
+    assert predictor.predict(PICTURE, "captioning").captions
+    with pytest.raises(InputError, match="no keypoints"):
+        predictor.keypoints(PICTURE, [[1, 2, 30, 40]], categories="heart")
+    assert predictor.segment(PICTURE, np.zeros((0, 4))) == []
+
+
 def test_classes_of_several_data_sets_are_joined_by_name():
     first = (Category(1, 7, "Cat"), Category(3, 9, "dog"))
     second = (Category(1, 1, "person", ("nose",), ()), Category(2, 2, " cat "))
@@ -378,6 +421,8 @@ def test_classes_of_several_data_sets_are_joined_by_name():
     assert [(c.label, c.name) for c in united] == [(1, "Cat"), (3, "dog"), (4, "person")]
     assert united[1].keypoints == ("tail",)
     assert unite_categories([first]) == first
+    with pytest.raises(InputError, match="different keypoints for 'Dog'"):
+        unite_categories([third, (Category(1, 1, "Dog", ("paw",)),)])
 
 
 def test_fine_tuning_carries_rows_over_by_name(shapes, text, vocab, tasks):

@@ -135,7 +135,7 @@ class Segmentation(Task[SegmentationConfig]):
         voted = votes >= self.config.threshold
         whole = np.zeros((height, width), np.uint8, order="F")
         whole[top:bottom, left:right] = voted[: height - top, : width - left]
-        return [ring + corner for ring in mask_to_rings(voted)], mask_utils.encode(whole)
+        return [ring + corner for ring in mask_to_rings(voted)], dict(mask_utils.encode(whole))
 
     def scores(self, out: Generated, rows: slice, box_score: float) -> tuple[float, float]:
         """Likelihood of the outline, and the object's score."""
