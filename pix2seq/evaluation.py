@@ -165,7 +165,5 @@ def _about_boxes(
     ]
     answers = {f"{task}/{TRUE_BOXES}": ask(image, true, seed=seed)}
     if "detection" in predictor.tasks:
-        least = predictor.tasks[task].config.min_box_score
-        likely = [instance for instance in found if instance.score >= least]
-        answers[f"{task}/{FOUND_BOXES}"] = ask(image, likely, seed=seed)
+        answers[f"{task}/{FOUND_BOXES}"] = ask(image, predictor.worth_asking(task, found), seed=seed)
     return answers

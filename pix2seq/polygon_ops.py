@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
+from pix2seq.data.run_lengths import run_lengths
+
 MIN_POINTS = 3  # of a ring; fewer enclose nothing
 
 # pycocotools takes more than its stubs say.
@@ -102,8 +104,10 @@ def rle_to_mask(rle: dict[str, Any]) -> NDArray[np.bool_]:
     """
     height, width = (int(size) for size in rle["size"])
     counts = rle["counts"]
-    lengths = np.asarray(_uncompress(counts) if isinstance(counts, str | bytes) else counts, np.int64)
-    if (lengths < 0).any() or lengths.sum() != height * width:
+    lengths = run_lengths(counts.decode("latin-1") if isinstance(counts, bytes) else counts)
+    if lengths is None:
+        raise ValueError("RLE counts are neither whole numbers from 0 nor a compressed string of them")
+    if lengths.sum() != height * width:
         raise ValueError(f"RLE counts add up to {lengths.sum()}; size {height} x {width} needs {height * width}")
     # Runs go down the columns, background first.
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
@@ -188,31 +192,6 @@ def ring_area(ring: NDArray[np.floating]) -> float:
     points = np.asarray(ring, np.float64)
     ahead = np.roll(points, -1, axis=0)
     return float((points[:, 0] * ahead[:, 1] - points[:, 1] * ahead[:, 0]).sum() / 2)
-
-
-def _uncompress(counts: str | bytes) -> list[int]:
-    """Run lengths of a compressed COCO RLE (`rleFrString` of pycocotools' maskApi.c).
-
-    Each is written five bits a character, lowest first, plus 32 where more follow, and all plus 48;
-    bit 16 of the last is the sign. From the fourth on, it is the difference to the one before last.
-    """
-    lengths: list[int] = []
-    value, shift = 0, 0
-    for character in counts.encode() if isinstance(counts, str) else counts:
-        bits = character - 48
-        if not 0 <= bits < 64 or shift > 25:  # a longer one would not fit pycocotools' 32 bits either
-            raise ValueError(f"RLE counts hold {chr(character)!r} where no compressed count may")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
-        value, shift = 0, 0
-    if shift:
-        raise ValueError("RLE counts end within a count")
-    return lengths
 
 
 def _clip_below(ring: NDArray[np.float64], axis: int, limit: float) -> NDArray[np.float64]:

@@ -78,6 +78,9 @@ class Predictor:
         self.model = model.eval()
         self.bf16 = bf16
         self.tasks: dict[str, Task[Any]] = {name: TASKS[name].from_model(model) for name in model.task_settings}
+        task = next(iter(self.tasks.values()), None)  # all know the same classes
+        known = [] if task is None else task.categories.values()
+        self._categories = {same_name(category.name): category for category in known}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
@@ -140,7 +143,7 @@ class Predictor:
         """
         task = self._task(Segmentation)
         encoded = self._encoded(image)
-        given = self._instances(encoded, boxes, categories, task.config.min_box_score, seed)
+        given = self._instances(encoded, task.name, boxes, categories, seed)
         copies = task.config.num_samples
         found: list[Instance] = []
         for some in _chunks(given, max(MAX_ROWS // copies, 1)):
@@ -169,7 +172,7 @@ class Predictor:
         """
         task = self._task(Keypoint)
         encoded = self._encoded(image)
-        given = self._instances(encoded, boxes, categories, task.config.min_box_score, seed)
+        given = self._instances(encoded, task.name, boxes, categories, seed)
         without = [instance for instance in given if not instance.category.keypoints]
         if without and len(without) == len(given) and boxes is not None and categories is not None:
             raise InputError(f"the class {without[0].category.name!r} has no keypoints; ask about one that has")
@@ -232,7 +235,7 @@ class Predictor:
         the score of their box. For `boxes` and `categories`, see `segment`.
         """
         encoded = self._encoded(image)
-        given = None if boxes is None else [self._instances(encoded, boxes, categories, 0.0, seed)]
+        given = None if boxes is None else [self._given(encoded, boxes, categories)]
         return next(self.predict_batch([encoded], tasks, given, seed=seed))
 
     def predict_batch(
@@ -244,10 +247,9 @@ class Predictor:
         seed: int = 0,
     ) -> Iterator[Prediction]:
         """As `predict`, picture by picture; boxes and captions of all of them come from one pass each."""
-        for name in [tasks] if isinstance(tasks, str) else tasks:
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        for name in tasks:
             self.require(name)
-        if isinstance(tasks, str):
-            tasks = [tasks]
         if not images:
             return
         captions = self.caption_batch(images, seed=seed) if "captioning" in tasks else None
@@ -259,12 +261,17 @@ class Predictor:
             found = [[] for _ in images]
         for index, (image, instances) in enumerate(zip(images, found, strict=True)):
             if "segmentation" in tasks:
-                likely = _likely(instances, self._task(Segmentation).config.min_box_score)
+                likely = self.worth_asking("segmentation", instances)
                 instances = _with_answers(instances, self.segment(image, likely, seed=seed))
             if "keypoint" in tasks:
-                likely = _likely(instances, self._task(Keypoint).config.min_box_score)
+                likely = self.worth_asking("keypoint", instances)
                 instances = _with_answers(instances, self.keypoints(image, likely, seed=seed))
             yield Prediction(instances, [] if captions is None else [captions[index]])
+
+    def worth_asking(self, task: str, instances: Sequence[Instance]) -> list[Instance]:
+        """Found objects that `task`, segmentation or keypoint, is asked about: those of a likely box."""
+        least = self.tasks[task].config.min_box_score
+        return [instance for instance in instances if instance.score >= least]
 
     def require(self, task: str) -> None:
         """Raise `InputError` where the checkpoint does not know a task."""
@@ -282,15 +289,11 @@ class Predictor:
 
     def set_num_samples(self, num_samples: int) -> None:
         """Let this many outlines vote on each mask from now on; 1 for speed. Raises `InputError` without that task."""
-        task = self._task(Segmentation)
-        config = replace(task.config, num_samples=num_samples)
-        self.tasks[Segmentation.name] = Segmentation(config, task.vocab, tuple(task.categories.values()))
+        self.tasks[Segmentation.name] = self._task(Segmentation).with_settings(num_samples=num_samples)
 
     def set_num_objects(self, num_objects: int) -> None:
         """Ask for this many objects from now on, whether or not the model would end before."""
-        task = self._task(Detection)
-        config = replace(task.config, num_objects=num_objects)
-        asked = Detection(config, task.vocab, tuple(task.categories.values()))
+        asked = self._task(Detection).with_settings(num_objects=num_objects)
         if asked.max_seq_len > self.model.decoder.max_seq_len:
             most = (self.model.decoder.max_seq_len - 2) // TOKENS_PER_OBJECT
             raise InputError(f"{num_objects} objects are more than this checkpoint can list; ask for at most {most}")
@@ -333,18 +336,20 @@ class Predictor:
     def _instances(
         self,
         image: EncodedImage,
+        task: str,
         boxes: Boxes | None,
         categories: str | Sequence[str] | None,
-        min_score: float,
         seed: int,
     ) -> list[Instance]:
-        """What is asked about: detected where nothing is given, with `min_score` at least."""
+        """What `task` is asked about: what was detected and is likely, where nothing is given."""
         if boxes is None:
-            return _likely(self.detect(image, seed=seed), min_score)
-        known = {same_name(category.name): category for category in self._categories()}
+            return self.worth_asking(task, self.detect(image, seed=seed))
+        return self._given(image, boxes, categories)
+
+    def _given(self, image: EncodedImage, boxes: Boxes, categories: str | Sequence[str] | None) -> list[Instance]:
         given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
         if isinstance(boxes, Sequence) and given and len(given) == len(boxes):
-            return [replace(i, category=self._category(i.category.name, known)) for i in given]
+            return [replace(i, category=self._category(i.category.name)) for i in given]
         return self.objects((image.size[1], image.size[0]), boxes, categories)
 
     def objects(
@@ -357,31 +362,26 @@ class Predictor:
         corners = np.asarray(boxes, np.float64)
         if not corners.size:
             return []
-        known = {same_name(category.name): category for category in self._categories()}
         if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
             raise InputError(f"boxes must be finite numbers (N, 4) as x0, y0, x1, y1, got shape {corners.shape}")
         corners = np.clip(corners, 0, np.tile(size[::-1], 2))
         if not (corners[:, 2:] > corners[:, :2]).all():
             raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the picture")
-        if categories is None and len(known) > 1:
+        if categories is None and len(self._categories) > 1:
             raise InputError("boxes need categories: one name for all of them, or one for each")
-        names = next(iter(known)) if categories is None else categories
+        names = next(iter(self._categories)) if categories is None else categories
         listed = [names] * len(corners) if isinstance(names, str) else list(names)
         if len(listed) != len(corners):
             raise InputError(f"{len(corners)} boxes were given with {len(listed)} categories; give one for each")
         return [
-            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self._category(name, known), 1.0)
+            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self._category(name), 1.0)
             for b, name in zip(corners, listed, strict=True)
         ]
 
-    def _categories(self) -> Sequence[Category]:
-        return list(next(iter(self.tasks.values())).categories.values())
-
-    @staticmethod
-    def _category(name: str, known: dict[str, Category]) -> Category:
-        if same_name(name) not in known:
-            raise unknown_name("category", name, [category.name for category in known.values()])
-        return known[same_name(name)]
+    def _category(self, name: str) -> Category:
+        if same_name(name) not in self._categories:
+            raise unknown_name("category", name, [category.name for category in self._categories.values()])
+        return self._categories[same_name(name)]
 
     def _crops(
         self, image: EncodedImage, instances: Sequence[Instance], padding: float
@@ -404,10 +404,6 @@ def _relative_yxyx(instances: Sequence[Instance], image: EncodedImage) -> NDArra
 def _moved(instance: Instance, by: NDArray[np.float64]) -> Instance:
     x0, y0, x1, y1 = (np.array(instance.box_xyxy) + np.tile(by, 2)).tolist()
     return replace(instance, box_xyxy=(x0, y0, x1, y1))
-
-
-def _likely(instances: Sequence[Instance], min_score: float) -> list[Instance]:
-    return [instance for instance in instances if instance.score >= min_score]
 
 
 def _with_answers(instances: Sequence[Instance], answers: Sequence[Instance]) -> list[Instance]:

@@ -31,7 +31,11 @@ def run_lengths(counts: Any) -> NDArray[np.int64] | None:
 
 
 def _uncompress(text: str) -> NDArray[np.int64] | None:
-    """As `polygon_ops.rle_to_mask` reads it, for all counts at once."""
+    """Run lengths of a compressed COCO RLE (`rleFrString` of pycocotools' maskApi.c), all counts at once.
+
+    Each is written five bits a character, lowest first, plus 32 where more follow, and all plus 48;
+    bit 16 of the last is the sign. From the fourth on, it is the difference to the one before last.
+    """
     if not text.isascii():
         return None
     bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -47,7 +51,6 @@ def _uncompress(text: str) -> NDArray[np.int64] | None:
     place = np.arange(len(bits)) - np.repeat(first, sizes)
     values = np.add.reduceat((bits & 31) << (5 * place), first)
     values -= np.where(bits[last] & 16, np.int64(1) << (5 * sizes), 0)
-    # From the fourth on, each is the difference to the one before last.
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values if ((values >= 0) & (values < _MAX_COUNT)).all() else None

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-MIN_RING = 3  # points that enclose an area
+from pix2seq.polygon_ops import MIN_POINTS
+
 NONE = -1  # no single id
 
 
@@ -26,11 +27,6 @@ class Allowed:
     low: Tensor  # (R,) int64
     high: Tensor  # (R,) int64; at most `low` where the range is empty
     singles: Tensor  # (R, S) int64, NONE where there are fewer
-
-    def mask(self, logits: Tensor) -> Tensor:
-        """Logits (R, V) with every other id at minus infinity."""
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        return logits.masked_fill(self.forbids(ids), -torch.inf)
 
     def forbids(self, ids: Tensor) -> Tensor:
         """Which of `ids` (V,) may not come next: (R, V) bool."""
@@ -111,11 +107,11 @@ class PolygonGrammar:
         points = length // 2
         places = torch.arange(1, points + 1, device=ids.device)
         last_separator = ((ids[:, ::2] == self.separator_id) * places).amax(1) if points else torch.zeros_like(none)
-        closes = points - last_separator >= MIN_RING
+        closes = points - last_separator >= MIN_POINTS
         room = self.max_points - points
         if room <= 0:
             high = low
-        next_ring = closes & (room > MIN_RING)
+        next_ring = closes & (room > MIN_POINTS)
         singles = [torch.where(closes, self.eos_id, NONE), torch.where(next_ring, separator, none)]
         return Allowed(low, high, torch.stack(singles, dim=1))
 

@@ -12,15 +12,13 @@ from pycocotools import mask as mask_utils
 from pix2seq.data.target import Target
 from pix2seq.model.generate import Generated
 from pix2seq.model.grammar import PolygonGrammar
-from pix2seq.polygon_ops import clip_rings, mask_to_rings, rasterize
+from pix2seq.polygon_ops import MIN_POINTS, clip_rings, mask_to_rings, rasterize
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.task import Task, TaskConfig, object_prompt
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.vocab import EOS, SEPARATOR
-
-MIN_RING = 3  # points
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class SegmentationConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_points < MIN_RING:
-            raise ValueError(f"segmentation.max_points must be at least {MIN_RING}, got {self.max_points}")
+        if self.max_points < MIN_POINTS:
+            raise ValueError(f"segmentation.max_points must be at least {MIN_POINTS}, got {self.max_points}")
         if self.num_samples < 1 or self.max_objects < 1:
             raise ValueError("segmentation.num_samples and segmentation.max_objects must be at least 1")
         if not 0 < self.threshold <= 1:

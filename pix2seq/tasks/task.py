@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
@@ -89,6 +89,10 @@ class Task(ABC, Generic[Config]):
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must remember, for `from_model`."""
         return asdict(self.config)
+
+    def with_settings(self, **changes: Any) -> Self:
+        """The same task, asked or trained otherwise."""
+        return type(self)(replace(self.config, **changes), self.vocab, tuple(self.categories.values()), self.text)
 
     @property
     def sampling(self) -> Mapping[str, Any]:

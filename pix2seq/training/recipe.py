@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pix2seq.data.categories import same_name, unite_categories
+from pix2seq.data.categories import unite_categories
 from pix2seq.data.folder import labels_by_name, open_dataset
 from pix2seq.data.target import Category, Dataset
 from pix2seq.data.training_set import TrainingSet
@@ -64,14 +64,13 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
                 f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
             )
-        known = {same_name(category.name): category.label for category in categories}
         training_set = TrainingSet(
             dataset,
             task,
             size=config.model.image_size,
             augment=config.augment,
             seed=task_seed(config, name),
-            labels={category.label: known[same_name(category.name)] for category in dataset.categories},
+            labels=labels_by_name(dataset.categories, categories),
         )
         if not len(training_set):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
