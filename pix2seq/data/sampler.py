@@ -12,16 +12,22 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), each epoch a new permutation that depends on (seed, epoch) alone.
 
     The stream is infinite and a batch may straddle two epochs, so no image is left out or padded.
-    `start` skips that many batches at no cost: a resumed run sees what it would have seen.
+    `start` skips that many batches at no cost: a resumed run sees what it would have seen. Each of
+    `world_size` ranks gets a contiguous part of every batch, as even as can be.
     """
 
-    def __init__(self, num_images: int, batch_size: int, *, seed: int, start: int = 0) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         if num_images < 1:
             raise ValueError("there is no image to sample from")
+        if not 0 <= rank < world_size <= batch_size:
+            raise ValueError(f"rank {rank} of {world_size} gets no part of a batch of {batch_size}")
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
+        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         position = self.start * self.batch_size
@@ -35,7 +41,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
                     order = self._order(epoch)
                 batch.append((epoch, int(order[offset])))
                 offset += 1
-            yield batch
+            yield batch[self.part]
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from pix2seq.data.loader import WORKER_TIMEOUT
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
@@ -47,6 +48,7 @@ class TrainConfig:
     eval_batch_size: int = 16
     log_every: int = 20  # steps
     num_workers: int = 1  # processes that prepare samples; 0 prepares them in between steps
+    worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from them after which the run stops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     bf16: bool = True  # bf16 autocast
     weight_decay: float = 0.05
@@ -78,6 +80,8 @@ class TrainConfig:
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if not self.worker_timeout > 0:
+            raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pix2seq.data.sampler import EpochSampler
-from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.loader import batches
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError
 from pix2seq.evaluation import EvalResult, evaluate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.output import output_folder
 from pix2seq.predictor import Predictor
-from pix2seq.tasks.example import Batch, collate
 from pix2seq.training.checkpoint import (
     RunState,
     find_checkpoint,
@@ -64,7 +60,15 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
     print(f"{sizes}, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True)
     streams = {
-        samples.task.name: _micro_batches(config, samples, device, start=state.step) for samples in recipe.samples
+        samples.task.name: batches(
+            samples,
+            batch_size=config.batch_size_of(samples.task.name) // config.accumulate,
+            start=state.step * config.accumulate,
+            num_workers=config.num_workers,
+            pin_memory=device.type == "cuda",
+            timeout=config.worker_timeout,
+        )
+        for samples in recipe.samples
     }
     images_per_step = sum(config.batch_size_of(name) for name in streams)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0)
@@ -75,14 +79,14 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batches = [
+            task_batches = [
                 TaskBatches(name, config.task(name).loss_weight, [next(stream) for _ in range(config.accumulate)])
                 for name, stream in streams.items()
             ]
             result = train_step(
                 model,
                 optimizer,
-                batches,
+                task_batches,
                 max_grad_norm=config.max_grad_norm,
                 bf16=config.bf16,
                 label_smoothing=config.label_smoothing,
@@ -141,30 +145,6 @@ def _new_state(config: TrainConfig, recipe: Recipe) -> RunState:
     model.to(pick_device(config.device)).train()
     optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
     return RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
-
-
-def _micro_batches(config: TrainConfig, samples: TrainingSet, device: torch.device, *, start: int) -> Iterator[Batch]:
-    size = config.batch_size_of(samples.task.name) // config.accumulate
-    sampler = EpochSampler(len(samples), size, seed=samples.seed, start=start * config.accumulate)
-    loader = DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=config.num_workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or it would draw from the state that dropout is resumed with
-        prefetch_factor=4 if config.num_workers else None,
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
-
-
-def _one_thread(worker: int) -> None:
-    # Workers share the cores with the training process; OpenCV's own threads would fight for them.
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 def _evaluated(state: RunState, config: TrainConfig) -> Predictor:

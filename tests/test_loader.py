@@ -1,0 +1,177 @@
+"""The stream of micro-batches: the same however it is prepared, and no worker that dies, hangs or stays behind."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from pix2seq.data.loader import batches
+from pix2seq.data.sampler import EpochSampler
+from pix2seq.errors import InputError
+from pix2seq.tasks.example import Example, Sample
+
+
+class Numbers:
+    """Pictures that show their own number, and as many tokens as it says."""
+
+    seed = 3
+
+    def __init__(self, act=lambda epoch, index: None):
+        self.act = act
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, key):
+        epoch, index = key
+        self.act(epoch, index)
+        ids = np.arange(index + 1)
+        example = Example(ids[:1], ids, ids, np.ones(len(ids), np.float32))
+        return Sample(np.full((2, 2, 3), index, np.uint8), [example], 100 * epoch + index)
+
+
+def take(count, samples=None, **options):
+    stream = batches(samples or Numbers(), **options)
+    try:
+        return list(islice(stream, count))
+    finally:
+        getattr(stream, "close", lambda: None)()
+
+
+def test_batches_are_the_samplers_whoever_prepares_them():
+    expected = [[100 * epoch + index for epoch, index in keys] for keys in islice(EpochSampler(10, 4, seed=3), 8)]
+    for num_workers in (0, 2):
+        found = take(8, batch_size=4, num_workers=num_workers)
+        assert [list(batch.image_ids) for batch in found] == expected
+        for batch in found:
+            assert batch.images[:, 0, 0, 0].tolist() == [image_id % 100 for image_id in batch.image_ids]
+            assert batch.weights.sum((1, 2)).tolist() == [image_id % 100 + 1 for image_id in batch.image_ids]
+        later = take(3, batch_size=4, num_workers=num_workers, start=5)
+        assert [list(batch.image_ids) for batch in later] == expected[5:]
+        assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_together_see_what_one_process_sees(world_size):
+    whole = take(6, batch_size=4, start=1)
+    for num_workers in (0, 2):
+        options = {"batch_size": 4, "start": 1, "num_workers": num_workers, "world_size": world_size}
+        parts = [take(6, **options, rank=rank) for rank in range(world_size)]
+        for batch, *pieces in zip(whole, *parts, strict=True):
+            assert [i for piece in pieces for i in piece.image_ids] == list(batch.image_ids)
+            assert all(len(piece.image_ids) in (4 // world_size, -(-4 // world_size)) for piece in pieces)
+    with pytest.raises(ValueError, match="no part of a batch of 4"):
+        take(1, batch_size=4, rank=0, world_size=5)
+
+
+def end_yourself(epoch, index):
+    if multiprocessing.parent_process() is not None and index == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(epoch, index):
+    if multiprocessing.parent_process() is not None and index == 7:
+        time.sleep(1000)
+
+
+def refuse(epoch, index):
+    if index == 7:
+        raise InputError("picture 7 is a lie; replace it")
+
+
+def fail(epoch, index):
+    if index == 7:
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "message"),
+    [
+        (
+            end_yourself,
+            InputError,
+            r"a data worker \(process \d+\) was ended by SIGKILL, .* lower num_workers \(it is 2\)",
+        ),
+        (hang, InputError, r"no batch came from the 2 data workers for 1.5 s; .* raise worker_timeout"),
+        (refuse, InputError, r"^picture 7 is a lie; replace it$"),
+        (fail, RuntimeError, r"a bug"),
+    ],
+)
+def test_a_worker_that_fails_ends_in_one_error_and_leaves_no_process(act, kind, message):
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(kind, match=message) as caught:
+        take(10, Numbers(act), batch_size=2, num_workers=2, timeout=1.5)
+    assert type(caught.value) is kind
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_without_workers_the_error_is_the_same():
+    with pytest.raises(InputError, match=r"^picture 7 is a lie; replace it$"):
+        take(10, Numbers(refuse), batch_size=2)
+
+
+def test_a_death_between_two_batches_is_told_at_the_next():
+    stream = batches(Numbers(), batch_size=2, num_workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    time.sleep(0.2)  # a handler of SIGCHLD would raise here
+    with pytest.raises(InputError, match="SIGKILL"):
+        list(islice(stream, 100))
+
+
+SCRIPT = """
+import multiprocessing, os, sys, time
+from pix2seq.data.loader import batches
+from test_loader import Numbers
+
+def act(epoch, index):
+    if epoch and multiprocessing.parent_process() is not None:
+        time.sleep(1000)
+
+stream = batches(Numbers(act), batch_size=2, num_workers=2)
+next(stream)
+print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+if sys.argv[1] == "exit":
+    sys.exit(0)
+time.sleep(1000)
+"""
+
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="asks /proc which processes live")
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_workers_leave_signals_to_their_parent_and_do_not_outlive_it(tmp_path, end):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, str(tmp_path / "run.py"), end]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2
+        if end == "kill":
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGINT)
+            time.sleep(0.3)
+            assert all(map(lives, pids))
+            process.kill()
+        assert process.wait(30) == (0 if end == "exit" else -signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(map(lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(lives, pids))
