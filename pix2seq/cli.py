@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pix2seq.errors import InputError, unknown_name
+from pix2seq.errors import InputError, InputErrorElsewhere, Stopped, unknown_name
 
 TASK_NAMES = ("detection", "segmentation", "keypoint", "captioning")
 
@@ -23,9 +24,16 @@ def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     """Call a command so that an `InputError` becomes one line and exit code 2."""
     try:
         return command(argv) or 0
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except InputErrorElsewhere:
         return 2
+    except InputError as error:
+        whose = f" (rank {_rank()})" if _rank() else ""
+        print(f"error{whose}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        if _rank() == 0:
+            print(stop, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -33,6 +41,11 @@ def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         # The reader of our output went away, as `head` does; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,7 +102,9 @@ def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> No
         from pix2seq.training.loop import run as train
 
         config = load_config(args.config, args.settings, tasks=list(tasks))
-        print(f"checkpoint: {train(config, resume=args.resume)}")
+        checkpoint = train(config, resume=args.resume)
+        if _rank() == 0:
+            print(f"checkpoint: {checkpoint}")
 
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, not the program"."""
+"""Ends of a command that are no bug: wrong input, and a polite stop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class InputError(ValueError):
     The message is one line: what came, what was expected, what to do. The command line prints it
     without a traceback and exits with 2; every other exception is a bug and exits with 1.
     """
+
+
+class InputErrorElsewhere(InputError):
+    """An `InputError` of another process that trains with this one, and that reports it."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved its state; the command line exits with 143, as after SIGTERM."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -88,6 +88,24 @@ class EvalResult:
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model said about some pictures, by image id."""
+
+    instances: dict[str, dict[int, list[Instance]]]  # under the names of `EvalResult.scores`
+    captions: dict[int, str]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """Those about different pictures as one."""
+        names = dict.fromkeys(name for part in parts for name in part.instances)
+        instances = {
+            name: {image_id: found for part in parts for image_id, found in part.instances.get(name, {}).items()}
+            for name in names
+        }
+        return cls(instances, {image_id: text for part in parts for image_id, text in part.captions.items()})
+
+
 def evaluate(
     predictor: Predictor,
     dataset: Dataset,
@@ -104,6 +122,23 @@ def evaluate(
     without captions are left out of the caption scores, and a data set without any has none. Raises
     `InputError` where the model does not know a task or a class, and where there is no picture.
     """
+    started = time.perf_counter()
+    images = range(min(limit or len(dataset), len(dataset)))
+    answers = answer(predictor, dataset, tasks, images, batch_size=batch_size, seed=seed, progress=progress)
+    return score(dataset, answers, images, seconds=time.perf_counter() - started)
+
+
+def answer(
+    predictor: Predictor,
+    dataset: Dataset,
+    tasks: Sequence[str],
+    images: range,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> Answers:
+    """The part of `evaluate` that several processes can share: ask about the pictures of these numbers."""
     for name in tasks:
         predictor.require(name)
     if not len(dataset):
@@ -114,14 +149,11 @@ def evaluate(
         known = {category.label: category for category in predictor.model.categories}
         found = labels_by_name(dataset.categories, predictor.model.categories)
         categories = {label: known[model_label] for label, model_label in found.items()}
-    num_images = min(limit, len(dataset)) if limit else len(dataset)
-    started = time.perf_counter()
-    predictions: dict[str, dict[int, list[Instance]]] = {}
+    instances: dict[str, dict[int, list[Instance]]] = {}
     captions: dict[int, str] = {}
-    targets = [dataset.target(index) for index in range(num_images)]
-    with tqdm(total=num_images, unit="image", disable=not progress) as bar:
-        for start in range(0, num_images, batch_size):
-            some = targets[start : start + batch_size]
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), batch_size):
+            some = [dataset.target(index) for index in images[start : start + batch_size]]
             encoded = predictor.encode_batch([target.image.path for target in some])
             found_boxes: list[list[Instance]] = [[] for _ in some]
             if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
@@ -131,20 +163,27 @@ def evaluate(
                 texts = predictor.caption_batch([encoded[i] for i in described], seed=seed)
                 captions |= {some[i].image.id: text.text for i, text in zip(described, texts, strict=True)}
             for target, image, boxes in zip(some, encoded, found_boxes, strict=True):
-                answers = {"detection": boxes} if "detection" in tasks else {}
+                by_name = {"detection": boxes} if "detection" in tasks else {}
                 for name in instance_tasks:
-                    answers |= _about_boxes(predictor, name, image, boxes, target, categories, seed)
-                for name, instances in answers.items():
-                    predictions.setdefault(name, {})[target.image.id] = instances
+                    by_name |= _about_boxes(predictor, name, image, boxes, target, categories, seed)
+                for name, asked in by_name.items():
+                    instances.setdefault(name, {})[target.image.id] = asked
                 bar.update()
+    return Answers(instances, captions)
+
+
+def score(dataset: Dataset, answers: Answers, images: range, *, seconds: float) -> EvalResult:
+    """Compare answers about the pictures of these numbers, all of them, with what is annotated."""
+    targets = [dataset.target(index) for index in images]
     scores: dict[str, ApResult | CaptionScores] = {
         name: average_precision(targets, dataset.categories, found, kind=KINDS[name.partition("/")[0]])
-        for name, found in sorted(predictions.items())
+        for name, found in sorted(answers.instances.items())
     }
-    if captions:
-        scores["captioning"] = caption_scores({t.image.id: t.captions for t in targets if t.captions}, captions)
-    num_detections = sum(len(instances) for instances in predictions.get("detection", {}).values())
-    return EvalResult(scores, num_images, num_detections, time.perf_counter() - started)
+    if answers.captions:
+        described = {target.image.id: target.captions for target in targets if target.captions}
+        scores["captioning"] = caption_scores(described, answers.captions)
+    num_detections = sum(len(found) for found in answers.instances.get("detection", {}).values())
+    return EvalResult(scores, len(images), num_detections, seconds)
 
 
 def _about_boxes(

@@ -36,7 +36,7 @@ from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer
 from pix2seq.training.start import start_from
-from pix2seq.training.step import TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, train_step
 from pix2seq.vocab import EOS, TASK_IDS, Vocab
 
 CONFIGS = {
@@ -187,7 +187,7 @@ def test_a_step_of_four_tasks_encodes_each_image_once(shapes, tasks, model, monk
     monkeypatch.setattr(model, "encode", lambda images: seen.append(len(images)) or encode(images))
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0, betas=(0.9, 0.95))
     step = [TaskBatches(name, 1.0, [batch]) for name, batch in batches.items()]
-    train_step(model, optimizer, step, max_grad_norm=1, bf16=False)
+    train_step(Learner(model), optimizer, step, max_grad_norm=1)
     assert seen == [len(batch.images) for batch in batches.values()]
     assert max(batch.tokens.shape[1] for batch in batches.values()) > 1
 
@@ -201,7 +201,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_tasks(shapes, tasks, text
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         step = [TaskBatches(name, weights[name], [batches[name]]) for name in names]
-        result = train_step(model, optimizer, step, max_grad_norm=0, bf16=False)
+        result = train_step(Learner(model), optimizer, step, max_grad_norm=0)
         return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
 
     together, gradient_of_all = gradient(list(weights))

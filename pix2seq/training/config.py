@@ -27,6 +27,19 @@ from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.schedule import ScheduleConfig
 
 
+PARALLEL = ("ddp", "fsdp")
+COUNTS = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_skipped",
+    "eval_batch_size",
+)  # settings that must be at least 1
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run depends on; saved beside its checkpoints and enough to repeat it."""
@@ -42,15 +55,22 @@ class TrainConfig:
     lr: float = 1e-4  # peak, reached after warm-up
     seed: int = 0
     checkpoint_every: int = 1000  # steps; the last step is always saved
-    keep_checkpoints: int = 3  # newest kept
+    keep_checkpoints: int = 3  # newest kept, and the best besides
+    best_metric: str | None = None  # of metrics.json, which the best checkpoint is chosen by; None: of the first task
     eval_every: int = 0  # steps; 0 evaluates only after the last
     eval_images: int = 0  # of the validation split; 0 takes all
     eval_batch_size: int = 16
     log_every: int = 20  # steps
+    trackers: tuple[str, ...] = ("tensorboard",)  # beside log.jsonl: tensorboard, wandb, trackio
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
     num_workers: int = 1  # processes that prepare samples; 0 prepares them in between steps
     worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from them after which the run stops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    num_processes: int = 0  # that torchrun must have started; 0 takes any number
+    parallel: str = "ddp"  # over processes: ddp, or fsdp, which shards weights and optimiser state
     bf16: bool = True  # bf16 autocast
+    activation_checkpointing: bool = False  # recompute what the backward pass needs: less memory, a third more time
+    compile: bool = False  # torch.compile of the layers: a minute at first, faster steps after
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0  # 0 does not clip
@@ -69,7 +89,9 @@ class TrainConfig:
         for task in self.tasks:
             if task not in TASKS:
                 raise unknown_name("task", task, TASKS)
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "eval_batch_size"):
+        if self.parallel not in PARALLEL:
+            raise unknown_name("parallel", self.parallel, PARALLEL)
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for task in self.tasks:

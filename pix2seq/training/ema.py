@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pix2seq.training.distributed import local
+
 
 class Ema:
     """Averaged copies of a model's weights and buffers, kept in float32.
@@ -26,8 +28,8 @@ class Ema:
         current: list[Tensor] = []
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                averages.append(self.weights[name])
-                current.append(tensor.detach())
+                averages.append(local(self.weights[name]))
+                current.append(local(tensor.detach()))
             else:
                 self.weights[name].copy_(tensor)
         torch._foreach_lerp_(averages, current, share)

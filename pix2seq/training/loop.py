@@ -2,134 +2,224 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from pix2seq.data.loader import batches
-from pix2seq.device import pick_device
-from pix2seq.errors import InputError
-from pix2seq.evaluation import EvalResult, evaluate
+from pix2seq.errors import InputError, Stopped
+from pix2seq.evaluation import Answers, EvalResult, answer, score
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.output import output_folder
 from pix2seq.predictor import Predictor
-from pix2seq.training.checkpoint import (
-    RunState,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from pix2seq.training.checkpoint import RunState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from pix2seq.training.config import TrainConfig, save_config
+from pix2seq.training.distributed import Ranks, join_ranks, whole
 from pix2seq.training.ema import Ema
-from pix2seq.training.log import RunLog
 from pix2seq.training.recipe import Recipe, prepare
+from pix2seq.training.report import Report
+from contextlib import nullcontext as run_lock
 from pix2seq.training.schedule import learning_rate
 from pix2seq.training.start import start_from, with_model_of_start
-from pix2seq.training.step import TaskBatches, build_optimizer, train_step
+from pix2seq.training.step import Learner, StepResult, TaskBatches, build_optimizer, train_step
+from pix2seq.training.stop import Interrupted, StopRequest
+
+SKIPPED_FILE = "skipped.jsonl"
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
-    """Train as `config` says, and return the last checkpoint's folder.
+    """Train as `config` says, alone or as one of the processes that torchrun started, and return the last checkpoint.
 
     `resume` is `never`, `auto` (the newest checkpoint of the run, if there is one) or a checkpoint.
-    Raises `InputError` where data, settings or checkpoints cannot be used.
+    Raises `InputError` where data, settings or checkpoints cannot be used, and `Stopped` after SIGTERM, with
+    everything saved.
     """
     out = Path(config.out)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(config.device, config.num_processes))
+        resumed = ranks.on_first(lambda: _enter(stack, out, resume))
+        config = with_model_of_start(config)
+        recipe = prepare(config, resumed=resumed)
+        trainer = _Trainer(config, recipe, ranks)
+        if resumed is not None:
+            load_checkpoint(trainer.state, resumed)
+        ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / "config.yaml"))
+        with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
+            trainer.train(report, stop)
+        return ranks.on_first(lambda: list_checkpoints(out)[-1])
+
+
+def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
+    """Take the run's folder, and find the checkpoint to go on from."""
+    output_folder(out)
+    stack.enter_context(run_lock(out))
     done = list_checkpoints(out)
     if resume == "never" and done:
         raise InputError(f"{out} already holds {done[-1].name}; go on with --resume auto, or give another out=FOLDER")
-    resumed = None
-    if resume != "never" and (done or resume != "auto"):
-        resumed = done[-1] if resume == "auto" else find_checkpoint(Path(resume))
+    if resume == "never" or (resume == "auto" and not done):
+        return None
+    return done[-1] if resume == "auto" else find_checkpoint(Path(resume))
 
-    config = with_model_of_start(config)
-    output_folder(out)
-    recipe = prepare(config, resumed=resumed)
-    state = _new_state(config, recipe)
-    if resumed is not None:
-        load_checkpoint(state, resumed)
-    model, optimizer, device = state.model, state.optimizer, state.model.device
 
-    save_config(replace(config, model=model.config), out / "config.yaml")
-    num_parameters = sum(p.numel() for p in model.parameters())
-    sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
-    print(f"{sizes}, {num_parameters / 1e6:.1f} M parameters, {device}, from step {state.step}", flush=True)
-    streams = {
-        samples.task.name: batches(
-            samples,
-            batch_size=config.batch_size_of(samples.task.name) // config.accumulate,
-            start=state.step * config.accumulate,
-            num_workers=config.num_workers,
-            pin_memory=device.type == "cuda",
-            timeout=config.worker_timeout,
+class _Trainer:
+    """A run's model, data and state, and what it does with them."""
+
+    def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
+        """The run at step 0."""
+        self.config, self.recipe, self.ranks = config, recipe, ranks
+        self.out = Path(config.out)
+        torch.manual_seed(config.seed)
+        model = _new_model(config, recipe)
+        model.to(ranks.device).train()
+        self.learner = Learner(
+            model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
         )
-        for samples in recipe.samples
-    }
-    images_per_step = sum(config.batch_size_of(name) for name in streams)
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0)
-    with RunLog(out) as log, bar:
-        seconds_logged, step_logged = state.seconds, state.step
-        while state.step < config.steps:
-            started = time.perf_counter()
-            rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            task_batches = [
-                TaskBatches(name, config.task(name).loss_weight, [next(stream) for _ in range(config.accumulate)])
-                for name, stream in streams.items()
-            ]
-            result = train_step(
-                model,
-                optimizer,
-                task_batches,
-                max_grad_norm=config.max_grad_norm,
-                bf16=config.bf16,
-                label_smoothing=config.label_smoothing,
+        optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+        self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
+        self._skipped_in_a_row = 0
+        self._saved_step = -1
+
+    def train(self, report: Report, stop: StopRequest) -> None:
+        """Go on to the last step. Raises `Stopped` where `stop` was requested, once the state is saved."""
+        config, state = self.config, self.state
+        streams = {
+            samples.task.name: batches(
+                samples,
+                batch_size=config.batch_size_of(samples.task.name) // config.accumulate,
+                start=state.step * config.accumulate,
+                num_workers=config.num_workers,
+                timeout=config.worker_timeout,
+                pin_memory=self.ranks.device.type == "cuda",
+                rank=self.ranks.rank,
+                world_size=self.ranks.size,
             )
+            for samples in self.recipe.samples
+        }
+        while True:
+            if self._evaluation_is_due(report):
+                self._evaluate(report, stop)
+            if state.step == config.steps:
+                return
+            started = time.perf_counter()
+            tasks: list[TaskBatches] = []
+            try:
+                with stop.interruptible():
+                    for name, stream in streams.items():
+                        some = [next(stream) for _ in range(config.accumulate)]
+                        tasks.append(TaskBatches(name, config.task(name).loss_weight, some))
+            except Interrupted:
+                pass
+            self._leave_if_asked(stop)
+            waited = time.perf_counter() - started
+
+            torch.manual_seed(self._seed_of_step())
+            rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            result = train_step(self.learner, state.optimizer, tasks, max_grad_norm=config.max_grad_norm)
             state.step += 1
-            if state.ema is not None:
-                state.ema.update(model, state.step)
+            if state.ema is not None and result.finite:
+                state.ema.update(state.model, state.step)
             state.seconds += time.perf_counter() - started
+            report.step(state, result, rate=rate, waited=waited)
+            self._count_skipped(result, tasks)
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                self._save()
 
-            bar.update()
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                images = (state.step - step_logged) * images_per_step
-                values = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
-                if len(streams) > 1:
-                    values |= {f"loss/{name}": loss.item() for name, loss in result.task_losses.items()}
-                values |= {
-                    "images_per_second": images / (state.seconds - seconds_logged),
-                    "images": state.step * images_per_step,
-                    "minutes": state.seconds / 60,
-                }
-                seconds_logged, step_logged = state.seconds, state.step
-                if not math.isfinite(values["loss"]):
-                    raise InputError(f"the loss is {values['loss']} at step {state.step}, lr {rate:.3g}; lower lr")
-                log.write(state.step, "train", values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}", img_s=f"{values['images_per_second']:.0f}")
-            last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or last:
-                save_checkpoint(state, out, keep=config.keep_checkpoints)
-            if last or (config.eval_every and state.step % config.eval_every == 0):
-                with torch.random.fork_rng():  # a run that is resumed after this goes on with the same draws
-                    result_by_task = _evaluate(_evaluated(state, config), recipe, config)
-                position: dict[str, float | None] = {
-                    "images": state.step * images_per_step,
-                    "minutes": state.seconds / 60,
-                }
-                log.write(state.step, "eval", position | result_by_task.metrics)
-                tqdm.write(f"step {state.step}: {result_by_task.summary()}")
-    return list_checkpoints(out)[-1]
+    def _seed_of_step(self) -> int:
+        """Of dropout and stochastic depth: a function of seed, step and rank, so that a resumed run draws the same."""
+        sequence = np.random.SeedSequence((self.config.seed, self.state.step, self.ranks.rank))
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _leave_if_asked(self, stop: StopRequest) -> None:
+        if self.ranks.any(stop.requested):
+            self._save()
+            raise Stopped(
+                f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}, which is saved in {self.out}; "
+                "go on with --resume auto"
+            )
+
+    def _count_skipped(self, result: StepResult, tasks: list[TaskBatches]) -> None:
+        """Write down what a step without an update was made of, and end the run where they do not cease."""
+        if result.finite:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        samples = self.ranks.gather({task.name: [b.image_ids for b in task.micro_batches] for task in tasks})
+        step, limit = self.state.step, self.config.max_skipped
+        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+
+        def write() -> None:
+            record = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "image_ids_by_rank": samples}
+            with (self.out / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if self._skipped_in_a_row >= limit:
+                raise InputError(
+                    f"the loss or a gradient was not finite in {limit} steps in a row, at last in step {step} (loss "
+                    f"{loss}, gradient norm {grad_norm}); their pictures are in {self.out / SKIPPED_FILE}; lower lr, "
+                    "and go on from the last checkpoint with --resume auto"
+                )
+
+        self.ranks.on_first(write)
+
+    def _save(self) -> None:
+        if self._saved_step != self.state.step:
+            self.ranks.on_first(lambda: save_checkpoint(self.state, self.out, keep=self.config.keep_checkpoints))
+            self._saved_step = self.state.step
+
+    def _evaluation_is_due(self, report: Report) -> bool:
+        step, every = self.state.step, self.config.eval_every
+        due = step == self.config.steps or (every > 0 and step > 0 and step % every == 0)
+        return due and report.evaluated < step
+
+    def _evaluate(self, report: Report, stop: StopRequest) -> None:
+        """Score the averaged weights on the validation splits, whose pictures the ranks share out."""
+        config, ranks = self.config, self.ranks
+        started = time.perf_counter()
+        predictor = self._averaged_model()
+        evaluations = []
+        try:
+            with stop.interruptible():
+                for dataset, names in self.recipe.evaluations():
+                    images = range(min(config.eval_images or len(dataset), len(dataset)))
+                    mine = images[ranks.rank :: ranks.size]
+                    answers = answer(predictor, dataset, names, mine, batch_size=config.eval_batch_size)
+                    evaluations.append((dataset, images, answers))
+        except Interrupted:
+            pass
+        self._leave_if_asked(stop)
+        gathered = [ranks.gather(answers) for _, _, answers in evaluations]
+        seconds = time.perf_counter() - started
+
+        def score_all() -> dict[str, float | None]:
+            results = [
+                score(dataset, Answers.joined(parts), images, seconds=seconds)
+                for (dataset, images, _), parts in zip(evaluations, gathered, strict=True)
+            ]
+            result = EvalResult.joined(results)
+            report.evaluation(self.state, result)
+            return result.metrics
+
+        ranks.on_first(score_all)
+        report.evaluated = self.state.step
+
+    def _averaged_model(self) -> Predictor:
+        """A copy with the averaged weights, so that training goes on undisturbed."""
+        model = self.state.model
+        copy = build_model(model.config, model.categories, model.text, load_pretrained=False)
+        copy.task_settings = model.task_settings
+        weights = self.state.ema.weights if self.state.ema is not None else model.state_dict()
+        copy.load_state_dict({name: whole(tensor) for name, tensor in weights.items()})
+        return Predictor(copy.to(model.device).eval(), bf16=self.config.bf16)
 
 
-def _new_state(config: TrainConfig, recipe: Recipe) -> RunState:
-    """A run at step 0: model, optimiser and average."""
-    torch.manual_seed(config.seed)
+def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:
+    """The model at step 0, for the classes and words of the recipe."""
     settings = replace(config.model, vocab=recipe.vocab)
     model = build_model(settings, recipe.categories, recipe.text, load_pretrained=config.init is None)
     model.task_settings = {samples.task.name: asdict(config.task(samples.task.name)) for samples in recipe.samples}
@@ -142,24 +232,4 @@ def _new_state(config: TrainConfig, recipe: Recipe) -> RunState:
     if config.init is not None:
         start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
         print(f"from {config.init}: {start_from(model, start, config.init)}")
-    model.to(pick_device(config.device)).train()
-    optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
-    return RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
-
-
-def _evaluated(state: RunState, config: TrainConfig) -> Predictor:
-    """A predictor with the averaged weights, on a copy, so that training goes on undisturbed."""
-    model = state.model
-    copy = build_model(model.config, model.categories, model.text, load_pretrained=False)
-    copy.task_settings = model.task_settings
-    copy.load_state_dict(state.ema.weights if state.ema is not None else model.state_dict())
-    return Predictor(copy.to(model.device).eval(), bf16=config.bf16)
-
-
-def _evaluate(predictor: Predictor, recipe: Recipe, config: TrainConfig) -> EvalResult:
-    """All tasks, those of one data set together."""
-    results = []
-    for dataset in {id(data): data for data in recipe.val_data.values()}.values():
-        tasks = [name for name, data in recipe.val_data.items() if data is dataset]
-        results.append(evaluate(predictor, dataset, tasks, batch_size=config.eval_batch_size, limit=config.eval_images))
-    return EvalResult.joined(results)
+    return model

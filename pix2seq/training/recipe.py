@@ -30,6 +30,11 @@ class Recipe:
     text: TextTokenizer | None
     vocab: Vocab
 
+    def evaluations(self) -> list[tuple[Dataset, list[str]]]:
+        """Validation splits, each with all the tasks that are scored on it."""
+        datasets = {id(dataset): dataset for dataset in self.val_data.values()}.values()
+        return [(dataset, [name for name, data in self.val_data.items() if data is dataset]) for dataset in datasets]
+
 
 def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     """Open the data of every task, and join their classes and words in one vocabulary.

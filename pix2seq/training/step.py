@@ -6,15 +6,18 @@ Shapes: B images, I sequences an image, T tokens, S scored tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks.example import Batch
+from pix2seq.training.distributed import Ranks, accumulating, spread, whole
 
 
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -58,42 +61,105 @@ class TaskBatches:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalar tensors on the model's device."""
+    """Scalar tensors on the model's device, equal on all ranks."""
 
     loss: Tensor  # sum over tasks of weight times loss
     task_losses: dict[str, Tensor]  # each per scored token, without its weight
     grad_norm: Tensor  # before clipping
+    finite: bool  # or else the weights were left as they were
+
+
+class Learner:
+    """A model with the loss that it is trained by, on one rank or spread over several.
+
+    Build optimisers from `parameters` afterwards: FSDP puts others in their place.
+    """
+
+    def __init__(
+        self,
+        model: Pix2Seq,
+        *,
+        bf16: bool = False,
+        label_smoothing: float = 0.0,
+        ranks: Ranks | None = None,
+        parallel: str = "ddp",
+    ) -> None:
+        self.model = model
+        self.bf16 = bf16
+        self.ranks = ranks or Ranks(model.device)
+        self._loss = spread(_SequenceLoss(model, label_smoothing), self.ranks, parallel)
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+
+    def backward(self, batch: Batch, *, scored: Tensor, weight: float, last: bool) -> Tensor:
+        """Add the gradients of `weight` times the batch's loss per `scored` token; give the loss, a scalar.
+
+        With the `last` batch of a step gradients are summed over ranks, so every rank calls this as often.
+        """
+        with nullcontext() if last else accumulating(self._loss):
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self._loss(batch.to(self.model.device)) / scored
+            # DDP and FSDP average over ranks, and this is to be the sum.
+            (loss * (weight * self.ranks.size)).backward()
+        return loss.detach()
+
+    def statistics(self) -> list[Tensor]:
+        """What a forward pass alone changes: copies of the running statistics of batch norms."""
+        return [buffer.clone() for buffer in self._statistics]
+
+    def restore(self, statistics: Sequence[Tensor]) -> None:
+        """Put back what `statistics` gave."""
+        for buffer, value in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(value)
+
+
+class _SequenceLoss(nn.Module):
+    """`sequence_loss` as a module, because DDP and FSDP act when a module is called."""
+
+    def __init__(self, model: Pix2Seq, label_smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> Tensor:
+        return sequence_loss(self.model, batch, label_smoothing=self.label_smoothing)
 
 
 def train_step(
-    model: Pix2Seq,
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
     tasks: Sequence[TaskBatches],
     *,
     max_grad_norm: float,
-    bf16: bool,
-    label_smoothing: float = 0.0,
 ) -> StepResult:
     """Update the weights once, by the weighted sum of all tasks' losses.
 
-    Each task's loss is per scored token, however its images are split into micro-batches.
+    Each task's loss is per scored token of all ranks, however its images are split into ranks and micro-batches.
+    Where the loss or a gradient is not finite on any rank, every rank's model stays as it was.
     """
-    device = model.device
-    losses: dict[str, Tensor] = {}
-    for task in tasks:
-        batches = [batch.to(device) for batch in task.micro_batches]
-        num_scored = torch.stack([batch.weights.sum() for batch in batches]).sum().clamp(min=1e-9)
-        losses[task.name] = torch.zeros((), device=device)
-        for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = sequence_loss(model, batch, label_smoothing=label_smoothing) / num_scored
-            (loss * task.loss_weight).backward()
-            losses[task.name] += loss.detach()
-    total = torch.stack([task.loss_weight * losses[task.name] for task in tasks]).sum()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else torch.inf)
-    optimizer.step()
+    model, ranks = learner.model, learner.ranks
+    statistics = learner.statistics()
+    scored = ranks.sum(torch.stack([_num_scored(task.micro_batches) for task in tasks])).clamp(min=1e-9)
+    losses = torch.zeros(len(tasks), device=model.device)
+    for i, task in enumerate(tasks):
+        for batch in task.micro_batches:
+            last = task is tasks[-1] and batch is task.micro_batches[-1]
+            losses[i] += learner.backward(batch, scored=scored[i].float(), weight=task.loss_weight, last=last)
+    losses = ranks.sum(losses)
+    total = (losses * torch.tensor([task.loss_weight for task in tasks], device=losses.device)).sum()
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else torch.inf))
+    finite = bool((total + grad_norm).isfinite())
+    if finite:
+        optimizer.step()
+    else:
+        learner.restore(statistics)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, losses, grad_norm)
+    return StepResult(total, {task.name: loss for task, loss in zip(tasks, losses, strict=True)}, grad_norm, finite)
+
+
+def _num_scored(batches: Sequence[Batch]) -> Tensor:
+    """The weights of all scored tokens together, a scalar in host memory."""
+    return torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum().cpu()
 
 
 def build_optimizer(

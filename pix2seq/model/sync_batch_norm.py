@@ -1,0 +1,66 @@
+"""Batch normalisation over the batch of all ranks, on the CPU too.
+
+PyTorch's `SyncBatchNorm` is for GPUs alone. Without either, what a model learns would depend on how many
+processes share a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; every rank's loss depends on every rank's summand, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        return _summed(grads[0])
+
+
+def _summed(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over images, rows and columns (B, C, H, W) of all ranks to (C,)."""
+    return _Sum.apply(x.mean(dim=(0, 2, 3))) / dist.get_world_size()
+
+
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with the statistics of every rank's images (B, C, H, W), which must be as many on each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        x32 = x.float()
+        mean = _mean(x32)
+        centred = x32 - mean[:, None, None]
+        variance = _mean(centred.square())
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.momentum is not None and self.num_batches_tracked is not None
+            with torch.no_grad():
+                count = x.numel() / x.shape[1] * dist.get_world_size()
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+                self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Let every `nn.BatchNorm2d` inside use the statistics of all ranks. Names and weights stay."""
+    if next(module.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = HostSyncBatchNorm

@@ -1,0 +1,84 @@
+"""Run by torchrun in test_distributed.py: some steps on random batches, and what came of them."""
+
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.pix2seq import build_model
+from pix2seq.tasks.example import Batch
+from pix2seq.training.distributed import join_ranks, local, whole
+from pix2seq.training.ema import Ema
+from pix2seq.training.step import Learner, TaskBatches, train_step
+from pix2seq.vocab import Vocab
+
+VOCAB = Vocab(num_bins=32, size=1040)
+BATCH_SIZE = 8
+FAULTY_STEP = 1
+
+
+def tiny_model(stem):
+    torch.manual_seed(0)
+    encoder = EncoderConfig(
+        name="vit", stem=stem, stem_blocks=1, dim=32, num_layers=2, num_heads=2, mlp_dim=64, drop_path=0.0
+    )
+    decoder = DecoderConfig(
+        dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0
+    )
+    return build_model(ModelConfig(image_size=(32, 32), encoder=encoder, decoder=decoder, vocab=VOCAB)).train()
+
+
+def random_batch(seed, part, *, sequences):
+    """The same global batch on every rank; each keeps its part. Weights differ, so that scored tokens do."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (BATCH_SIZE, sequences, 20)
+    images = torch.randint(256, (BATCH_SIZE, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens, targets = (torch.randint(1000, 1032, shape, generator=generator) for _ in range(2))
+    weights = (torch.rand(shape, generator=generator) < torch.linspace(0.1, 0.9, BATCH_SIZE)[:, None, None]).float()
+    return Batch(images[part], tokens[part], targets[part], weights[part], tuple(range(BATCH_SIZE))[part])
+
+
+def train(ranks, parallel, stem, fault):
+    """Three steps of two tasks in two micro-batches each; plain SGD, which does not magnify rounding as Adam does."""
+    model = tiny_model(stem)
+    learner = Learner(model, ranks=ranks, parallel=parallel)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    ema = Ema(model, 0.9)
+    share = BATCH_SIZE // ranks.size
+    part = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    steps = []
+    for step in range(3):
+        faulty = fault and step == FAULTY_STEP and ranks.rank == ranks.size - 1
+        hook = model.encoder.stem.register_forward_hook(lambda module, args, x: x * torch.nan) if faulty else None
+        before = {name: local(tensor).clone() for name, tensor in model.state_dict().items()}
+        tasks = [
+            TaskBatches(name, weight, [random_batch(100 * i + 10 * step + m, part, sequences=i + 1) for m in range(2)])
+            for i, (name, weight) in enumerate([("detection", 1.0), ("captioning", 0.5)])
+        ]
+        result = train_step(learner, optimizer, tasks, max_grad_norm=1.0)
+        changed = any(not torch.equal(local(t), before[name]) for name, t in model.state_dict().items())
+        if result.finite:
+            ema.update(model, step + 1)
+        if hook is not None:
+            hook.remove()
+        steps.append({"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "changed": changed})
+    return {
+        "steps": ranks.gather(steps),
+        "weights": {name: whole(tensor).clone() for name, tensor in model.state_dict().items()},
+        "averages": {name: whole(tensor).clone() for name, tensor in ema.weights.items()},
+        "num_sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
+        "num_parameters": len(list(model.parameters())),
+    }
+
+
+def main(out, *runs):
+    """Each run is `PARALLEL-STEM` or `PARALLEL-STEM-nan`, for a NaN on the last rank."""
+    with join_ranks("cpu") as ranks:
+        results = {run: train(ranks, *run.split("-")[:2], fault=run.endswith("-nan")) for run in runs}
+        if ranks.first:
+            torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,83 @@
+"""Several processes train what one would, and all of them leave out a step that is sick on any."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pix2seq.cli import main
+from pix2seq.training.distributed import Ranks
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+RUNS = ["ddp-patch", "ddp-conv", "fsdp-patch", "fsdp-conv", "ddp-conv-nan", "fsdp-patch-nan"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(command, **settings):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **settings)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two processes made of all runs."""
+    path = tmp_path_factory.mktemp("ranks") / "two.pt"
+    done = start([*TORCHRUN, "--nproc-per-node", "2", SCRIPT, path, *RUNS])
+    assert done.returncode == 0, done.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """What one process makes of them, with batches of 8 in place of 2 x 4."""
+    path = tmp_path_factory.mktemp("ranks") / "one.pt"
+    done = start([sys.executable, SCRIPT, path, "ddp-patch", "ddp-conv"])
+    assert done.returncode == 0, done.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("run", RUNS[:4])
+def test_two_processes_train_what_one_does(two_ranks, one_rank, run):
+    two, one = two_ranks[run], one_rank[run.replace("fsdp", "ddp")]
+    for step_of_one, *steps_of_two in zip(*one["steps"], *two["steps"], strict=True):
+        for step in steps_of_two:
+            assert step["loss"] == pytest.approx(step_of_one["loss"], rel=1e-6)
+            assert step["grad_norm"] == pytest.approx(step_of_one["grad_norm"], rel=1e-5)
+    for kind in ("weights", "averages"):
+        for name, tensor in one[kind].items():
+            torch.testing.assert_close(two[kind][name], tensor, rtol=0, atol=1e-6, msg=f"{kind} {name}")
+
+
+def test_fsdp_shards_every_weight_and_ddp_none(two_ranks):
+    assert two_ranks["fsdp-conv"]["num_sharded"] == two_ranks["fsdp-conv"]["num_parameters"] > 0
+    assert two_ranks["ddp-conv"]["num_sharded"] == 0
+
+
+@pytest.mark.parametrize("run", RUNS[4:])
+def test_a_nan_on_one_rank_leaves_all_ranks_as_they_were(two_ranks, run):
+    first, second = two_ranks[run]["steps"]
+    assert [step["changed"] for step in first] == [step["changed"] for step in second] == [True, False, True]
+    assert not math.isfinite(first[1]["loss"] + first[1]["grad_norm"])
+    assert all(tensor.isfinite().all() for tensor in two_ranks[run]["weights"].values())
+
+
+def test_fewer_processes_than_asked_for_are_refused(tmp_path, capsys):
+    assert main(["train", f"data={tmp_path}", f"out={tmp_path / 'run'}", "num_processes=2"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: num_processes=2, but 1 was started; start training with: torchrun")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_every_exchange_gives_back_what_it_got():
+    alone = Ranks(torch.device("cpu"))
+    assert alone.first
+    assert alone.any(True)
+    assert not alone.any(False)
+    assert alone.gather("word") == ["word"]
+    assert alone.on_first(lambda: 7) == 7
+    assert torch.equal(alone.sum(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))

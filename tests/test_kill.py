@@ -1,0 +1,115 @@
+"""A run that is killed anywhere and resumed ends as one that was left alone, to the bit."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+import dying
+from pix2seq.data.shapes import write_shapes
+
+SETTINGS = [
+    *("steps=8", "batch_size=4", "accumulate=2", "checkpoint_every=3", "eval_every=4", "eval_batch_size=2", "log_every=1"),
+    *("bf16=false", "device=cpu", "trackers=[]", "model.image_size=[32,32]", "model.encoder.name=vit"),
+    *("model.encoder.stem=conv", "model.encoder.stem_blocks=0", "model.encoder.dim=32", "model.encoder.num_layers=1"),
+    *("model.encoder.num_heads=2", "model.encoder.mlp_dim=32", "model.encoder.drop_path=0.2"),
+    *("model.decoder.dim=32", "model.decoder.num_layers=1", "model.decoder.num_heads=2", "model.decoder.mlp_dim=32"),
+    *("model.decoder.max_seq_len=32", "model.decoder.dropout=0.1", "model.vocab.num_bins=32", "model.vocab.size=1100"),
+    *("detection.max_objects=4", "detection.noise_objects=1"),
+]
+# A place, and at which call there the run is ended. Each goes on where the one before it ended.
+DEATHS = [
+    ("between micro-batches", 3),
+    ("saving", 1),
+    ("waiting for data", 2),
+    ("evaluating", 2),
+    ("updating weights", 1),
+    ("saving", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def process():
+    """Starts functions in fresh processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dying"])
+    return context.Process
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
+    return folder
+
+
+def arguments(shapes, out, *more):
+    return ["--resume", "auto", f"data={shapes}", f"out={out}", *SETTINGS, *more]
+
+
+def exit_code(process):
+    process.start()
+    process.join(120)
+    assert not process.is_alive()
+    return process.exitcode
+
+
+def outcome(out):
+    """Final weights, raw and averaged, and every number in the log that does not tell the time."""
+    folder = out / "checkpoints" / "step-00000008"
+    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "state.safetensors")}
+    timing = ("images_per_second", "minutes", "minutes_left", "data_wait_share", "memory_mb")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return files, [{name: value for name, value in line.items() if name not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(process, shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert exit_code(process(target=dying.train, args=(arguments(shapes, out, "num_workers=0"),))) == 0
+    files, log = outcome(out)
+    assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in log if line["kind"] == "eval"] == [4, 8]
+    return files, log
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_anywhere_goes_on_to_the_same_end(
+    process, shapes, undisturbed, tmp_path, signum, num_workers
+):
+    options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
+    expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
+    for place, call in DEATHS:
+        assert exit_code(process(target=dying.train, args=(options, place, call, signum))) == expected, place
+    assert exit_code(process(target=dying.train, args=(options,))) == 0
+    files, log = outcome(tmp_path / "run")
+    assert log == undisturbed[1]
+    assert files == undisturbed[0]
+
+
+@pytest.mark.parametrize("place", dying.PLACES)
+def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, place):
+    call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 5}.get(place, 1)
+    options = arguments(shapes, tmp_path / "run", "num_workers=0", "checkpoint_every=4")
+    child = process(target=dying.train, args=(options, place, call, signal.SIGTERM))
+    assert exit_code(child) == 128 + signal.SIGTERM
+    # Of step 5 its data was waited for, or a part of it was done; the others come with step 4.
+    step = 5 if place in ("between micro-batches", "updating weights") else 4
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == f"step-{step:08d}"
+
+
+def test_sigterm_does_not_wait_for_data_that_hangs(process, shapes, tmp_path):
+    options = arguments(shapes, tmp_path / "run", "num_workers=1", "seed=3")
+    child = process(target=dying.train_with_a_hanging_picture, args=(options, 0))
+    child.start()
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(3)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(30)
+    assert child.exitcode == 128 + signal.SIGTERM
+    assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 1
