@@ -23,9 +23,7 @@ def tiny_model(stem):
     encoder = EncoderConfig(
         name="vit", stem=stem, stem_blocks=1, dim=32, num_layers=2, num_heads=2, mlp_dim=64, drop_path=0.0
     )
-    decoder = DecoderConfig(
-        dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0
-    )
+    decoder = DecoderConfig(dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0)
     return build_model(ModelConfig(image_size=(32, 32), encoder=encoder, decoder=decoder, vocab=VOCAB)).train()
 
 

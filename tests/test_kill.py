@@ -6,13 +6,21 @@ import os
 import signal
 import time
 
+import dying
 import pytest
 
-import dying
 from pix2seq.data.shapes import write_shapes
 
 SETTINGS = [
-    *("steps=8", "batch_size=4", "accumulate=2", "checkpoint_every=3", "eval_every=4", "eval_batch_size=2", "log_every=1"),
+    *(
+        "steps=8",
+        "batch_size=4",
+        "accumulate=2",
+        "checkpoint_every=3",
+        "eval_every=4",
+        "eval_batch_size=2",
+        "log_every=1",
+    ),
     *("bf16=false", "device=cpu", "trackers=[]", "model.image_size=[32,32]", "model.encoder.name=vit"),
     *("model.encoder.stem=conv", "model.encoder.stem_blocks=0", "model.encoder.dim=32", "model.encoder.num_layers=1"),
     *("model.encoder.num_heads=2", "model.encoder.mlp_dim=32", "model.encoder.drop_path=0.2"),

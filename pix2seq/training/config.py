@@ -26,7 +26,6 @@ from pix2seq.tasks.segmentation import SegmentationConfig
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.schedule import ScheduleConfig
 
-
 PARALLEL = ("ddp", "fsdp")
 COUNTS = (
     "steps",

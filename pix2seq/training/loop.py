@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,19 +17,25 @@ from pix2seq.evaluation import Answers, EvalResult, answer, score
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.output import output_folder
 from pix2seq.predictor import Predictor
-from pix2seq.training.checkpoint import RunState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from pix2seq.training.checkpoint import (
+    RunState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, join_ranks, whole
 from pix2seq.training.ema import Ema
+from pix2seq.training.log import LOG_FILE
 from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.report import Report
-from contextlib import nullcontext as run_lock
+from pix2seq.training.run_lock import run_lock
 from pix2seq.training.schedule import learning_rate
 from pix2seq.training.start import start_from, with_model_of_start
 from pix2seq.training.step import Learner, StepResult, TaskBatches, build_optimizer, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
-
-SKIPPED_FILE = "skipped.jsonl"
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
@@ -63,7 +69,7 @@ def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
         raise InputError(f"{out} already holds {done[-1].name}; go on with --resume auto, or give another out=FOLDER")
     if resume == "never" or (resume == "auto" and not done):
         return None
-    return done[-1] if resume == "auto" else find_checkpoint(Path(resume))
+    return newest_checkpoint(out) if resume == "auto" else find_checkpoint(Path(resume))
 
 
 class _Trainer:
@@ -127,7 +133,7 @@ class _Trainer:
                 state.ema.update(state.model, state.step)
             state.seconds += time.perf_counter() - started
             report.step(state, result, rate=rate, waited=waited)
-            self._count_skipped(result, tasks)
+            self._count_skipped(report, result, tasks)
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 self._save()
 
@@ -144,28 +150,26 @@ class _Trainer:
                 "go on with --resume auto"
             )
 
-    def _count_skipped(self, result: StepResult, tasks: list[TaskBatches]) -> None:
+    def _count_skipped(self, report: Report, result: StepResult, tasks: Sequence[TaskBatches]) -> None:
         """Write down what a step without an update was made of, and end the run where they do not cease."""
         if result.finite:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
+        self.state.skipped += 1
         samples = self.ranks.gather({task.name: [b.image_ids for b in task.micro_batches] for task in tasks})
-        step, limit = self.state.step, self.config.max_skipped
-        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        loss, grad_norm = str(result.loss.item()), str(result.grad_norm.item())
 
-        def write() -> None:
-            record = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "image_ids_by_rank": samples}
-            with (self.out / SKIPPED_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            if self._skipped_in_a_row >= limit:
+        def record() -> None:
+            report.skipped(self.state, loss=loss, grad_norm=grad_norm, image_ids_by_rank=samples)
+            if self._skipped_in_a_row == self.config.max_skipped:
                 raise InputError(
-                    f"the loss or a gradient was not finite in {limit} steps in a row, at last in step {step} (loss "
-                    f"{loss}, gradient norm {grad_norm}); their pictures are in {self.out / SKIPPED_FILE}; lower lr, "
-                    "and go on from the last checkpoint with --resume auto"
+                    f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, at last in step "
+                    f"{self.state.step} (loss {loss}, gradient norm {grad_norm}); {self.out / LOG_FILE} names their "
+                    "pictures; lower lr, and go on from the last checkpoint with --resume auto"
                 )
 
-        self.ranks.on_first(write)
+        self.ranks.on_first(record)
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from pix2seq.training.checkpoint import RunState
 from pix2seq.training.config import TrainConfig
 from pix2seq.training.distributed import Ranks
 from pix2seq.training.log import RunLog
+from pix2seq.training.memory import memory_mb
 from pix2seq.training.recipe import Recipe
 from pix2seq.training.step import StepResult
 
@@ -23,11 +25,20 @@ class Report:
     def __init__(self, config: TrainConfig, recipe: Recipe, state: RunState, ranks: Ranks) -> None:
         self.config = config
         self.images_per_step = sum(config.batch_size_of(name) for name in config.tasks)
-        self._log = RunLog(Path(config.out)) if ranks.first else None
-        # The last step whose evaluation is in the log, for one that was cut short is done again.
-        self.evaluated = ranks.on_first(lambda: 0)
+        self._log: RunLog | None = None
+
+        def open_log() -> int:
+            self._log = RunLog(Path(config.out), start=state.step, trackers=config.trackers, config=asdict(config))
+            return self._log.evaluated
+
+        self.evaluated = ranks.on_first(open_log)  # the last step whose evaluation is in the log
         self._bar = tqdm(
-            total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0, disable=not ranks.first
+            total=config.steps,
+            initial=state.step,
+            unit="step",
+            smoothing=0.05,
+            mininterval=1.0,
+            disable=not ranks.first,
         )
         self._waited = 0.0  # for data, since the last line
         self._logged_step, self._logged_seconds = state.step, state.seconds
@@ -52,9 +63,9 @@ class Report:
         values |= {
             "images_per_second": steps * self.images_per_step / seconds,
             "data_wait_share": self._waited / seconds,
-            "memory_mb": 0.0,
+            **memory_mb(),
             "minutes_left": (config.steps - state.step) * seconds / steps / 60,
-            "skipped_steps": 0,
+            "skipped_steps": state.skipped,
             **self._position(state),
         }
         self._log.write(state.step, "train", values)
@@ -68,6 +79,11 @@ class Report:
             self._log.write(state.step, "eval", self._position(state) | result.metrics)
             tqdm.write(f"step {state.step}: {result.summary()}")
 
+    def skipped(self, state: RunState, **fields: Any) -> None:
+        """After a step whose loss or gradient was not finite; `fields` say what it was made of."""
+        if self._log is not None:
+            self._log.event(state.step, "skipped", **fields)
+
     def _position(self, state: RunState) -> dict[str, float | None]:
         return {"images": state.step * self.images_per_step, "minutes": state.seconds / 60}
 
@@ -79,4 +95,4 @@ class Report:
     ) -> None:
         self._bar.close()
         if self._log is not None:
-            self._log.__exit__(None,None,None)
+            self._log.__exit__(kind, error, trace)
