@@ -3,14 +3,25 @@
 OUT/checkpoints/step-00001000/
     config.json, model.safetensors     what `from_pretrained` opens (averaged weights, if there is an average)
     state.safetensors, state.json      raw weights, optimiser, random state, position
+    manifest.json                      sizes and sha256 of all of them
+OUT/checkpoints/best/                  the one with the best metric, and best.json, which says what that is
+
+A folder is written under another name and gets its own when every byte is on the disk. What takes the
+place of an older one moves that to .old-NAME first, where it is found if the run dies in between.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +29,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pix2seq.errors import InputError
-from pix2seq.model.pix2seq import CONFIG_FILE, Pix2Seq
+from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, write_checkpoint
+from pix2seq.output import free_bytes, fsync_file, fsync_folder, writing
 from pix2seq.training.ema import Ema
+from pix2seq.training.manifest import find_damage, seal
 
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "state.json"
+STATE_FILES = (STATE_FILE, POSITION_FILE)
+BEST = "best"
+BEST_FILE = "best.json"
+SPARE_BYTES = 1 << 20  # room for the JSON files and words beside the tensors
 
 
 @dataclass
@@ -34,84 +51,298 @@ class RunState:
     ema: Ema | None
     step: int = 0  # finished optimiser steps
     seconds: float = 0.0  # spent on training so far, without evaluation and saving
+    skipped: int = 0  # steps that a non-finite loss or gradient made void
+    evaluated: int = 0  # last step whose evaluation is done
+    best: float | None = None  # best value of the metric that checkpoints are compared by
 
 
-def save_checkpoint(state: RunState, out: Path, *, keep: int) -> Path:
-    """Write the checkpoint of this step, then remove all but the newest `keep`."""
-    folder = out / "checkpoints" / f"step-{state.step:08d}"
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, whole: the tensors of one that is sharded over ranks are gathered first."""
 
-    raw = {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()}
-    if state.ema is not None:
-        state.model.load_state_dict(state.ema.weights)
-    try:
-        state.model.save_pretrained(partial)
-    finally:
-        state.model.load_state_dict(raw)
+    weights: Mapping[str, Tensor]  # of model.safetensors: averaged, if there is an average
+    tensors: Mapping[str, Tensor]  # of state.safetensors: weights/NAME, optimizer/INDEX/NAME, rng/DEVICE/RANK
+    position: Mapping[str, float | None]  # of state.json: the numbers of `RunState`
 
+
+def save_checkpoint(state: RunState, out: Path, *, keep: int, rng: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the checkpoint of this step, then remove all but the newest `keep`.
+
+    `rng` holds `random_state` of all ranks; none given, it is that of this process alone. Raises
+    `InputError` for weights or optimiser states that are not finite and for a disk that is full or
+    read-only; then all checkpoints stay as they were.
+    """
+    return write_snapshot(take_snapshot(state, rng), state.model, out, keep=keep)
+
+
+def take_snapshot(state: RunState, rng: Mapping[str, Tensor] | None = None) -> Snapshot:
+    """What a checkpoint of `state` holds; its tensors are the run's own, not copies."""
+    raw = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if state.model.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(state.model.device)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / STATE_FILE)
-    (partial / POSITION_FILE).write_text(
-        json.dumps({"step": state.step, "seconds": state.seconds}) + "\n", encoding="utf-8"
-    )
+    tensors |= random_state(state.model.device) if rng is None else rng
+    position = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "evaluated": state.evaluated,
+        "best": state.best,
+    }
+    return Snapshot(raw if state.ema is None else state.ema.weights, tensors, position)
 
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in list_checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+
+def write_snapshot(snapshot: Snapshot, model: Pix2Seq, out: Path, *, keep: int) -> Path:
+    """Write a checkpoint as `save_checkpoint` does; `model` gives its settings and words, not its weights."""
+    step = int(snapshot.position["step"] or 0)
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    if (name := _not_finite(snapshot)) is not None:
+        raise InputError(
+            f"{name} is not finite at step {step}, so it was not saved; go on from the checkpoint before it "
+            "with --resume auto and a lower lr"
+        )
+    num_bytes = sum(t.nbytes for group in (snapshot.weights, snapshot.tensors) for t in group.values()) + SPARE_BYTES
+    partial = folder.with_name(f".partial-{folder.name}")
+    with writing(out, f"saving step {step}", num_bytes=num_bytes):
+        _sweep(folder.parent)
+        if free_bytes(folder) < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, not after minutes of writing
+        try:
+            partial.mkdir(parents=True)
+            write_checkpoint(partial, model.config_json(), snapshot.weights)
+            if model.text is not None:
+                model.text.save(partial)
+            save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / STATE_FILE)
+            (partial / POSITION_FILE).write_text(json.dumps(snapshot.position) + "\n", encoding="utf-8")
+            seal(partial)
+            _put_in_place(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _rotate(out, folder, keep)
     return folder
 
 
-def load_checkpoint(state: RunState, folder: Path) -> None:
-    """Put a run back to where `save_checkpoint` left it. Raises `InputError` if the files do not fit."""
+def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, higher_is_better: bool = True) -> bool:
+    """Make the checkpoint `folder` OUT/checkpoints/best if its `value` of `metric` beats the best so far.
+
+    The files are shared with `folder` where the disk can do that, and stay when it is rotated out. A
+    value that is undefined never wins; one of another metric always loses. Returns whether it won.
+    """
+    if value is None or not math.isfinite(value):
+        return False
+    place = out / "checkpoints" / BEST
+    best = read_best(out)
+    if best is not None and best["metric"] == metric and find_damage(_existing(place), quick=True) is None:
+        sign = 1 if higher_is_better else -1
+        if sign * value <= sign * best["value"]:
+            return False
+    partial = place.with_name(f".partial-{BEST}")
+    with writing(out, f"keeping {folder.name} as the best"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for path in folder.iterdir():
+                if path.name != BEST_FILE:
+                    _link(path, partial / path.name)
+            content = {"checkpoint": folder.name, "metric": metric, "value": value}
+            (partial / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
+            for path in partial.iterdir():
+                fsync_file(path)
+            fsync_folder(partial)
+            _put_in_place(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return True
+
+
+def read_best(out: Path) -> dict[str, Any] | None:
+    """`checkpoint`, `metric` and `value` of OUT/checkpoints/best, None where there is none."""
     try:
-        tensors = load_file(folder / STATE_FILE)
+        content = json.loads((_existing(out / "checkpoints" / BEST) / BEST_FILE).read_text(encoding="utf-8"))
+        return {"checkpoint": content["checkpoint"], "metric": content["metric"], "value": float(content["value"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_checkpoint(state: RunState, folder: Path, *, rank: int = 0) -> None:
+    """Put a run back to where `save_checkpoint` left it. Raises `InputError` if the files are damaged or do not fit."""
+    restore(state, read_snapshot(folder), name=str(folder), rank=rank)
+
+
+def read_snapshot(folder: Path) -> Snapshot:
+    """What `write_snapshot` wrote, on the CPU. Raises `InputError` where a bit of it differs."""
+    damage = find_damage(folder)
+    if damage is not None:
+        raise InputError(f"checkpoint {folder} is damaged: {damage}; give another one, or --resume auto")
+    try:
         position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
-        step, seconds = int(position["step"]), float(position["seconds"])
-        averaged = Pix2Seq.from_pretrained(folder).state_dict()
-        state.model.load_state_dict(_under("weights/", tensors))
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run was "
-            "started with, or start afresh with --resume never and another out="
-        ) from error
-    optimizer_state = state.optimizer.state_dict()
-    optimizer_state["state"] = {}
-    for name, value in _under("optimizer/", tensors).items():
-        index, key = name.split("/")
-        optimizer_state["state"].setdefault(int(index), {})[key] = value
-    state.optimizer.load_state_dict(optimizer_state)
-    if state.ema is not None:
-        for name, tensor in averaged.items():
-            state.ema.weights[name].copy_(tensor)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if state.model.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], state.model.device)
-    state.step, state.seconds = step, seconds
+        return Snapshot(load_file(folder / WEIGHTS_FILE), load_file(folder / STATE_FILE), dict(position))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise _cannot_resume(str(folder), error) from error
+
+
+def restore(state: RunState, snapshot: Snapshot, *, name: str, rank: int = 0) -> None:
+    """Put a run back to a snapshot, which messages call `name`. Raises `InputError` if it is of another model.
+
+    A `rank` that the saved run did not have keeps its own random state.
+    """
+    try:
+        position = snapshot.position
+        step, seconds = int(_number(position["step"])), _number(position["seconds"])
+        skipped, evaluated = int(_number(position.get("skipped", 0))), int(_number(position.get("evaluated", 0)))
+        best = position.get("best")
+        state.model.load_state_dict(_under("weights/", snapshot.tensors))
+        optimizer_state = state.optimizer.state_dict()
+        optimizer_state["state"] = {}
+        for key, value in _under("optimizer/", snapshot.tensors).items():
+            index, entry = key.split("/")
+            optimizer_state["state"].setdefault(int(index), {})[entry] = value
+        state.optimizer.load_state_dict(optimizer_state)
+        if state.ema is not None:
+            for key, average in state.ema.weights.items():
+                average.copy_(snapshot.weights[key])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _cannot_resume(name, error) from error
+    _set_random_state(snapshot.tensors, state.model.device, rank)
+    state.step, state.seconds, state.skipped, state.evaluated, state.best = step, seconds, skipped, evaluated, best
+
+
+def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """The random state of this process, by the names that a checkpoint keeps it under."""
+    entries = {f"rng/cpu/{rank}": torch.get_rng_state()}
+    if device.type == "cuda":
+        entries[f"rng/cuda/{rank}"] = torch.cuda.get_rng_state(device)
+    return entries
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (out / "checkpoints").glob("step-*") if (path / CONFIG_FILE).is_file())
+    """Complete checkpoints of a run, oldest first; whether they are intact, `find_damage` says."""
+    folder = out / "checkpoints"
+    names = {path.name.removeprefix(".old-") for pattern in ("step-*", ".old-step-*") for path in folder.glob(pattern)}
+    places = [_existing(folder / name) for name in sorted(names)]
+    return [place for place in places if (place / CONFIG_FILE).is_file()]
+
+
+def newest_checkpoint(out: Path, *, weights_only: bool = False) -> Path | None:
+    """The newest intact checkpoint of a run, None where it has no checkpoints; damaged ones are named on stderr.
+
+    `weights_only` lets the state to resume from be damaged. Raises `InputError` where all are damaged.
+    """
+    found = list_checkpoints(out)
+    for folder in reversed(found):
+        damage = find_damage(folder, leaving_out=STATE_FILES if weights_only else ())
+        if damage is None:
+            return folder
+        print(f"warning: checkpoint {folder} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
+    if found:
+        raise InputError(f"all {len(found)} checkpoints of {out} are damaged; start afresh with another out=FOLDER")
+    return None
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest one of the run in `path`. Raises `InputError` if there is none."""
-    if (path / CONFIG_FILE).is_file():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        reason = "does not exist" if not path.exists() else f"holds neither {CONFIG_FILE} nor checkpoints/step-*"
+    """A checkpoint folder, or the newest one of the run in `path`, with intact weights.
+
+    Raises `InputError` if there is none. The state to resume from is left to `load_checkpoint`.
+    """
+    place = _existing(path)
+    if (place / CONFIG_FILE).is_file():
+        damage = find_damage(place, leaving_out=STATE_FILES)
+        if damage is not None:
+            raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
+        return place
+    newest = newest_checkpoint(path, weights_only=True)
+    if newest is None:
+        reason = f"holds neither {CONFIG_FILE} nor checkpoints/step-*"
+        if not path.is_dir():
+            reason = "is a file" if path.exists() else "does not exist"
         raise InputError(f"checkpoint {path} {reason}; give a folder that training or convert wrote")
-    return found[-1]
+    return newest
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name. The one that had it stays findable until then."""
+    old = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _existing(folder: Path) -> Path:
+    """A checkpoint's folder, or where `_put_in_place` left the one before it."""
+    old = folder.with_name(f".old-{folder.name}")
+    return old if not folder.exists() and old.exists() else folder
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Remove what a run that died while it saved has left."""
+    for path in [*checkpoints.glob(".partial-*"), *checkpoints.glob(".removed-*")]:
+        shutil.rmtree(path)
+    for path in checkpoints.glob(".old-*"):
+        if path.with_name(path.name.removeprefix(".old-")).exists():
+            shutil.rmtree(path)
+
+
+def _rotate(out: Path, newest: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` intact checkpoints up to `newest`, damaged or not."""
+    found = [folder for folder in list_checkpoints(out) if folder.name.removeprefix(".old-") <= newest.name]
+    intact = [folder for folder in found if find_damage(folder, quick=True) is None]
+    if len(intact) < keep:
+        return
+    for folder in found[: found.index(intact[-keep])]:
+        removed = folder.with_name(f".removed-{folder.name}")
+        folder.rename(removed)  # or a run that dies here would leave half a checkpoint
+        shutil.rmtree(removed)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _not_finite(snapshot: Snapshot) -> str | None:
+    """Name of the first tensor with a value that is not finite; one wait for the device, not one a tensor."""
+    floats = {
+        name: tensor
+        for name, tensor in {**snapshot.tensors, **snapshot.weights}.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    if not floats:
+        return None
+    device = next(iter(snapshot.weights.values())).device
+    finite = torch.stack([tensor.isfinite().all().to(device) for tensor in floats.values()])
+    return next((name for name, good in zip(floats, finite.tolist(), strict=True) if not good), None)
+
+
+def _set_random_state(tensors: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
+    for kind in ("cpu", "cuda"):
+        value = tensors.get(f"rng/{kind}/{rank}")
+        if value is None and rank == 0:
+            value = tensors.get(f"rng/{kind}")  # as it was named when a run had one process
+        if value is not None and kind == "cpu":
+            torch.set_rng_state(value)
+        elif value is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(value, device)
+
+
+def _number(value: float | None) -> float:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{POSITION_FILE} holds {value!r} in place of a number")
+    return value
+
+
+def _cannot_resume(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot resume from {name}: {str(error).splitlines()[0]}; use the settings the run was "
+        "started with, or start afresh with --resume never and another out="
+    )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,32 +1,55 @@
-"""Where a run's numbers go: a JSON line each, and TensorBoard."""
+"""Where a run's numbers go: a JSON line each, and trackers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
+from pix2seq.output import output_folder, write_durably, writing
+from pix2seq.training.trackers import make_trackers
+
+LOG_FILE = "log.jsonl"
 
 
 class RunLog:
-    """Appends to OUT/log.jsonl and OUT/tensorboard. A resumed run goes on in the same files."""
+    """Appends to OUT/log.jsonl and to trackers. A resumed run goes on in the same places.
 
-    def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self._lines = (out / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"))
+    `start` is the step it goes on from and `evaluated` the last one whose evaluation is done, by default
+    `start`: what a killed run wrote after them comes again and is dropped first, so that the file reads
+    as one run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        start: int = 0,
+        evaluated: int | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        output_folder(out)
+        self._path = out / LOG_FILE
+        with writing(self._path, "opening the log"):
+            _drop_lines_after(self._path, start, start if evaluated is None else evaluated)
+            # Unbuffered: a line is one write, so that a killed run tears at most its last.
+            self._lines = self._path.open("ab", buffering=0)
+        self._trackers = make_trackers(trackers, out, start=start, config=config)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """Record named numbers of one kind (train, eval) at a step; None means undefined."""
         rounded = {name: None if value is None else float(f"{value:.6g}") for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")
-        self._lines.flush()
-        for name, value in rounded.items():
-            if value is not None:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._append({"step": step, "kind": kind, **rounded})
+        defined = {f"{kind}/{name}": value for name, value in rounded.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(step, defined)
+
+    def event(self, step: int, kind: str, **fields: Any) -> None:
+        """Record what is not a number, such as the samples of a step that was skipped; trackers do not get it."""
+        self._append({"step": step, "kind": kind, **fields})
 
     def __enter__(self) -> Self:
         return self
@@ -35,4 +58,30 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lines.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        line = (json.dumps(content) + "\n").encode()
+        with writing(self._path, f"logging step {content['step']}", num_bytes=len(line)):
+            written = self._lines.write(line)
+            if written != len(line):
+                self._lines.write(line[written:])  # the disk is full, and says so now
+
+
+def _drop_lines_after(path: Path, start: int, evaluated: int) -> None:
+    """Leave what belongs to a run up to a step; a line that a crash tore is dropped too."""
+    if not path.exists():
+        return
+    content = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in content.splitlines(keepends=True) if _belongs(line, start, evaluated))
+    if kept != content:
+        write_durably(path, kept)
+
+
+def _belongs(line: str, start: int, evaluated: int) -> bool:
+    try:
+        entry = json.loads(line)
+        return line.endswith("\n") and entry["step"] <= (evaluated if entry["kind"] == "eval" else start)
+    except (ValueError, KeyError, TypeError):
+        return False
