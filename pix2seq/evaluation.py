@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pix2seq.data.folder import labels_by_name
+from pix2seq.data.picture import read_picture
 from pix2seq.data.target import Category, Dataset, Instance, Target
 from pix2seq.errors import InputError
 from pix2seq.metrics.captions import CaptionScores, caption_scores
@@ -154,7 +155,7 @@ def answer(
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             some = [dataset.target(index) for index in images[start : start + batch_size]]
-            encoded = predictor.encode_batch([target.image.path for target in some])
+            encoded = predictor.encode_batch([read_picture(target.image) for target in some])
             found_boxes: list[list[Instance]] = [[] for _ in some]
             if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
                 found_boxes = predictor.detect_batch(encoded, seed=seed)

@@ -9,20 +9,27 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from pix2seq.data.check import check_dataset
 from pix2seq.data.folder import open_dataset
 from pix2seq.data.image import image_size, read_image
+from pix2seq.data.picture import read_picture
+from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.transforms import AugmentConfig
 from pix2seq.data.voc import VocDataset
 from pix2seq.errors import InputError
+from pix2seq.evaluation import evaluate
 from pix2seq.polygon_ops import rle_to_mask
+from pix2seq.tasks.detection import Detection, DetectionConfig
+from pix2seq.vocab import Vocab
 
 NAN, INF, HUGE_INT = float("nan"), float("inf"), 10**400
 IMAGE = {"id": 1, "file_name": "a.png", "width": 40, "height": 30}
 CATEGORY = {"id": 7, "name": "cat", "keypoints": ["nose", "tail"]}
 NOT_FOUR, NO_AREA, OUTSIDE = "box is not four numbers", "box has no area", "box lies outside the picture"
+SKIPPED = "skipped in training, refused in evaluation"
 SHORT, UNUSABLE = "polygon of fewer than three points or odd length", "polygon with unusable numbers"
 BAD_RLE = "bad run-length mask"
 
@@ -217,9 +224,9 @@ def test_a_picture_of_another_size_than_written_and_a_turned_one_are_told_apart(
     read_and_check(root)
     found = check_dataset(root, "train").splits[0].defects
     assert found[["image", "defect", "action"]].to_numpy().tolist() == [
-        [1, "size disagrees with the annotations", "boxes kept as written"],
-        [2, "size disagrees with the annotations", "boxes kept as written"],
-        [3, "sides swapped by EXIF orientation", "boxes kept as written"],
+        [1, "size disagrees with the annotations", SKIPPED],
+        [2, "size disagrees with the annotations", SKIPPED],
+        [3, "sides swapped by EXIF orientation", "read as stored"],
     ]
     assert image_size(root / "train/turned.jpg") == (30, 40)
     assert image_size(root / "train/turned.jpg", upright=False) == (40, 30)
@@ -242,7 +249,99 @@ def test_the_check_names_the_pictures_that_cannot_be_decoded(shared, tmp_path):
     defects = check_dataset(root, "train").splits[0].defects
     unreadable = defects[defects["defect"] == "unreadable image"]
     assert unreadable["image"].tolist() == refused
-    assert set(unreadable["action"]) == {"skipped in training, refused in evaluation"}
+    assert set(unreadable["action"]) == {SKIPPED}
+
+
+def training_set(dataset, **options):
+    task = Detection(DetectionConfig(max_objects=4), Vocab(num_bins=32, size=1040), dataset.categories)
+    return TrainingSet(dataset, task, size=(32, 32), augment=AugmentConfig(enabled=False), seed=0, **options)
+
+
+def pictures_of_which_some_lie(root, num_sound):
+    """Pictures with a box each, the last four of them bad as only decoding shows."""
+    images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(num_sound + 4)]
+    write_coco(root, [thing(id=100 + i, image_id=i) for i in range(len(images))], images)
+    for i in range(num_sound):
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(root / f"train/{i}.png")
+    cut = root / f"train/{num_sound}.png"
+    Image.effect_noise((40, 30), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:500])
+    (root / f"train/{num_sound + 1}.png").write_bytes(b"junk")
+    Image.new("RGB", (80, 60)).save(root / f"train/{num_sound + 2}.png")
+    Image.new("RGB", (30, 40)).save(root / f"train/{num_sound + 3}.png")
+    return root
+
+
+def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path):
+    root = pictures_of_which_some_lie(tmp_path, 8)
+    dataset = read_and_check(root)
+    defects = check_dataset(root, "train").splits[0].defects
+    assert defects["image"].tolist() == [8, 9, 10, 11]
+    assert set(defects["action"]) == {SKIPPED}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        samples = training_set(dataset)
+        shown = [samples[epoch, index].image_id for epoch in range(2) for index in range(len(samples))]
+    assert shown == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0] * 2
+    assert len(caught) == 4  # each once
+    assert all(f"{i}.png" in str(warning.message) for i, warning in zip((8, 9, 10, 11), caught, strict=True))
+    for image in dataset.images[8:]:
+        with pytest.raises(InputError, match=image.path.name):
+            read_picture(image)
+
+    class Encoder:
+        def require(self, name): ...
+
+        def encode_batch(self, images):
+            raise AssertionError("a picture that lies was taken")
+
+    with pytest.raises(InputError, match=r"8\.png cannot be decoded"):
+        evaluate(Encoder(), dataset, ["captioning"])
+
+
+def test_training_stops_once_too_many_pictures_prove_bad(tmp_path):
+    images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(40)]
+    root = write_coco(tmp_path, [thing(id=100 + i, image_id=i) for i in range(40)], images)
+    for i in range(40):
+        Image.new("RGB", (40, 30) if i % 3 else (30, 30)).save(root / f"train/{i}.png")
+    dataset = open_dataset(root, "train", max_bad_share=0.25)
+
+    def run(max_bad_share):
+        samples = training_set(dataset, max_bad_share=max_bad_share)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return [samples[0, index].image_id for index in range(40)]
+
+    assert len(run(0.36)) == 40  # 14 of 40 are bad, and among the first n never more than 0.36 n once there are ten
+    with pytest.raises(InputError, match=r"10 of 28 pictures .* The first ten: image 0: .*0\.png is 30x30") as caught:
+        run(0.25)
+    assert "\n" not in str(caught.value)
+    assert check_dataset(root, max_bad_share=0.36).usable
+    report = check_dataset(root, max_bad_share=0.25)
+    assert not report.usable
+    assert "14 of 40 pictures" in report.splits[0].refusal
+
+
+def test_without_any_picture_that_can_be_read_training_ends(tmp_path):
+    dataset = open_dataset(write_coco(tmp_path, [thing()]), "train")
+    (tmp_path / "train/a.png").write_bytes(b"junk")
+    samples = training_set(dataset)
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no picture that can be read"):
+        samples[0, 0]
+
+
+def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[5:10, 20:40] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = write_coco(tmp_path, [thing(bbox=[20, 5, 20, 5])])
+    Image.fromarray(pixels).save(root / "train/a.png", exif=exif)
+    dataset = read_and_check(root)
+    np.testing.assert_array_equal(read_picture(dataset.images[0]), pixels)
+    np.testing.assert_array_equal(training_set(dataset)[0, 0].image[5:7, 18:30], 200)  # at 0.8 of the size
+    upright = Image.open(root / "train/a.png")
+    assert ImageOps.exif_transpose(upright).size == (30, 40)
 
 
 @pytest.mark.parametrize(
@@ -480,6 +579,12 @@ def test_voc_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     (root / "ImageSets/Main/train.txt").write_bytes("a\n".encode("utf-16"))
     with pytest.raises(InputError, match=r"train\.txt cannot be read"):
         open_dataset(root, "train")
+
+
+def test_a_voc_object_without_a_name_is_dropped(tmp_path):
+    dataset = read_and_check(write_voc(tmp_path, [voc_object((1, 1, 20, 10)), voc_object((1, 1, 9, 9), name=" ")]))
+    assert dataset.defects[["defect", "action"]].to_numpy().tolist() == [["object without a name", "dropped"]]
+    assert len(dataset.target(0).labels) == 1
 
 
 def test_mostly_bad_voc_objects_are_refused(tmp_path):

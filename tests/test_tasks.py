@@ -16,6 +16,8 @@ from pix2seq import Predictor
 from pix2seq.affine import Affine
 from pix2seq.data.categories import unite_categories
 from pix2seq.data.coco import CocoDataset
+from pix2seq.data.folder import open_dataset
+from pix2seq.data.places import WHOLE, contents, find_places
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.target import Category, ImageRecord, Instance, Target
 from pix2seq.data.training_set import TrainingSet
@@ -117,6 +119,24 @@ def test_keypoints_are_cut_out_one_object_a_sample(shapes, tasks):
     ]
     assert len(cropped) == sum(counts)
     assert len(whole) == sum(count > 0 for count in counts)
+
+
+@pytest.mark.parametrize("name", ["data/coco_mini", "data/bccd", None])
+def test_what_can_be_learned_from_is_told_for_all_images_as_for_each(shapes, tasks, shared, name):
+    dataset = open_dataset(shared / name, "train") if name else shapes
+    for task in [*tasks.values(), tasks["keypoint"].with_settings(crop=False)]:
+        task = type(task)(task.config, Vocab(), dataset.categories, task.text)
+        expected = [
+            (image, WHOLE if place is None else place)
+            for image in range(len(dataset))
+            for place in task.places(dataset.target(image))
+        ]
+        crop = task.crop_padding is not None
+        found = find_places(dataset.annotations, task.learns_from, each_object=crop)
+        assert found.tolist() == [list(pair) for pair in expected]
+        for image in range(len(dataset)):
+            target = dataset.target(image)
+            assert (task.learns_from in contents(target)) == bool(task.places(target))
 
 
 def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):

@@ -8,7 +8,7 @@ use I images, N annotations, K keypoints of an object.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +123,11 @@ class Annotations(SharedArrays):
             keypoints=keypoints,
             captions=self._captions(index),
         )
+
+    def all_captions(self) -> Iterator[str]:
+        """The captions of all images, in order."""
+        for begin, end in pairwise(self.first_char.tolist()):
+            yield self.captions[begin:end].tobytes().decode("utf-8")
 
     def table(self, images: ImageTable, categories: Sequence[Category]) -> pd.DataFrame:
         """A row for each annotation with `OBJECT_COLUMNS`, in double precision; some 200 bytes each."""

@@ -1,4 +1,31 @@
-"""Read a data set once, all of it, and report every defect by id."""
+"""Read a data set once, all of it, and report every defect by id.
+
+What is done about each, here, in training and in evaluation alike:
+
+| defect | policy |
+|---|---|
+| annotation file: cut off, no JSON or XML, in another encoding than UTF-8; a byte order mark is read over | refused |
+| category: no whole id or no name, an id given twice, keypoints that cannot be read, none at all | refused |
+| picture: no id or name, an id seen before, no file | dropped |
+| picture: no width and height | read from the file |
+| picture: truncated, corrupt, no image | skipped in training, refused in evaluation |
+| picture: of another size than the annotations say | skipped in training, refused in evaluation |
+| picture: of that size only without its EXIF orientation | read as stored |
+| annotation: no object, unknown image or category, an id seen before, no class name in VOC | dropped |
+| annotation: no id | one is given |
+| box: NaN, infinite, not four numbers, beyond 1e7 pixels, without area, outside the picture | dropped |
+| box: reaches outside the picture | clipped |
+| box: none, beside a mask or keypoints | rebuilt from them |
+| polygon: fewer than three points, odd length, NaN, infinite, beyond 1e7 | part left out |
+| run-length mask: bad counts, not the size of the picture | mask left out |
+| keypoints: not three numbers a point, NaN, infinite, beyond 1e7 | left out |
+| skeleton: names an unknown keypoint | bone left out |
+| caption: empty, no text, unknown image | dropped |
+
+Where more than `max_bad_share` of the pictures, the objects or the captions is dropped or skipped, and ten or
+more, the data set is refused with the first ten named: when it is opened, or, for pictures that only decoding
+shows to be bad, once training has met so many.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +38,17 @@ import pandas as pd
 from tqdm import tqdm
 
 from pix2seq.data.folder import find_splits, open_dataset
-from pix2seq.data.image import image_size, read_image
-from pix2seq.data.table import BadShareError, defect_frame, describe
+from pix2seq.data.image import image_size
+from pix2seq.data.picture import SizeMismatchError, read_picture
+from pix2seq.data.table import (
+    MAX_BAD_SHARE,
+    SKIPPED,
+    BadShareError,
+    Defect,
+    defect_frame,
+    describe,
+    refuse_bad_share,
+)
 from pix2seq.data.target import ImageRecord
 from pix2seq.errors import InputError
 
@@ -104,24 +140,25 @@ class CheckReport:
         return {"root": str(self.root), "usable": self.usable, "splits": [report.to_json() for report in self.splits]}
 
 
-def check_dataset(path: str | Path, split: str | None = None) -> CheckReport:
+def check_dataset(path: str | Path, split: str | None = None, *, max_bad_share: float = MAX_BAD_SHARE) -> CheckReport:
     """Read the annotations and decode every picture of one split, or of all.
 
+    A split of which more than `max_bad_share` (0 to 1) is bad is reported as one that training refuses.
     Raises `InputError` where the folder or its annotation files cannot be used at all.
     """
     path = Path(path)
     splits = [split] if split else (find_splits(path) if path.is_dir() else [])
-    return CheckReport(path, [_check_split(path, name) for name in splits or ["train"]])
+    return CheckReport(path, [_check_split(path, name, max_bad_share) for name in splits or ["train"]])
 
 
-def _check_split(path: Path, split: str) -> SplitReport:
+def _check_split(path: Path, split: str, max_bad_share: float) -> SplitReport:
     refusal = None
     try:
-        dataset = open_dataset(path, split)
+        dataset = open_dataset(path, split, max_bad_share=max_bad_share)
     except BadShareError as error:
         dataset, refusal = open_dataset(path, split, max_bad_share=1.0), str(error)
     num_images = len(dataset.images)
-    rows = []
+    rows: list[Defect] = []
     # Decoding releases the interpreter lock.
     with ThreadPoolExecutor() as pool, tqdm(total=num_images, unit="image", desc=split) as bar:
         for start in range(0, num_images, _AT_A_TIME):
@@ -129,21 +166,26 @@ def _check_split(path: Path, split: str) -> SplitReport:
             rows += [row for row in pool.map(_check_image, some) if row is not None]
             bar.update(len(some))
     defects = pd.concat([dataset.defects, defect_frame(rows)], ignore_index=True) if rows else dataset.defects
-    unreadable = sum(row[2] == "unreadable image" for row in rows)
-    return SplitReport(split, num_images - unreadable, dataset.objects, defects, refusal)
-
-
-def _check_image(record: ImageRecord) -> tuple[Any, None, str, str, str] | None:
     try:
-        height, width = read_image(record.path).shape[:2]
+        refuse_bad_share("pictures", rows, num_images, where=path, max_bad_share=max_bad_share)
+    except BadShareError as error:
+        refusal = refusal or str(error)
+    num_skipped = sum(row[3] == SKIPPED for row in rows)
+    return SplitReport(split, num_images - num_skipped, dataset.objects, defects, refusal)
+
+
+def _check_image(record: ImageRecord) -> Defect | None:
+    try:
+        read_picture(record)
+        width, height = image_size(record.path)
+    except SizeMismatchError as error:
+        return record.id, None, "size disagrees with the annotations", SKIPPED, str(error)
     except InputError as error:
-        return record.id, None, "unreadable image", "skipped in training, refused in evaluation", str(error)
+        return record.id, None, "unreadable image", SKIPPED, str(error)
     if (width, height) == (record.width, record.height):
         return None
-    said = f"{record.path.name} is {width}x{height}, the annotations say {record.width}x{record.height}"
-    if (record.width, record.height) == image_size(record.path, upright=False):
-        return record.id, None, "sides swapped by EXIF orientation", "boxes kept as written", said
-    return record.id, None, "size disagrees with the annotations", "boxes kept as written", said
+    said = f"{record.path.name} is upright at {width}x{height}, the annotations say {record.width}x{record.height}"
+    return record.id, None, "sides swapped by EXIF orientation", "read as stored", said
 
 
 def _name(row: Any) -> str:

@@ -20,23 +20,24 @@ ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 _ORIENTATION_TAG = 0x0112
 
 
-def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of a path, encoded bytes, PIL image or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float greys are scaled to
-    8 bits, and of an animation the first frame is taken. Raises `InputError` for what is missing, no
-    picture, truncated, or of more than `max_pixels` (told from the header, before decoding).
+    EXIF orientation is applied unless `upright` is false, transparency is laid on white, 16-bit and
+    float greys are scaled to 8 bits, and of an animation the first frame is taken. Raises `InputError`
+    for what is missing, no picture, truncated, or of more than `max_pixels` (told from the header,
+    before decoding).
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         _check_size(source, "the image", max_pixels)
-        return _to_rgb(source)
+        return _to_rgb(source, upright)
     name = "the image" if isinstance(source, bytes) else str(source)
     with _open(source, name, max_pixels) as image:
         try:
             _load_whole(image)
-            return _to_rgb(image)
+            return _to_rgb(image, upright)
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{name} cannot be decoded: {reason}; the file is damaged, replace it") from error
@@ -106,8 +107,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    orientation = _orientation(image)
+def _to_rgb(image: Image.Image, upright: bool = True) -> NDArray[np.uint8]:
+    orientation = _orientation(image) if upright else 1
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
         image = _grey_to_8_bits(image)
     if image.mode != "RGB":

@@ -39,6 +39,7 @@ BOX_DEFECTS = (  # by the code that `clip_boxes` gives
     "box reaches outside the picture",
 )
 MAX_BAD_SHARE = 0.5  # of pictures and of annotations; beyond it the data are not what they seem
+SKIPPED = "skipped in training, refused in evaluation"  # what is done about a picture that proves unusable when read
 MIN_OFFENDERS = 10  # fewer never stop a run: so many can be read one by one, and a small set is soon half bad
 
 
@@ -112,11 +113,11 @@ class BadShareError(InputError):
 
 
 def refuse_bad_share(what: str, defects: Sequence[Defect], total: int, *, where: Path, max_bad_share: float) -> None:
-    """Raise `BadShareError` with the first ten offenders if too many of `total` pictures or annotations were dropped.
+    """Raise `BadShareError` with the first ten offenders if too many of `total` pictures or annotations cannot be used.
 
     That is more than the share `max_bad_share` (0 to 1), and at least `MIN_OFFENDERS`, of what `where` lists.
     """
-    dropped = [row for row in defects if row[3] == "dropped"]
+    dropped = [row for row in defects if row[3] in ("dropped", SKIPPED)]
     if len(dropped) < MIN_OFFENDERS or len(dropped) <= max_bad_share * total:
         return
     offenders = "; ".join(f"{describe(row[0], row[1])}: {row[2]}" for row in dropped[:10])

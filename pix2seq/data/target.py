@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pix2seq.data.annotations import Annotations
 
 Segmentation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
 """Either the outer rings of a mask, each (P, 2) as x, y with P >= 3, or a COCO RLE with `size` (h, w) and `counts`."""
@@ -90,6 +93,9 @@ class Dataset(Protocol):
 
     @property
     def images(self) -> Sequence[ImageRecord]: ...
+
+    @property
+    def annotations(self) -> Annotations: ...
 
     @property
     def objects(self) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,15 +11,14 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
-from pix2seq.data.image import read_image
-from pix2seq.data.target import Dataset, Target
+from pix2seq.data.picture import read_picture
+from pix2seq.data.places import WHOLE, find_places
+from pix2seq.data.table import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
+from pix2seq.data.target import Category, Dataset, Target
 from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
 from pix2seq.errors import InputError
 from pix2seq.keypoint_ops import mirror_order
 from pix2seq.tasks.example import Example, Sample
-
-MAX_UNREADABLE = 10
-WHOLE = -1  # in place of an object's number
 
 
 class ExampleMaker(Protocol):
@@ -28,6 +27,8 @@ class ExampleMaker(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def learns_from(self) -> str: ...
+    @property
     def scale_range(self) -> tuple[float, float]: ...
     @property
     def crop_padding(self) -> float | None: ...
@@ -35,8 +36,55 @@ class ExampleMaker(Protocol):
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]: ...
 
 
+class SampleMaker:
+    """Moves a picture and its labels by one affine map, and lets the task write sequences."""
+
+    def __init__(
+        self,
+        categories: Sequence[Category],
+        task: ExampleMaker,
+        *,
+        size: tuple[int, int],
+        augment: AugmentConfig,
+        labels: Mapping[int, int] | None = None,
+    ) -> None:
+        """`labels` maps the labels of `categories` to the model's; none given, they are the same."""
+        self.task = task
+        self.size = size
+        self.augment = augment
+        self.mirror_orders = {
+            category.label if labels is None else labels[category.label]: mirror_order(category.keypoints)
+            for category in categories
+            if category.keypoints
+        }
+        self._labels = None
+        if labels is not None:
+            self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
+            self._labels[list(labels)] = list(labels.values())
+
+    def target(self, target: Target) -> Target:
+        """A target of the data set, in the model's labels."""
+        return target if self._labels is None else replace(target, labels=self._labels[target.labels])
+
+    def sample(self, target: Target, image: NDArray[np.uint8], place: int | None, rng: np.random.Generator) -> Sample:
+        """A sample of a picture (H, W, 3), or of a crop around its object `place`."""
+        if place is not None and self.task.crop_padding is not None:
+            target, image = crop_to_object(target, image, place, self.task.crop_padding)
+        affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.task.scale_range)
+        pixels = color_jitter(affine.image(image, self.size), self.augment, rng)
+        moved = transform_target(
+            target,
+            affine,
+            self.size,
+            min_visible=self.augment.min_visible,
+            mirror_orders=self.mirror_orders,
+            with_masks=self.task.name == "segmentation",
+        )
+        return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)
+
+
 class TrainingSet(torch.utils.data.Dataset[Sample]):
-    """Reads a picture, moves it and its labels by one affine map, and lets the task write sequences.
+    """The samples of a data set in memory by (epoch, index).
 
     What a task cannot learn from is left out: `places` holds an (image, object) for each sample.
     """
@@ -50,28 +98,18 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         augment: AugmentConfig,
         seed: int,
         labels: Mapping[int, int] | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
     ) -> None:
-        """`labels` maps the data set's labels to the model's; none given, they are the same."""
+        """`labels` as for `SampleMaker`. `max_bad_share` (0 to 1) of the pictures may turn out unusable."""
         self.dataset = dataset
         self.task = task
-        self.size = size
-        self.augment = augment
         self.seed = seed
-        self.mirror_orders = {
-            category.label if labels is None else labels[category.label]: mirror_order(category.keypoints)
-            for category in dataset.categories
-            if category.keypoints
-        }
-        self._labels = None
-        if labels is not None:
-            self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
-            self._labels[list(labels)] = list(labels.values())
-        found = [
-            (image, WHOLE if place is None else place)
-            for image in range(len(dataset))
-            for place in task.places(self._target(image))
-        ]
-        self.places = np.array(found, np.int32).reshape(-1, 2)
+        self.maker = SampleMaker(dataset.categories, task, size=size, augment=augment, labels=labels)
+        each_object = task.crop_padding is not None
+        self.places = find_places(dataset.annotations, task.learns_from, each_object=each_object)
+        self.max_bad_share = max_bad_share
+        self._tried = np.zeros(len(dataset), np.bool_)  # pictures that this process has read
+        self._bad: dict[int, Defect] = {}  # of these, the ones that cannot be used
 
     def __len__(self) -> int:
         return len(self.places)
@@ -79,39 +117,29 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Sample `index` as it is in `epoch`: key is (epoch, index).
 
-        A picture that cannot be read is named in a warning, and the next one takes its place. Raises
-        `InputError` where `MAX_UNREADABLE` in a row cannot be read.
+        A picture that cannot be read, or is not of the annotations' size, is named in a warning, and the
+        next one takes its place. Raises `BadShareError` where more than `max_bad_share` of those that
+        this process has read, and ten or more, were such.
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        target, image = self._read(index)
-        affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.task.scale_range)
-        pixels = color_jitter(affine.image(image, self.size), self.augment, rng)
-        moved = transform_target(
-            target,
-            affine,
-            self.size,
-            min_visible=self.augment.min_visible,
-            mirror_orders=self.mirror_orders,
-            with_masks=self.task.name == "segmentation",
-        )
-        return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)
-
-    def _read(self, index: int) -> tuple[Target, NDArray[np.uint8]]:
-        for attempt in range(MAX_UNREADABLE):
-            image_index, place = self.places[(index + attempt) % len(self)].tolist()
-            target = self._target(image_index)
+        for step in range(len(self)):
+            image_index, place = self.places[(index + step) % len(self)].tolist()
+            target = self.dataset.target(image_index)
+            self._tried[image_index] = True
             try:
-                image = read_image(target.image.path)
+                image = read_picture(target.image)
             except InputError as error:
-                last = error
-                warnings.warn(f"skipped in training: {error}", stacklevel=2)
+                self._skip(image_index, target.image.id, str(error))
                 continue
-            if place != WHOLE and self.task.crop_padding is not None:
-                return crop_to_object(target, image, place, self.task.crop_padding)
-            return target, image
-        raise InputError(f"{MAX_UNREADABLE} pictures in a row could not be read, at last: {last}")
+            return self.maker.sample(self.maker.target(target), image, None if place == WHOLE else place, rng)
+        raise InputError(f"{self.dataset.root} has no picture that can be read; see pix2seq data check")
 
-    def _target(self, image_index: int) -> Target:
-        target = self.dataset.target(image_index)
-        return target if self._labels is None else replace(target, labels=self._labels[target.labels])
+    def _skip(self, image_index: int, image_id: int, reason: str) -> None:
+        if image_index in self._bad:
+            return
+        warnings.warn(f"skipped in training: {reason}", stacklevel=3)
+        self._bad[image_index] = (image_id, None, reason, SKIPPED, "")
+        num_tried = int(np.count_nonzero(self._tried))
+        bad = list(self._bad.values())
+        refuse_bad_share("pictures", bad, num_tried, where=self.dataset.root, max_bad_share=self.max_bad_share)

@@ -17,9 +17,8 @@ LOG_FILE = "log.jsonl"
 class RunLog:
     """Appends to OUT/log.jsonl and to trackers. A resumed run goes on in the same places.
 
-    `start` is the step it goes on from and `evaluated` the last one whose evaluation is done, by default
-    `start`: what a killed run wrote after them comes again and is dropped first, so that the file reads
-    as one run.
+    `start` is the step it goes on from: what a killed run wrote after that comes again and is dropped first, so that
+    the file reads as one run. `evaluated` is the last step whose evaluation is in it, 0 where there is none.
     """
 
     def __init__(
@@ -27,16 +26,16 @@ class RunLog:
         out: Path,
         *,
         start: int = 0,
-        evaluated: int | None = None,
         trackers: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
     ) -> None:
         output_folder(out)
         self._path = out / LOG_FILE
         with writing(self._path, "opening the log"):
-            _drop_lines_after(self._path, start, start if evaluated is None else evaluated)
+            kept = _drop_lines_after(self._path, start)
             # Unbuffered: a line is one write, so that a killed run tears at most its last.
             self._lines = self._path.open("ab", buffering=0)
+        self.evaluated = max((entry["step"] for entry in kept if entry["kind"] == "eval"), default=0)
         self._trackers = make_trackers(trackers, out, start=start, config=config)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
@@ -69,19 +68,21 @@ class RunLog:
                 self._lines.write(line[written:])  # the disk is full, and says so now
 
 
-def _drop_lines_after(path: Path, start: int, evaluated: int) -> None:
-    """Leave what belongs to a run up to a step; a line that a crash tore is dropped too."""
+def _drop_lines_after(path: Path, start: int) -> list[dict[str, Any]]:
+    """Leave what belongs to a run up to a step, and give it; a line that a crash tore is dropped too."""
     if not path.exists():
-        return
+        return []
     content = path.read_text(encoding="utf-8", errors="replace")
-    kept = "".join(line for line in content.splitlines(keepends=True) if _belongs(line, start, evaluated))
-    if kept != content:
-        write_durably(path, kept)
+    kept = [(line, entry) for line in content.splitlines(keepends=True) if (entry := _entry(line, start)) is not None]
+    if len(kept) < len(content.splitlines()):
+        write_durably(path, "".join(line for line, _ in kept))
+    return [entry for _, entry in kept]
 
 
-def _belongs(line: str, start: int, evaluated: int) -> bool:
+def _entry(line: str, start: int) -> dict[str, Any] | None:
+    """What a whole line of a step up to `start` says."""
     try:
         entry = json.loads(line)
-        return line.endswith("\n") and entry["step"] <= (evaluated if entry["kind"] == "eval" else start)
+        return entry if line.endswith("\n") and entry["step"] <= start and entry["kind"] else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None

@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     """
     folders = {name: config.data_of(name) for name in config.tasks}
     opened = {
-        (folder, split): open_dataset(folder, split)
+        (folder, split): open_dataset(folder, split, max_bad_share=config.max_bad_share)
         for folder in dict.fromkeys(folders.values())
         for split in (config.train_split, config.val_split)
     }
@@ -76,6 +76,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             augment=config.augment,
             seed=task_seed(config, name),
             labels=labels_by_name(dataset.categories, categories),
+            max_bad_share=config.max_bad_share,
         )
         if not len(training_set):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
@@ -90,7 +91,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
 def _text_tokenizer(config: TrainConfig, dataset: Dataset, resumed: Path | None) -> TextTokenizer:
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
-    captions = [caption for index in range(len(dataset)) for caption in dataset.target(index).captions]
+    captions = list(dataset.annotations.all_captions())
     if not captions:
         raise InputError(f"{dataset.root} has no caption to learn from in split {dataset.split!r}")
     return make_tokenizer(config.captioning, captions)
