@@ -52,8 +52,6 @@ class RunState:
     step: int = 0  # finished optimiser steps
     seconds: float = 0.0  # spent on training so far, without evaluation and saving
     skipped: int = 0  # steps that a non-finite loss or gradient made void
-    evaluated: int = 0  # last step whose evaluation is done
-    best: float | None = None  # best value of the metric that checkpoints are compared by
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Snapshot:
 
     weights: Mapping[str, Tensor]  # of model.safetensors: averaged, if there is an average
     tensors: Mapping[str, Tensor]  # of state.safetensors: weights/NAME, optimizer/INDEX/NAME, rng/DEVICE/RANK
-    position: Mapping[str, float | None]  # of state.json: the numbers of `RunState`
+    position: Mapping[str, float]  # of state.json: the numbers of `RunState`
 
 
 def save_checkpoint(state: RunState, out: Path, *, keep: int, rng: Mapping[str, Tensor] | None = None) -> Path:
@@ -86,15 +84,13 @@ def take_snapshot(state: RunState, rng: Mapping[str, Tensor] | None = None) -> S
         "step": state.step,
         "seconds": state.seconds,
         "skipped": state.skipped,
-        "evaluated": state.evaluated,
-        "best": state.best,
     }
     return Snapshot(raw if state.ema is None else state.ema.weights, tensors, position)
 
 
 def write_snapshot(snapshot: Snapshot, model: Pix2Seq, out: Path, *, keep: int) -> Path:
     """Write a checkpoint as `save_checkpoint` does; `model` gives its settings and words, not its weights."""
-    step = int(snapshot.position["step"] or 0)
+    step = int(snapshot.position["step"])
     folder = out / "checkpoints" / f"step-{step:08d}"
     if (name := _not_finite(snapshot)) is not None:
         raise InputError(
@@ -191,8 +187,7 @@ def restore(state: RunState, snapshot: Snapshot, *, name: str, rank: int = 0) ->
     try:
         position = snapshot.position
         step, seconds = int(_number(position["step"])), _number(position["seconds"])
-        skipped, evaluated = int(_number(position.get("skipped", 0))), int(_number(position.get("evaluated", 0)))
-        best = position.get("best")
+        skipped = int(_number(position.get("skipped", 0)))
         state.model.load_state_dict(_under("weights/", snapshot.tensors))
         optimizer_state = state.optimizer.state_dict()
         optimizer_state["state"] = {}
@@ -206,7 +201,7 @@ def restore(state: RunState, snapshot: Snapshot, *, name: str, rank: int = 0) ->
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _cannot_resume(name, error) from error
     _set_random_state(snapshot.tensors, state.model.device, rank)
-    state.step, state.seconds, state.skipped, state.evaluated, state.best = step, seconds, skipped, evaluated, best
+    state.step, state.seconds, state.skipped = step, seconds, skipped
 
 
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
