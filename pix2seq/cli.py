@@ -66,6 +66,7 @@ def _main(argv: Sequence[str]) -> int:
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
+    add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
     # argparse takes key=value words from one place alone; people put them before and after options.
@@ -246,6 +247,25 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         report = check_dataset(args.folder, args.split)
         print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
         return 0 if report.usable else 2
+
+    parser.set_defaults(run=run)
+
+
+def add_shard(parser: argparse.ArgumentParser) -> None:
+    """Options of writing shards."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, help="folder to write; data=OUT, or its http address, trains from it")
+    parser.add_argument("--split", help="one split; all that are found by default")
+    parser.add_argument("--samples-per-shard", type=_positive, default=500, help="pictures in a tar file")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.data.folder import find_splits, open_dataset
+        from pix2seq.data.shards import write_shards
+
+        for split in [args.split] if args.split else find_splits(args.folder) or ["train"]:
+            dataset = open_dataset(args.folder, split)
+            index = write_shards(dataset, args.out, samples_per_shard=args.samples_per_shard, progress=True)
+            print(f"{split}: {len(index)} of {len(dataset)} pictures in {len(index.shards)} shards in {args.out}")
 
     parser.set_defaults(run=run)
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Instance
+from pix2seq.data.training_set import TrainingSet
 from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
 from pix2seq.tasks.example import Example, Sample
@@ -52,7 +53,10 @@ class SequenceView:
     def __init__(self, config: TrainConfig, task: str, index: int, *, epoch: int = 0) -> None:
         """Sample `index` as it is in `epoch` of a run with `config`. Raises `InputError` where there is none."""
         recipe = prepare(config)
-        (self.samples,) = (samples for samples in recipe.samples if samples.task.name == task)
+        (samples,) = (samples for samples in recipe.samples if samples.task.name == task)
+        if not isinstance(samples, TrainingSet):
+            raise InputError(f"{config.data_of(task)} holds shards, which have no numbers; name the data set itself")
+        self.samples = samples
         if not 0 <= index < len(self.samples):
             raise InputError(f"there is no sample {index}; {task} has {len(self.samples)} of them, from 0")
         self.task: Task[Any] = self.samples.task  # type: ignore[assignment]

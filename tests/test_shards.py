@@ -1,6 +1,7 @@
 """Data sets as tar files: what is read back, in which order, and what damaged ones lead to."""
 
 import json
+import shutil
 import tarfile
 import threading
 from functools import partial
@@ -9,11 +10,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pix2seq.data import shards
 from pix2seq.data.folder import open_dataset
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.shards import ShardIndex, ShardStream, write_shards
+from pix2seq.data.shards import CONTENTS, ShardIndex, ShardStream, write_shards
 from pix2seq.errors import InputError
 
 pytest.importorskip("webdataset")
@@ -73,6 +75,54 @@ def test_masks_of_run_lengths_come_back(shared, tmp_path):
         assert_same_target(sample.target, coco.target(place[sample.target.image.id]))
         crowds += sum(isinstance(mask, dict) for mask in sample.target.segmentations)
     assert crowds
+
+
+def test_captions_are_all_there_and_damage_to_them_is_told(dataset, folder):
+    index = ShardIndex.read(folder, "train")
+    assert index.captions() == [text for i in range(NUM) for text in dataset.target(i).captions]
+    (folder / "train-captions.json").write_text("[]")
+    with pytest.raises(InputError, match=r"train-captions\.json is damaged"):
+        index.captions()
+
+
+@pytest.mark.parametrize("learns_from", CONTENTS)
+def test_samples_without_what_is_learned_do_not_count(shared, tmp_path, learns_from):
+    coco = open_dataset(shared / "data/coco_mini", "train")
+    index = write_shards(coco, tmp_path, samples_per_shard=20)
+    expected = {
+        "object": lambda t: not t.iscrowd.all(),
+        "mask": lambda t: any(s and not c for s, c in zip(t.segmentations, t.iscrowd, strict=True)),
+        "labelled keypoint": lambda t: (t.keypoints[~t.iscrowd][..., 2] > 0).any(),
+        "caption": lambda t: len(t.captions) > 0,
+    }
+    wanted = sorted(coco.images[i].id for i in range(len(coco)) if expected[learns_from](coco.target(i)))
+    assert index.num_with(learns_from) == len(wanted)
+    options = {"seed": 1, "mix": 2, "learns_from": learns_from}
+    whole = ids(ShardStream(index, **options), 2 * len(wanted))
+    for epoch in (0, 1):
+        assert sorted(i for e, i in whole if e == epoch) == wanted
+    for start in (1, len(wanted) - 1, len(wanted) + 3):
+        assert ids(ShardStream(index, **options, start=start), 5) == whole[start : start + 5]
+
+
+def test_pictures_that_lie_are_left_out_and_too_many_are_refused(dataset, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset.root, data)
+    ours = open_dataset(data, "train")
+    paths = [image.path for image in ours.images]
+    Image.new("RGB", (65, 64)).save(paths[3])
+    paths[7].write_bytes(paths[7].read_bytes()[:200])
+    with pytest.warns(UserWarning, match="left out") as caught:
+        index = write_shards(ours, tmp_path / "shards", samples_per_shard=EACH)
+    assert [paths[i].name in str(w.message) for i, w in zip((3, 7), caught, strict=True)] == [True, True]
+    assert len(index) == NUM - 2
+    samples = list(islice(ShardStream(index, seed=0), NUM - 2))
+    assert {s.number for s in samples} == set(range(NUM)) - {3, 7}
+    for path in paths[8:16]:
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(InputError, match=r"10 of 23 pictures"):
+        write_shards(ours, tmp_path / "more", samples_per_shard=EACH, max_bad_share=0.4)
+    assert not (tmp_path / "more/train.json").exists()
 
 
 def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, tmp_path):
@@ -180,14 +230,20 @@ def test_a_damaged_shard_is_named(folder, damage):
         list(islice(ShardStream(ShardIndex.read(folder, "train"), seed=0), NUM))
 
 
+PART = {"name": "a.tar", "num_samples": 1, "num_bytes": 1, "sha256": "", "num_with": dict.fromkeys(CONTENTS, 1)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 9}, "format 9, expected 1"),
+        ({"format": 9}, "format 9, expected 2"),
         ({"shards": 5}, "no index of shards"),
-        ({"shards": [{"name": "pipe:ls.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "cannot be read"),
-        ({"shards": [{"name": "../a.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}]}, "that cannot be"),
-        ({"shards": [{"name": "a.tar", "num_samples": 0, "num_bytes": 1, "sha256": ""}]}, "that cannot be"),
+        ({"shards": [PART | {"name": "pipe:ls.tar"}]}, "cannot be read"),
+        ({"shards": [PART | {"name": "../a.tar"}]}, "that cannot be"),
+        ({"shards": [PART | {"num_samples": 0}]}, "that cannot be"),
+        ({"shards": [PART | {"num_with": {"object": 1}}]}, "that cannot be"),
+        ({"captions_file": PART | {"name": "../../a.json"}}, "that cannot be"),
+        ({"captions_file": None}, "no index of shards"),
     ],
 )
 def test_an_index_that_cannot_be_is_refused(folder, change, message):

@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pix2seq.data.sampler import EpochSampler
+from pix2seq.data.sampler import EpochSampler, rank_part
+from pix2seq.data.training_stream import TrainingStream
 from pix2seq.errors import InputError
 from pix2seq.tasks.example import Batch, Sample, collate
 
@@ -36,7 +38,7 @@ class Samples(Protocol):
 
 
 def batches(
-    samples: Samples,
+    samples: Samples | TrainingStream,
     *,
     batch_size: int,
     start: int = 0,
@@ -49,14 +51,22 @@ def batches(
     """Endless micro-batches of `batch_size` images over all ranks, of which each rank gets its contiguous part.
 
     `start` micro-batches were consumed before. Together, the ranks see what one process would see,
-    whatever `num_workers` is. The workers end with the iterator and with the process that made it;
+    whatever `num_workers` is; from shards, the order depends on ranks x workers, and a run goes on
+    exactly where both are what they were. The workers end with the iterator and with the process that made it;
     SIGINT and SIGTERM they leave to that process, which may have a checkpoint to save. Raises
     `InputError` where data cannot be used, where a worker dies, and where no batch comes for `timeout` seconds.
     """
-    sampler = EpochSampler(len(samples), batch_size, seed=samples.seed, start=start, rank=rank, world_size=world_size)
+    part = rank_part(batch_size, rank, world_size)
+    dataset: Dataset[Batch | InputError]
+    if isinstance(samples, TrainingStream):
+        options = {"start": start, "num_workers": num_workers, "rank": rank, "world_size": world_size}
+        dataset, sampler = _StreamBatches(samples, part.stop - part.start, **options), None
+    else:
+        dataset = _MicroBatches(samples)
+        sampler = EpochSampler(len(samples), batch_size, seed=samples.seed, start=start, part=part)
     loader = DataLoader(
-        _MicroBatches(samples),
-        sampler=sampler,  # type: ignore[arg-type]  # an item of it is a whole batch
+        dataset,
+        sampler=sampler,  # an item of it is a whole batch
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -69,6 +79,37 @@ def batches(
     if not num_workers:
         return map(_batch, loader)
     return _from_workers(loader, timeout)
+
+
+class _StreamBatches(IterableDataset["Batch | InputError"]):
+    """Each worker is a lane, and gives every `num_workers`-th batch of its rank."""
+
+    def __init__(
+        self, samples: TrainingStream, size: int, *, start: int, num_workers: int, rank: int, world_size: int
+    ) -> None:
+        self.samples = samples
+        self.size = size
+        self.start = start
+        self.num_workers = max(num_workers, 1)
+        self.rank = rank
+        self.world_size = world_size
+        self.lane(0)  # raises here and now where there are fewer shards than lanes
+
+    def lane(self, batch: int) -> Iterator[Sample]:
+        """The samples from this batch of the rank on, of the lane that it belongs to."""
+        done, worker = divmod(batch, self.num_workers)
+        lane, num_lanes = self.rank * self.num_workers + worker, self.world_size * self.num_workers
+        return self.samples.lane(lane, num_lanes, start=done * self.size)
+
+    def __iter__(self) -> Iterator[Batch | InputError]:
+        info = get_worker_info()
+        # The loader asks its workers in turn, beginning with worker 0.
+        samples = self.lane(self.start + (info.id if info is not None else 0))
+        try:
+            while True:
+                yield collate(list(islice(samples, self.size)))
+        except InputError as error:
+            yield error
 
 
 class _MicroBatches(Dataset["Batch | InputError"]):
@@ -84,7 +125,7 @@ class _MicroBatches(Dataset["Batch | InputError"]):
             return error
 
 
-def _as_it_is(batch: Batch | InputError) -> Batch | InputError:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

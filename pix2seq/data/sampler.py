@@ -12,22 +12,20 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), each epoch a new permutation that depends on (seed, epoch) alone.
 
     The stream is infinite and a batch may straddle two epochs, so no image is left out or padded.
-    `start` skips that many batches at no cost: a resumed run sees what it would have seen. Each of
-    `world_size` ranks gets a contiguous part of every batch, as even as can be.
+    `start` skips that many batches at no cost: a resumed run sees what it would have seen. Of every batch,
+    only `part` is given.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self, num_images: int, batch_size: int, *, seed: int, start: int = 0, part: slice = slice(None)
     ) -> None:
         if num_images < 1:
             raise ValueError("there is no image to sample from")
-        if not 0 <= rank < world_size <= batch_size:
-            raise ValueError(f"rank {rank} of {world_size} gets no part of a batch of {batch_size}")
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
-        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.part = part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         position = self.start * self.batch_size
@@ -45,3 +43,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+
+
+def rank_part(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of every batch that one of `world_size` processes takes: contiguous, and as even as can be."""
+    if not 0 <= rank < world_size <= batch_size:
+        raise ValueError(f"rank {rank} of {world_size} gets no part of a batch of {batch_size}")
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)

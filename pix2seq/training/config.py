@@ -44,7 +44,9 @@ COUNTS = (
 class TrainConfig:
     """Everything that a run depends on; saved beside its checkpoints and enough to repeat it."""
 
-    data: Any = None  # folder, or a mapping of task names to folders
+    data: Any = None  # folder, or folder or http address of shards, or a mapping of task names to them
+    val_data: Any = None  # folder of the validation split, or a mapping; none given: data
+    shard_mix: int = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/detection"  # folder of checkpoints and logs
     tasks: tuple[str, ...] = ("detection",)
     train_split: str = "train"
@@ -103,6 +105,8 @@ class TrainConfig:
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.shard_mix < 1:
+            raise ValueError(f"shard_mix must be at least 1, got {self.shard_mix}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
         if not self.worker_timeout > 0:
@@ -120,15 +124,23 @@ class TrainConfig:
         """Images of a task a step."""
         return self.task(task).batch_size or self.batch_size
 
-    def data_of(self, task: str) -> Path:
-        """The data folder of a task. Raises `InputError` where none was given."""
-        folder = self.data.get(task) if isinstance(self.data, Mapping) else self.data
+    def data_of(self, task: str) -> str:
+        """The data folder of a task, or its address. Raises `InputError` where none was given."""
+        folder = _of_task(self.data, task)
         if not folder:
             raise InputError(
                 f"no data was given for {task}; add data=FOLDER, or data.{task}=FOLDER where tasks differ, with a "
                 "COCO or Pascal VOC data set"
             )
-        return Path(folder)
+        return str(folder)
+
+    def val_data_of(self, task: str) -> str:
+        """The folder of a task's validation split."""
+        return str(_of_task(self.val_data, task) or self.data_of(task))
+
+
+def _of_task(setting: Any, task: str) -> Any:
+    return setting.get(task) if isinstance(setting, Mapping) else setting
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed: Any) -> TrainConfig:

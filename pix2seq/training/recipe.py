@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pix2seq.data.categories import unite_categories
 from pix2seq.data.folder import labels_by_name, open_dataset
+from pix2seq.data.shards import ShardIndex, is_shards
 from pix2seq.data.target import Category, Dataset
 from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.training_stream import TrainingStream
 from pix2seq.errors import InputError
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import make_tokenizer, with_text
@@ -24,7 +27,7 @@ SEED_STRIDE = 1_000_003  # between the seeds of two tasks
 class Recipe:
     """Tasks with their data, and the vocabulary they share."""
 
-    samples: tuple[TrainingSet, ...]  # one for each task
+    samples: tuple[TrainingSet | TrainingStream, ...]  # one for each task
     val_data: dict[str, Dataset]  # validation split by task
     categories: tuple[Category, ...]
     text: TextTokenizer | None
@@ -42,26 +45,18 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     A run that is `resumed` keeps its words.
     """
     folders = {name: config.data_of(name) for name in config.tasks}
-    opened = {
-        (folder, split): open_dataset(folder, split, max_bad_share=config.max_bad_share)
-        for folder in dict.fromkeys(folders.values())
-        for split in (config.train_split, config.val_split)
-    }
-    for dataset in opened.values():
-        if len(dataset.defects):
-            print(
-                f"warning: {len(dataset.defects)} annotations or pictures of split {dataset.split!r} have defects and "
-                f"were dropped or mended; see: pix2seq data check {dataset.root}",
-                file=sys.stderr,
-            )
-    train_data = {name: opened[folder, config.train_split] for name, folder in folders.items()}
+    val_folders = {name: config.val_data_of(name) for name in config.tasks}
+    opened = {folder: _open(config, folder, config.train_split) for folder in dict.fromkeys(folders.values())}
+    train_data = {name: opened[folder] for name, folder in folders.items()}
+    opened_val = {folder: _open_val(config, folder) for folder in dict.fromkeys(val_folders.values())}
+    val_data = {name: opened_val[folder] for name, folder in val_folders.items()}
     categories = unite_categories([dataset.categories for dataset in train_data.values()])
     vocab, text = config.model.vocab, None
     if "captioning" in config.tasks:
         text = _text_tokenizer(config, train_data["captioning"], resumed)
         vocab = with_text(vocab, text)
 
-    samples = []
+    samples: list[TrainingSet | TrainingStream] = []
     for name, dataset in train_data.items():
         task = TASKS[name](config.task(name), vocab, categories, text)
         if task.max_seq_len > config.model.decoder.max_seq_len:
@@ -69,31 +64,57 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
                 f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
             )
-        training_set = TrainingSet(
-            dataset,
-            task,
-            size=config.model.image_size,
-            augment=config.augment,
-            seed=task_seed(config, name),
-            labels=labels_by_name(dataset.categories, categories),
-            max_bad_share=config.max_bad_share,
-        )
-        if not len(training_set):
+        options: dict[str, Any] = {
+            "size": config.model.image_size,
+            "augment": config.augment,
+            "seed": task_seed(config, name),
+            "labels": labels_by_name(dataset.categories, categories),
+        }
+        if isinstance(dataset, ShardIndex):
+            samples.append(TrainingStream(dataset, task, mix=config.shard_mix, **options))
+        else:
+            samples.append(TrainingSet(dataset, task, max_bad_share=config.max_bad_share, **options))
+        if not len(samples[-1]):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
-        samples.append(training_set)
-    val_data = {name: opened[folder, config.val_split] for name, folder in folders.items()}
     for name, dataset in val_data.items():
         if name != "captioning":
             labels_by_name(dataset.categories, categories)  # what only validation has, training cannot teach
     return Recipe(tuple(samples), val_data, categories, text, vocab)
 
 
-def _text_tokenizer(config: TrainConfig, dataset: Dataset, resumed: Path | None) -> TextTokenizer:
+def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardIndex:
+    if is_shards(location, split):
+        return ShardIndex.read(location, split)
+    dataset = open_dataset(location, split, max_bad_share=config.max_bad_share)
+    if len(dataset.defects):
+        print(
+            f"warning: {len(dataset.defects)} annotations or pictures of split {split!r} have defects and "
+            f"were dropped or mended; see: pix2seq data check {dataset.root}",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+def _open_val(config: TrainConfig, location: str) -> Dataset:
+    if is_shards(location, config.val_split) or is_shards(location, config.train_split):
+        raise InputError(
+            f"{location} holds shards, and evaluation reads single pictures; give val_data=FOLDER with a COCO or "
+            "Pascal VOC data set"
+        )
+    dataset = _open(config, location, config.val_split)
+    assert not isinstance(dataset, ShardIndex)
+    return dataset
+
+
+def _text_tokenizer(config: TrainConfig, dataset: Dataset | ShardIndex, resumed: Path | None) -> TextTokenizer:
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
-    captions = list(dataset.annotations.all_captions())
+    if isinstance(dataset, ShardIndex):
+        where, captions = dataset.location, dataset.captions()
+    else:
+        where, captions = str(dataset.root), list(dataset.annotations.all_captions())
     if not captions:
-        raise InputError(f"{dataset.root} has no caption to learn from in split {dataset.split!r}")
+        raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
     return make_tokenizer(config.captioning, captions)
 
 
