@@ -5,9 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
+import pix2seq.data.image as image_module
 from pix2seq.data.check import check_dataset
 from pix2seq.data.coco import CocoDataset
 from pix2seq.data.folder import find_splits, labels_by_name, open_dataset
@@ -55,10 +58,58 @@ def test_every_exif_orientation_comes_out_the_same(tmp_path, orientation):
     assert image_size(tmp_path / "a.png") == (6, 4)
 
 
-def encoded(image, **options):
+def encoded(image, form="PNG", **options):
     stream = io.BytesIO()
-    image.save(stream, "PNG", **options)
+    image.save(stream, form, **options)
     return stream.getvalue()
+
+
+@pytest.fixture
+def turbo():
+    pytest.importorskip("simplejpeg")
+    decode = image_module._turbo()
+    assert decode is not None  # it gives Pillow's pixels here, or the extra would be of no use
+    return decode
+
+
+def both_ways(source, monkeypatch, turbo):
+    """What comes of a picture with simplejpeg and without: pixels, or the message; and how often it decoded one."""
+    found, decoded = [], []
+    for decode in (lambda content: decoded.append(turbo(content)) or decoded[-1], None):
+        monkeypatch.setattr(image_module, "_turbo", lambda decode=decode: decode)
+        try:
+            found.append(read_image(source))
+        except InputError as error:
+            found.append(str(error))
+    return *found, len(decoded)
+
+
+def test_the_turbo_decoder_changes_no_pixel_and_no_refusal(shared, monkeypatch, turbo):
+    paths = sorted((shared / "data").glob("odd/*/*.jpg")) + sorted((shared / "data/coco_mini/val2017").iterdir())
+    times = 0
+    for path in paths:
+        ours, theirs, decoded = both_ways(path, monkeypatch, turbo)
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+        times += decoded
+    assert len(paths) - 10 < times < len(paths)  # not the CMYK one, nor the damaged ones
+
+
+@given(st.data())
+def test_the_turbo_decoder_agrees_on_any_jpeg(data):
+    turbo = image_module._turbo()
+    if turbo is None:
+        pytest.skip("simplejpeg is not installed")
+    draw = data.draw
+    width, height = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    shape = (height, width, 3) if draw(st.booleans()) else (height, width)
+    options = {"quality": draw(st.integers(1, 100)), "progressive": draw(st.booleans())}
+    options |= draw(st.sampled_from([{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"keep_rgb": True}]))
+    content = encoded(Image.fromarray(rng.integers(0, 256, shape, np.uint8)), "JPEG", **options)
+    content = content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ours, theirs, _ = both_ways(content, monkeypatch, turbo)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_wide_greys_alpha_and_palettes_become_8_bit_rgb():

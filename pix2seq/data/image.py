@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bo
     name = "the image" if isinstance(source, bytes) else str(source)
     with _open(source, name, max_pixels) as image:
         try:
+            pixels = _decode_jpeg(image, source)
+            if pixels is not None:
+                return _upright(pixels, _orientation(image) if upright else 1)
             _load_whole(image)
             return _to_rgb(image, upright)
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
@@ -85,6 +90,36 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise InputError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in all; resize it")
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); replace it")
+
+
+def _decode_jpeg(image: Image.Image, source: str | Path | bytes) -> NDArray[np.uint8] | None:
+    """Pixels (H, W, 3) as stored of a JPEG, or None for Pillow to decode it, or to say what is wrong with it."""
+    decode = _turbo() if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+    if decode is None:
+        return None
+    try:
+        return decode(source if isinstance(source, bytes) else Path(source).read_bytes())
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _turbo() -> Callable[[bytes], NDArray[np.uint8]] | None:
+    """simplejpeg's decoder, which is Pillow's without its copies, if it is installed and gives Pillow's very pixels.
+
+    Each brings its own libjpeg-turbo; what a model learns must not depend on which of them decodes.
+    """
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    for subsampling in (0, 2):
+        stream = io.BytesIO()
+        Image.fromarray(noise).save(stream, "JPEG", quality=90, subsampling=subsampling)
+        if not np.array_equal(simplejpeg.decode_jpeg(stream.getvalue()), np.asarray(Image.open(stream))):
+            return None
+    return simplejpeg.decode_jpeg
 
 
 def _load_whole(image: Image.Image) -> None:

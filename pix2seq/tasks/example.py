@@ -81,9 +81,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         for i, arrays in enumerate(row):
             length = len(arrays[0])
             tokens[b, i, :length], targets[b, i, :length], weights[b, i, :length] = arrays
-    images = np.stack([sample.image for sample in samples]).transpose(0, 3, 1, 2)
+    images = np.empty((len(samples), 3, *samples[0].image.shape[:2]), np.uint8)
+    for b, sample in enumerate(samples):
+        images[b] = sample.image.transpose(2, 0, 1)
     return Batch(
-        torch.from_numpy(np.ascontiguousarray(images)),
+        torch.from_numpy(images),
         torch.from_numpy(tokens),
         torch.from_numpy(targets),
         torch.from_numpy(weights),
