@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -59,7 +60,8 @@ class Affine:
             (right - left, bottom - top), Image.Resampling.BILINEAR, box=tuple(np.clip(region, 0, limits).tolist())
         )
         pixels = np.asarray(part)
-        out[top:bottom, left:right] = pixels[:, ::-1] if self.scale_x < 0 else pixels
+        # NumPy takes ten times as long to copy pixels of three bytes in reverse.
+        out[top:bottom, left:right] = cv2.flip(pixels, 1) if self.scale_x < 0 else pixels
         return out
 
 

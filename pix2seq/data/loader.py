@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -165,10 +166,13 @@ def _next(iterator: Iterator[Batch | InputError], workers: Sequence[BaseProcess]
         try:
             return next(iterator)
         except (RuntimeError, OSError, EOFError) as error:
+            timed_out = str(error).startswith("DataLoader timed out")
+            # A broken connection may be noticed before the death that broke it.
+            wait([worker.sentinel for worker in workers], timeout=0 if timed_out else _POLL)
             dead = [worker for worker in workers if not worker.is_alive()]
             if dead:
                 raise InputError(_obituary(dead[0], len(workers))) from None
-            if not str(error).startswith("DataLoader timed out"):
+            if not timed_out:
                 raise
         if time.monotonic() - started > timeout:
             raise InputError(
