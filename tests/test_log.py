@@ -1,0 +1,176 @@
+"""The log of a run: one line a record, none twice, whatever was killed in between; trackers beside it."""
+
+import json
+import resource
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pix2seq.errors import InputError
+from pix2seq.training.log import RunLog
+from pix2seq.training.memory import memory_mb
+from pix2seq.training.trackers import make_trackers
+
+
+def read(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def steps(out, kind="train"):
+    return [line["step"] for line in read(out) if line["kind"] == kind]
+
+
+def write(out, first, last, **settings):
+    with RunLog(out, trackers=(), **settings) as log:
+        for step in range(first, last + 1):
+            log.write(step, "train", {"loss": 1 / step})
+            if step % 2 == 0:
+                log.write(step, "eval", {"AP": step / 10, "AR": None})
+
+
+def test_a_line_has_six_digits_and_null_for_what_is_undefined(tmp_path):
+    with RunLog(tmp_path, trackers=()) as log:
+        log.write(1, "train", {"loss": 0.123456789, "AP": None})
+        log.event(2, "skipped", image_ids=[3, 4], reason="loss is nan")
+    assert read(tmp_path) == [
+        {"step": 1, "kind": "train", "loss": 0.123457, "AP": None},
+        {"step": 2, "kind": "skipped", "image_ids": [3, 4], "reason": "loss is nan"},
+    ]
+
+
+def test_a_resumed_run_reads_as_one(tmp_path):
+    write(tmp_path / "whole", 1, 9)
+    write(tmp_path / "broken", 1, 7)  # killed; its last checkpoint was of step 4
+    write(tmp_path / "broken", 5, 9, start=4)
+    assert read(tmp_path / "broken") == read(tmp_path / "whole")
+    assert steps(tmp_path / "broken") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_evaluation_that_is_done_again_is_there_once(tmp_path):
+    write(tmp_path, 1, 4)
+    # The checkpoint of step 4 was written before its evaluation, so that comes again.
+    with RunLog(tmp_path, start=4, evaluated=2, trackers=()) as log:
+        assert (steps(tmp_path), steps(tmp_path, "eval")) == ([1, 2, 3, 4], [2])
+        log.write(4, "eval", {"AP": 0.4})
+    assert steps(tmp_path, "eval") == [2, 4]
+
+
+def test_a_run_from_the_start_drops_the_log_of_one_that_saved_nothing(tmp_path):
+    write(tmp_path, 1, 3)
+    write(tmp_path, 1, 2)
+    assert steps(tmp_path) == [1, 2]
+
+
+@given(cut=st.integers(0, 10_000), start=st.integers(0, 6))
+def test_wherever_a_crash_tears_the_file_it_goes_on_whole(tmp_path_factory, cut, start):
+    out = tmp_path_factory.mktemp("torn")
+    write(out, 1, 6)
+    content = (out / "log.jsonl").read_bytes()
+    cut %= len(content) + 1
+    (out / "log.jsonl").write_bytes(content[:cut])
+    expected = [line for line in content[:cut].split(b"\n")[:-1] if json.loads(line)["step"] <= start]
+    with RunLog(out, start=start, trackers=()) as log:
+        log.write(7, "train", {"loss": 1.0})
+    assert (out / "log.jsonl").read_bytes().split(b"\n")[:-2] == expected
+    assert read(out)[-1] == {"step": 7, "kind": "train", "loss": 1.0}
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"]
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_lines_before_it_stay(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, trackers=()) as log:
+        log.write(1, "train", {"loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.jsonl").stat().st_size + 10, hard))
+        try:
+            with pytest.raises(InputError, match=r"disk full at .* while logging step 2") as caught:
+                log.write(2, "train", {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    with RunLog(tmp_path, start=2, trackers=()):
+        assert steps(tmp_path) == [1]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path) as log:
+        for step in (1, 2, 3, 4):
+            log.write(step, "train", {"loss": float(step)})
+    with RunLog(tmp_path, start=2) as log:
+        for step in (3, 4, 5):
+            log.write(step, "train", {"loss": 10.0 * step})
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+class FakeRun:
+    """What `wandb.init` and `trackio.init` return."""
+
+    def __init__(self, settings):
+        self.settings, self.logged, self.finished = settings, [], False
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def fake(request, monkeypatch):
+    module = types.ModuleType(request.param)
+    module.runs = []
+
+    def init(**settings):
+        module.runs.append(FakeRun(settings))
+        return module.runs[-1]
+
+    module.init, module.finish = init, lambda: module.runs[-1].finish()
+    monkeypatch.setitem(sys.modules, request.param, module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return module
+
+
+def test_a_tracker_gets_numbers_by_kind_and_a_resumed_run_goes_on_in_it(tmp_path, fake):
+    name = fake.__name__
+    with RunLog(tmp_path, trackers=(name,), config={"lr": 0.1}) as log:
+        log.write(1, "train", {"loss": 0.5, "AP": None})
+        log.write(1, "eval", {"AP": 0.25})
+        log.event(1, "skipped", image_ids=[1])
+    with RunLog(tmp_path, trackers=(name,), start=1):
+        pass
+    first, second = fake.runs
+    assert first.logged == [(1, {"train/loss": 0.5}), (1, {"eval/AP": 0.25})]
+    assert first.finished
+    assert second.finished
+    assert first.settings["config"] == {"lr": 0.1}
+    key = "id" if name == "wandb" else "name"
+    assert first.settings[key] == second.settings[key]
+    assert second.settings["resume"] == "allow"
+    if name == "wandb":
+        assert first.settings["mode"] == "offline"
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_told_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
+        make_trackers(["tensorbord"], tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(InputError, match="pip install wandb") as caught:
+        make_trackers(["wandb"], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_grows_by_what_is_taken():
+    before = memory_mb()["memory_mb"]
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    if sys.platform.startswith("linux"):
+        assert memory_mb()["memory_mb"] - before == pytest.approx(200, abs=30)
+    assert before > 50
