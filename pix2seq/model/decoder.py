@@ -150,17 +150,12 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
         """Hidden states (R, T, D) of tokens (R, T) read left to right; memory is (B, N, D)."""
-        x = self._embed(tokens, 0)
-        for block in self.blocks:
-            x = block(x, memory)
-        return self.norm(x)
+        return self.norm(self.blocks.run(self._embed(tokens, 0), memory))
 
     def forward_packed(self, packed: Packed, memory: Tensor) -> Tensor:
         """Hidden states (B, L, D) of sequences packed into one row an image; memory is (B, N, D)."""
         x = self.token_embedding(packed.tokens) + self.position_embedding[packed.positions]
-        for block in self.blocks:
-            x = block(x, memory, packed.mask)
-        return self.norm(x)
+        return self.norm(self.blocks.run(x, memory, packed.mask))
 
     @property
     def output_weight(self) -> Tensor:

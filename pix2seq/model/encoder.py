@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pix2seq.errors import InputError, unknown_name
-from pix2seq.model.layers import NORM_EPS, EncoderBlock, LayerStack, init_weights
+from pix2seq.model.layers import NORM_EPS, EncoderBlock, LayerStack, attend, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind
 from pix2seq.model.resnet import LAYOUTS, ResidualBlock, ResNet
 
@@ -35,6 +39,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid of N places."""
+
+    @abstractmethod
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """See `Pix2Seq.set_activation_checkpointing`."""
 
 
 class ConvStem(nn.Module):
@@ -110,9 +118,11 @@ class VisionTransformer(Encoder):
         x = x + self.positions(*grid).to(x)
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), grid
+        return self.norm(self.blocks.run(x)), grid
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """For the Transformer's blocks; convolutions in front keep what they compute."""
+        self.blocks.checkpointing = enabled
 
 
 class ResNetTransformer(VisionTransformer):
@@ -173,6 +183,9 @@ class TimmEncoder(Encoder):
             self.dim = self.net.feature_info.channels()[-1]
             self.stride = self.net.feature_info.reduction()[-1]
             self.channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        for module in self.net.modules():
+            if getattr(module, "fused_attn", False):
+                module.__class__ = _with_attend(type(module))
         config = timm.get_pretrained_cfg(name)
         assert config is not None  # every registered model has one
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
@@ -189,6 +202,41 @@ class TimmEncoder(Encoder):
         if self.channels_last:
             features = features.permute(0, 3, 1, 2)
         return features.flatten(2).transpose(1, 2), (features.shape[-2], features.shape[-1])
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """For a ViT. A CNN is left as it is: run twice, its batch norms would count every batch twice."""
+        if self.is_vit:
+            self.net.set_grad_checkpointing(enabled)
+
+
+class _AttendMode(TorchFunctionMode):
+    """Attention asked of PyTorch goes to `attend`, where it can."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not any(kwargs.values()):
+            return attend(*args)
+        return func(*args, **kwargs)
+
+
+class _WithAttend:
+    """Mixed into timm's attention classes, all of which call PyTorch's fused attention."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forward: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+        # A GPU's kernels need no help, and looking at every call costs time.
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return forward(x, *args, **kwargs)
+        with _AttendMode():
+            return forward(x, *args, **kwargs)
+
+
+@cache
+def _with_attend(attention: type) -> type:
+    # A class, not a `forward` set on the module: that would stay bound to the original in a copy.
+    return type(attention.__name__, (_WithAttend, attention), {})
 
 
 def _is_plain_vit(name: str) -> bool:

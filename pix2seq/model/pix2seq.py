@@ -106,6 +106,14 @@ class Pix2Seq(nn.Module):
         """Where the weights are."""
         return self.decoder.token_embedding.weight.device
 
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether Transformer blocks keep only their inputs in training and compute the rest again for the gradient.
+
+        About a third more arithmetic for a fraction of the memory; gradients stay the same, dropout included.
+        """
+        self.encoder.set_activation_checkpointing(enabled)
+        self.decoder.blocks.checkpointing = enabled
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), floats in [0, 1], to memory (B, N, D).
 

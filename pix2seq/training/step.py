@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
+from pix2seq.model.decoder import Decoder
 from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks.example import Batch
 from pix2seq.training.distributed import Ranks, accumulating, spread, whole
+
+LOGITS_AT_ONCE = 2**24  # of the loss: 64 MiB in float32
 
 
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -42,9 +46,26 @@ def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0)
         targets, weights = packed.pick(targets), packed.pick(weights)
     weights = weights.flatten()
     scored = weights.nonzero()[:, 0]
-    logits = model.decoder.logits(hidden.flatten(0, 1)[scored])  # (S, V)
-    losses = token_losses(logits, targets.flatten()[scored], label_smoothing)
-    return (losses * weights[scored]).sum()
+    scored_hidden = hidden.flatten(0, 1)[scored]  # (S, D)
+    return _output_loss(model.decoder, scored_hidden, targets.flatten()[scored], weights[scored], label_smoothing)
+
+
+def _output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
+    """Sum of weight times cross entropy of hidden states (S, D) whose logits are never all there at once.
+
+    Beyond `LOGITS_AT_ONCE`, logits are computed piece by piece, and again for the gradient.
+    """
+
+    def loss(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return (token_losses(decoder.logits(hidden), targets, label_smoothing) * weights).sum()
+
+    size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
+    if len(hidden) <= size:
+        return loss(hidden, targets, weights)
+    pieces = zip(hidden.split(size), targets.split(size), weights.split(size), strict=True)
+    # No draw is made inside, so the random state need not be kept.
+    losses = [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.stack(losses).sum()
 
 
 NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
