@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from hostile_decoder import KINDS, HostileDecoder, logits_of_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import one_hot
 
 import pix2seq.model.generate as generation
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
@@ -25,49 +27,9 @@ VOCAB_SIZE = 25
 SEEDS = 10_000
 
 
-class Hostile(torch.nn.Module):
-    """A decoder whose logits are what `draw` gives for (rows, vocabulary)."""
-
-    def __init__(self, draw):
-        super().__init__()
-        self.draw = draw
-
-    def new_cache(self, memory, *, rows_per_image, num_slots):
-        return None
-
-    def step(self, tokens, cache):
-        return self.draw((len(tokens), VOCAB_SIZE))
-
-    def logits(self, hidden):
-        return hidden
-
-
-def logits_of_kind(kind, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(shape):
-        normal = torch.randn(shape, generator=generator)
-        if kind == "mixed":
-            odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 0.0])
-            picked = odd[torch.randint(len(odd), shape, generator=generator)]
-            return torch.where(torch.rand(shape, generator=generator) < 0.5, picked, normal)
-        return {
-            "random": normal * 4,
-            "minus infinity": torch.full(shape, -torch.inf),
-            "nan": torch.full(shape, torch.nan),
-            "infinity": torch.full(shape, torch.inf),
-            "1e4": normal * 1e4,
-        }[kind]
-
-    return draw
-
-
-KINDS = ["random", "minus infinity", "nan", "infinity", "1e4", "mixed"]
-
-
 def continue_rows(kind, num_rows, grammar, *, max_new_tokens, eos_id, seed=0, **sampling):
     return generate(
-        Hostile(logits_of_kind(kind, seed)),
+        HostileDecoder(logits_of_kind(kind, seed), VOCAB_SIZE),
         torch.zeros(num_rows, 1, 1),
         torch.ones(num_rows, 1, dtype=torch.long),
         grammar=grammar,
@@ -202,7 +164,7 @@ def script(*rows):
     """A decoder that plays back a likelier token a step for every row."""
     ids = torch.tensor(rows)
     steps = iter(range(ids.shape[1]))
-    return Hostile(lambda shape: torch.nn.functional.one_hot(ids[:, next(steps)], shape[1]).float() * 50)
+    return HostileDecoder(lambda shape: one_hot(ids[:, next(steps)], shape[1]).float() * 50, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""Decoding of several tasks in one call: every prompt gets what it would get alone."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pix2seq.model.generate as generation
+from pix2seq import Pix2Seq, Predictor, convert_checkpoint
+from pix2seq.data.target import Caption, Category
+from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.generate import GenerationConfig, generate_mixed
+from pix2seq.model.grammar import TextGrammar
+from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.pix2seq import build_model
+from pix2seq.tasks.captioning import Captioning, CaptioningConfig
+from pix2seq.tasks.detection import Detection, DetectionConfig
+from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
+from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
+from pix2seq.tokenizers.text import SPECIAL_TOKENS, WordTokenizer
+from pix2seq.vocab import EOS, Vocab
+
+PERSON = Category(1, 1, "person", ("nose", "left_hand", "right_hand"))
+ARROW = Category(2, 2, "arrow", ("tip", "tail"))
+CATEGORIES = (PERSON, ARROW, Category(3, 3, "heart"))
+WORDS = WordTokenizer([*SPECIAL_TOKENS, "a", "person", "and", "an", "arrow"])
+VOCAB = Vocab(num_bins=16, text_base=1020, num_text=8, size=1030)
+TASKS = {
+    "detection": Detection(DetectionConfig(max_objects=4, noise_objects=1), VOCAB, CATEGORIES),
+    "segmentation": Segmentation(SegmentationConfig(max_points=8), VOCAB, CATEGORIES),
+    "keypoint": Keypoint(KeypointConfig(crop=False), VOCAB, CATEGORIES),
+    "captioning": Captioning(CaptioningConfig(max_tokens=9), VOCAB, CATEGORIES, WORDS),
+}
+BOX = np.array([[0.1, 0.2, 0.7, 0.9]])
+FIELDS = ("tokens", "logprobs", "best_tokens", "best_logprobs")
+# A list of objects, an outline, three points, two points, a sentence.
+PROMPTS = [
+    torch.from_numpy(prompt)
+    for prompt in (
+        TASKS["detection"].prompt(),
+        TASKS["segmentation"].prompts(BOX, [PERSON])[0],
+        TASKS["keypoint"].prompts(BOX, [PERSON])[0],
+        TASKS["keypoint"].prompts(BOX / 2, [ARROW])[0],
+        TASKS["captioning"].prompt(),
+    )
+]
+CONFIGS = [
+    TASKS["detection"].generation(),
+    TASKS["segmentation"].generation(),
+    TASKS["keypoint"].generation(PERSON),
+    TASKS["keypoint"].generation(ARROW),
+    TASKS["captioning"].generation(),
+]
+MEMORY = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        image_size=(32, 32),
+        encoder=EncoderConfig(name="vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64),
+        decoder=DecoderConfig(dim=32, num_layers=2, num_heads=4, mlp_dim=64, max_seq_len=32),
+        vocab=VOCAB,
+    )
+    model = build_model(config, CATEGORIES, WORDS).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.task_settings = {name: task.settings() for name, task in TASKS.items()}
+    return model
+
+
+def sampling(name):
+    """The configs of the five prompts, drawn in one of several ways."""
+    changes = {
+        "greedy": {"temperature": 0.0},
+        "as each task draws": {},
+        "free": {"temperature": 1.3, "top_k": 0, "top_p": 1.0},
+        "truncated": {"temperature": 0.8, "top_k": 5, "top_p": 0.9},
+    }[name]
+    return [replace(config, **changes) for config in CONFIGS]
+
+
+def seeded(count):
+    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
+
+
+def assert_equals_alone(found, row, alone):
+    """Row by row: what came alone, then padding."""
+    for i in range(len(alone.tokens)):
+        width = alone.tokens.shape[1]
+        for name in FIELDS:
+            expected = getattr(alone, name)
+            if expected is not None:
+                tolerance = {"rtol": 0, "atol": 0} if name.endswith("tokens") else {"rtol": 1e-3, "atol": 1e-4}
+                torch.testing.assert_close(getattr(found, name)[row + i, :width], expected[i], **tolerance)
+        assert not found.tokens[row + i, width:].any()
+        assert not found.logprobs[row + i, width:].any()
+        assert found.truncated[row + i] == alone.truncated[i]
+
+
+@pytest.mark.parametrize("how", ["greedy", "as each task draws", "free", "truncated"])
+@pytest.mark.parametrize(("num_images", "num_samples"), [(1, 1), (3, 1), (2, 3)])
+def test_tasks_in_one_batch_get_what_each_gets_alone(model, how, num_images, num_samples):
+    configs, count = sampling(how), len(PROMPTS)
+    found = model.generate_mixed(
+        MEMORY[:num_images],
+        PROMPTS * num_images,
+        configs * num_images,
+        num_samples=num_samples,
+        generator=seeded(num_images * count),
+    )
+    assert len(found.tokens) == num_images * count * num_samples
+    for image in range(num_images):
+        for place, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True)):
+            number = image * count + place
+            alone = model.generate(
+                MEMORY[image : image + 1],
+                prompt[None],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                grammar=config.grammar,
+                num_samples=num_samples,
+                score_range=config.score_range,
+                score_steps=config.score_steps,
+                with_logprobs=config.with_logprobs,
+                score_without=config.score_without,
+                eos_id=config.eos_id,
+                generator=seeded(num_images * count)[number],
+            )
+            assert_equals_alone(found, number * num_samples, alone)
+
+
+def test_prompts_of_any_lengths_get_what_each_gets_alone(model):
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, 1000, (length,), generator=generator) for length in (3, 1, 7, 2, 3, 12)]
+    for eos_id, length in ((None, 10), (0, 16)):
+        config = GenerationConfig(length, temperature=0.0, eos_id=eos_id)
+        found = model.generate_mixed(MEMORY[:2], prompts, [config] * 6)
+        for row, prompt in enumerate(prompts):
+            image = row // 3
+            alone = model.generate(
+                MEMORY[image : image + 1], prompt[None], max_new_tokens=length, temperature=0, eos_id=eos_id
+            )
+            assert_equals_alone(found, row, alone)
+
+
+def test_a_mixed_batch_without_its_finished_rows_gives_the_same(model, monkeypatch):
+    left = []
+    keep = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda self, images, rows: (left.append(len(rows)), keep(self, images, rows)))
+    arguments = {"prompts": PROMPTS * 3, "configs": sampling("as each task draws") * 3, "num_samples": 2}
+    found, kept = (
+        generate_mixed(model.decoder, MEMORY, **arguments, generator=seeded(3), compact=compact)
+        for compact in (True, False)
+    )
+    assert len(left) > 2
+    for name in (*FIELDS, "truncated"):
+        torch.testing.assert_close(getattr(found, name), getattr(kept, name), atol=1e-3, rtol=1e-3)
+
+
+def test_a_row_may_still_read_its_prompt_when_all_others_have_ended(model):
+    ends = TextGrammar(first_piece=5, text_end=6, eos_id=0, max_tokens=2)  # one word, an end
+    long = torch.arange(10, 20)
+    configs = [GenerationConfig(2, grammar=ends), GenerationConfig(4, temperature=0.0, eos_id=None)]
+    for compact in (True, False):
+        found = generate_mixed(model.decoder, MEMORY[:1], [torch.tensor([10]), long], configs, compact=compact)
+        assert found.tokens[0].tolist() == [5, 0, 0, 0]
+        alone = model.generate(MEMORY[:1], long[None], max_new_tokens=4, temperature=0, eos_id=None)
+        assert found.tokens[1].tolist() == alone.tokens[0].tolist()
+
+
+def test_only_the_part_of_the_output_layer_that_some_task_needs_gives_the_same_tokens(model, monkeypatch):
+    configs = [replace(config, with_logprobs=False, score_range=None) for config in CONFIGS]
+    full = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
+    parts = []
+    logits = type(model.decoder).logits
+
+    def spy(self, hidden, *, cache=None, ids=None):
+        parts.append(ids)
+        return logits(self, hidden, cache=cache, ids=ids)
+
+    monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
+    monkeypatch.setattr(type(model.decoder), "logits", spy)
+    part = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
+    # First an object's corner or the end of the list, beside a word; the others read their prompts.
+    assert parts[0] == slice(0, 1028)
+    torch.testing.assert_close(part.tokens, full.tokens, rtol=0, atol=0)
+
+
+def test_prompts_and_configs_must_fit_the_images(model):
+    config = GenerationConfig(3)
+    with pytest.raises(ValueError, match="3 prompts were given for 2 images"):
+        model.generate_mixed(MEMORY[:2], [torch.tensor([10])] * 3, [config] * 3)
+    with pytest.raises(ValueError, match="1 configs were given for 2 prompts"):
+        model.generate_mixed(MEMORY[:2], [torch.tensor([10])] * 2, [config])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        GenerationConfig(0)
+    with pytest.raises(ValueError, match="3 generators were given for 1 images and 2 prompts"):
+        model.generate_mixed(MEMORY[:1], [torch.tensor([10])] * 2, [config] * 2, generator=seeded(3))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "resnet-c"])
+def test_without_a_grammar_four_tasks_in_one_call_give_the_official_greedy_tokens(shared, tmp_path, name):
+    folder = shared / "parity" / name
+    convert_checkpoint(folder / "ckpt-400", folder / "config.json", tmp_path / "out")
+    model = Pix2Seq.from_pretrained(tmp_path / "out")
+    arrays = np.load(folder / "model_io.npz")
+    images = torch.from_numpy(arrays["image"]).permute(0, 3, 1, 2)
+    prompts, configs, expected = [], [], []
+    for image in range(len(images)):
+        asked = [("detection", [[10]]), ("captioning", [[13]])]
+        asked += [(task, arrays[f"{task}_prompt"][image].tolist()) for task in ("segmentation", "keypoint")]
+        for task, some in asked:
+            tokens = arrays[f"greedy_{task}_tokens"].reshape(len(images), len(some), -1)[image]
+            prompts += [torch.tensor(prompt) for prompt in some]
+            configs += [GenerationConfig(tokens.shape[1], top_k=1, eos_id=None)] * len(some)
+            expected += list(tokens)
+    found = model.generate_mixed(images, prompts, configs).tokens.numpy()
+    for row, tokens in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(row[: len(tokens)], tokens)
+        assert not row[len(tokens) :].any()
+
+
+PICTURE = np.random.default_rng(5).integers(0, 256, (48, 48, 3), np.uint8)
+
+
+def test_a_predictor_says_what_was_cut(model):
+    predictor = Predictor(model)
+    image = predictor.encode(PICTURE)
+    captioning = predictor.tasks["captioning"]
+    predictor.tasks["captioning"] = captioning.with_settings(max_tokens=2)  # a word and the end, which is forced
+    with pytest.warns(UserWarning, match=r"captioning: .* cut; .* captioning.max_tokens ends answers after 2 tokens"):
+        (caption,) = predictor.caption_batch([image])
+    assert caption.truncated
+    assert caption.to_json()["truncated"]
+    assert Caption("a", -1.0).to_json() == {"text": "a", "score": -1.0}
+
+    endless = copy.deepcopy(model)
+    with torch.no_grad():
+        endless.decoder.output_bias[EOS] = -1e9
+    predictor = Predictor(endless)
+    with pytest.warns(UserWarning, match="detection: .* full after 4 objects: ask for more with --num-objects"):
+        assert len(predictor.detect(image)) == 4
+    predictor.set_num_objects(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(predictor.detect(image)) == 6
+
+
+def test_a_small_skeleton_beside_a_large_one_is_scored_by_its_own_points(model):
+    predictor = Predictor(model)
+    predictor.tasks["keypoint"] = task = predictor.tasks["keypoint"].with_settings(temperature=0.0)
+    image = predictor.encode(PICTURE)
+    boxes = np.array([[4, 8, 40, 44], [10, 10, 30, 20]])
+    found = predictor.keypoints(image, boxes, categories=["person", "arrow"])
+    relative = (boxes / 48)[:, [1, 0, 3, 2]]
+    for box, category in zip(relative, (PERSON, ARROW), strict=True):
+        config = task.generation(category)
+        assert config.max_new_tokens == 2 * len(category.keypoints)
+        alone = model.generate_mixed(
+            image.memory[None], list(torch.from_numpy(task.prompts(box, [category]))), [config]
+        )
+        (instance,) = (each for each in found if each.category.name == category.name)
+        assert instance.keypoint_score == pytest.approx(task.scores(alone, 0, 1.0)[0], abs=1e-5)
