@@ -9,8 +9,8 @@ what each does once per image (projecting keys and values of memory); the encode
 - `ours` decodes as `Pix2Seq.generate` does by default, with the log-probability of every token; in bf16
   under autocast, as the predictor does.
 - `ours, no logprobs` leaves those out, as Hugging Face's greedy decoding does.
-- `uncached` runs the decoder over the whole sequence for every token. It is timed at five lengths, and
-  the time of a whole sequence is the area below.
+- `uncached` runs the decoder over the whole sequence for every token. It is timed once at each of five
+  lengths, and the time of a whole sequence is the area below.
 - `hugging face` is VisionEncoderDecoderModel with a BertLMHeadModel as decoder: the same width, depth,
   heads, feed-forward and vocabulary, cross-attention in every layer, and a dense layer more in front of
   the output. In bf16 its weights are bf16. Where transformers is missing (`pip install pix2seq[bench]`)
@@ -23,6 +23,9 @@ that wait for each other cost many times what they bring, and their waiting coun
 Bandwidth: the bytes that a step cannot avoid reading (decoder weights, and keys and values of memory and of
 half the tokens, in the type asked for) over the time of a step, as a share of what reading as many bytes
 with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding.
+
+`predict` is one picture of configs/demo.yaml's size, from a PNG file to objects by `Predictor.predict`, against
+the encoder and as many bare steps of the decoder, without grammar, sampling, scores, files and resizing.
 Results go to benchmarks/results/, dated; --json prints them as one JSON object and nothing else.
 """
 
@@ -31,30 +34,40 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pix2seq.cli import run_guarded
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.generate import generate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
+from pix2seq.predictor import Predictor
+from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
+from pix2seq.training.config import config_file, load_config
 from pix2seq.vocab import Vocab
 
 START_ID = 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNCACHED_LENGTHS = 5
+MIN_TURNS = 2
+MAX_ENCODE_TURNS = 3
+PREDICT_TURNS = 100
 MEMORY_TOKENS = (100, 200, 400)
 MEMORY_VOCABS = (3000, 12000)
 
@@ -243,7 +256,10 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
         memories = {who: peak_growth(run) for who, run in contestants.items()}  # also warms up
         times: dict[str, list[float]] = {who: [] for who in contestants}
         cpu_times: dict[str, list[float]] = {who: [] for who in contestants}
-        for _ in range(args.repeats):
+        until = time.perf_counter() + args.budget
+        for turn in range(args.repeats):
+            if turn >= MIN_TURNS and time.perf_counter() > until:
+                break
             for who, run in contestants.items():
                 started = time.process_time()
                 times[who].append(seconds(run))
@@ -251,7 +267,7 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
         if not args.no_uncached:
             memories["uncached"] = None
             times["uncached"] = [uncached_seconds(model, memory, tokens, bf16=bf16)]
-        encoding = {who: median(seconds(run) for _ in range(min(args.repeats, 3))) for who, run in encoders.items()}
+        encoding = {who: encode_seconds(run, args) for who, run in encoders.items()}
     num_bytes = step_bytes(model, memory, tokens, DTYPES[dtype].itemsize)
     bandwidth = read_bandwidth(num_bytes)
     rows = []
@@ -284,6 +300,24 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
     return rows
 
 
+def bytes_per_token(memory: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
+    """What a token more takes in one row, between neighbouring lengths, for each vocabulary."""
+    found: dict[int, list[float]] = {}
+    for shorter, longer in itertools.pairwise(memory):
+        if shorter["vocab"] == longer["vocab"] and None not in (shorter["peak_bytes"], longer["peak_bytes"]):
+            tokens = longer["rows"] * (longer["tokens"] - shorter["tokens"])
+            found.setdefault(longer["vocab"], []).append((longer["peak_bytes"] - shorter["peak_bytes"]) / tokens)
+    return found
+
+
+def encode_seconds(run: Callable[[], Any], args: argparse.Namespace) -> float:
+    """Median time of an encoder, of as many turns as a quarter of the budget allows."""
+    spent = [seconds(run)]
+    while len(spent) < min(args.repeats, MAX_ENCODE_TURNS) and sum(spent) < args.budget / 4:
+        spent.append(seconds(run))
+    return median(spent)
+
+
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """How many times faster, as the median over turns: neighbours in time share what else the machine does."""
     if len(theirs) != len(ours):
@@ -302,6 +336,49 @@ def memory_growth(name: str, *, rows: int) -> list[dict[str, Any]]:
         for tokens, peak in zip(MEMORY_TOKENS, peaks, strict=True):
             found.append({"vocab": vocab_size, "tokens": tokens, "rows": rows, "peak_bytes": peak})
     return found
+
+
+def predict_overhead(turns: int) -> dict[str, Any]:
+    """What `Predictor.predict` costs beside the encoder and the steps that it cannot do without."""
+    config = load_config(config_file("demo.yaml"), data="-", out="-")
+    torch.manual_seed(0)
+    model = build_model(config.model).eval()
+    model.task_settings = {"detection": asdict(config.detection)}
+    predictor = Predictor(model)
+    predictor.set_num_objects(config.detection.max_objects)  # a fixed number, with random weights too
+    tokens = TOKENS_PER_OBJECT * config.detection.max_objects
+    height, width = config.model.image_size
+    inputs = torch.rand(1, 3, height, width)
+    memory = model.encode(inputs).detach()
+
+    def steps() -> None:
+        cache = model.decoder.new_cache(memory, rows_per_image=1, num_slots=tokens)
+        token = torch.tensor([[START_ID]])
+        for _ in range(tokens):
+            hidden = model.decoder.step(token, cache)
+            token = model.decoder.logits(hidden, cache=cache).argmax(-1, keepdim=True)
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder) / "picture.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
+        parts: dict[str, Callable[[], Any]] = {
+            "predict": lambda: predictor.predict(path, ["detection"]),
+            "encoder": lambda: model.encode(inputs),
+            "steps": steps,
+        }
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        for turn in range(turns + MIN_TURNS):
+            for name, run in parts.items():
+                spent = seconds(run)
+                if turn >= MIN_TURNS:  # those before warm up
+                    times[name].append(spent)
+    needed = [encoder + stepping for encoder, stepping in zip(times["encoder"], times["steps"], strict=True)]
+    return {
+        "image_size": [height, width],
+        "tokens": tokens,
+        **{f"{name}_ms": 1000 * median(spent) for name, spent in times.items()},
+        "times_encoder_and_steps": _ratio(times["predict"], needed),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -335,10 +412,12 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=200, help="tokens an image")
     parser.add_argument("--vocab", type=int, default=3000, help="size of the vocabulary")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant, as far as --budget allows")
+    parser.add_argument("--budget", type=float, default=90, help="seconds after which no turn but the second begins")
     parser.add_argument("--threads", type=int, help="CPU threads; else PyTorch's choice")
     parser.add_argument("--no-uncached", action="store_true", help="leave out the model without a cache")
     parser.add_argument("--no-memory", action="store_true", help="leave out memory against tokens and vocabulary")
+    parser.add_argument("--no-predict", action="store_true", help="leave out one picture through predict")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
     parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-decode.json")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -388,6 +467,19 @@ def _main(argv: Sequence[str]) -> None:
         for row in result["memory"]:
             peak = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB"
             print(f"{row['rows']} rows, vocabulary {row['vocab']}, {row['tokens']} tokens: {peak}", file=say)
+        result["bytes_per_token"] = bytes_per_token(result["memory"])
+        for vocab, found in result["bytes_per_token"].items():
+            grows = ", then ".join(f"{growth / 1024:.1f} KiB" for growth in found)
+            print(f"vocabulary {vocab}: a token more in one row takes {grows}", file=say)
+    if not args.no_predict:
+        result["predict"] = found = predict_overhead(MIN_TURNS if args.quick else PREDICT_TURNS)
+        size = "x".join(str(side) for side in found["image_size"])
+        print(
+            f"predict, {size} px, {found['tokens']} tokens: {found['predict_ms']:.1f} ms, encoder "
+            f"{found['encoder_ms']:.1f} ms, steps {found['steps_ms']:.1f} ms: {found['times_encoder_and_steps']:.2f} "
+            "times these two",
+            file=say,
+        )
     if args.out is not None or not args.quick:
         path = args.out or Path(__file__).parent / "results" / f"{now:%Y-%m-%d}-decode.json"
         path.parent.mkdir(parents=True, exist_ok=True)
