@@ -6,6 +6,7 @@ same types whatever came in.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +26,7 @@ from pix2seq.data.target import Caption, Category, Instance
 from pix2seq.data.transforms import object_region
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError, unknown_name
-from pix2seq.model.generate import Generated
-from pix2seq.model.grammar import Grammar
+from pix2seq.model.generate import Generated, GenerationConfig
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import Captioning
@@ -114,17 +114,8 @@ class Predictor:
     def detect_batch(self, images: Sequence[EncodedImage], *, seed: int = 0) -> list[list[Instance]]:
         """As `detect`, for several encoded pictures in one pass."""
         task = self._task(Detection)
-        out = self._generate(
-            task,
-            torch.stack([image.memory for image in images]),
-            np.tile(task.prompt(), (len(images), 1)),
-            grammar=task.grammar(),
-            eos_id=task.eos_id,
-            score_range=task.score_range,
-            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),  # at classes
-            with_logprobs=False,
-            seed=seed,
-        )
+        memory = torch.stack([image.memory for image in images])
+        out = self._generate(task, memory, np.tile(task.prompt(), (len(images), 1)), task.generation(), seed=seed)
         return [task.instances(out, row, np.array(image.canvas_size), image.size) for row, image in enumerate(images)]
 
     def segment(
@@ -148,9 +139,7 @@ class Predictor:
         found: list[Instance] = []
         for some in _chunks(given, max(MAX_ROWS // copies, 1)):
             prompts = task.prompts(_relative_yxyx(some, encoded), [instance.category for instance in some])
-            out = self._generate(
-                task, encoded.memory[None], prompts[None], grammar=task.grammar(), num_samples=copies, seed=seed
-            )
+            out = self._generate(task, encoded.memory[None], prompts, task.generation(), num_samples=copies, seed=seed)
             for index, instance in enumerate(some):
                 rows = slice(index * copies, (index + 1) * copies)
                 likelihood, score = task.scores(out, rows, instance.score)
@@ -182,7 +171,7 @@ class Predictor:
             named = [instance.category for instance in some]
             if task.crop_padding is None:
                 places = [(encoded, np.zeros(2))] * len(some)
-                memory, prompts = encoded.memory[None], task.prompts(_relative_yxyx(some, encoded), named)[None]
+                memory, prompts = encoded.memory[None], task.prompts(_relative_yxyx(some, encoded), named)
             else:
                 places = self._crops(encoded, some, task.crop_padding)
                 memory = torch.stack([crop.memory for crop, _ in places])
@@ -191,16 +180,7 @@ class Predictor:
                     _relative_yxyx([instance], crop) for instance, (crop, _) in zip(moved, places, strict=True)
                 ]
                 prompts = task.prompts(np.concatenate(boxes_yxyx), named)
-            out = self._generate(
-                task,
-                memory,
-                prompts,
-                grammar=task.grammar(),
-                eos_id=None,
-                score_range=task.score_range,
-                score_without=task.score_without,
-                seed=seed,
-            )
+            out = self._generate(task, memory, prompts, [task.generation(category) for category in named], seed=seed)
             for row, (instance, (crop, corner)) in enumerate(zip(some, places, strict=True)):
                 points = task.points(out, row, instance.category, np.array(crop.canvas_size))
                 points[:, :2] = np.clip(points[:, :2] + corner, 0, encoded.size) * (points[:, 2:] > 0)
@@ -217,8 +197,9 @@ class Predictor:
         task = self._task(Captioning)
         prompts = np.tile(task.prompt(), (len(images), 1))
         memory = torch.stack([image.memory for image in images])
-        out = self._generate(task, memory, prompts, grammar=task.grammar(), eos_id=task.eos_id, seed=seed)
-        return [Caption(*task.caption(out, row)) for row in range(len(images))]
+        out = self._generate(task, memory, prompts, task.generation(), seed=seed)
+        cut = out.truncated.tolist()
+        return [Caption(*task.caption(out, row), truncated=cut[row]) for row in range(len(images))]
 
     def predict(
         self,
@@ -313,25 +294,29 @@ class Predictor:
         task: Task[Any],
         memory: Tensor,
         prompts: NDArray[np.int64],
+        configs: GenerationConfig | Sequence[GenerationConfig],
         *,
-        grammar: Grammar,
         seed: int,
-        eos_id: int | None = 0,
-        **options: Any,
+        num_samples: int = 1,
     ) -> Generated:
+        """Answers to prompts (B * I, P) about the images of memory (B, N, D), in their order.
+
+        There is a config for each prompt, or one for all. Warns where an answer was cut at its length.
+        """
         # A generator for each picture, so that none depends on those beside it.
         generators = [torch.Generator(memory.device).manual_seed(seed) for _ in memory]
         with torch.inference_mode(), self._autocast():
-            return self.model.generate(
+            out = self.model.generate_mixed(
                 memory,
-                torch.from_numpy(prompts),
-                max_new_tokens=task.max_new_tokens,
-                grammar=grammar,
-                eos_id=eos_id,
+                torch.from_numpy(prompts).unbind(),
+                [configs] * len(prompts) if isinstance(configs, GenerationConfig) else configs,
+                num_samples=num_samples,
                 generator=generators,
-                **task.sampling,
-                **options,
             )
+        if bool(out.truncated.any()):
+            # The same words every time, so that Python says it once.
+            warnings.warn(f"{task.name}: an answer was cut; {task.cut_hint}", stacklevel=2)
+        return out
 
     def _instances(
         self,

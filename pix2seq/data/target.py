@@ -120,10 +120,12 @@ class Caption:
 
     text: str
     score: float  # mean log-probability of its tokens, at most 0
+    truncated: bool = False  # whether it was cut at the longest length
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of NAME.json."""
-        return {"text": self.text, "score": round(self.score, 6)}
+        """The entry of NAME.json, with `truncated` where it was."""
+        entry: dict[str, Any] = {"text": self.text, "score": round(self.score, 6)}
+        return entry | {"truncated": True} if self.truncated else entry
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Continue prompts token by token, with cached keys and values.
 
 Shapes: B images, I prompts an image, S samples a prompt, R = B * I * S rows, P prompt tokens,
-T' new tokens, V vocabulary.
+T' new tokens, C columns, V vocabulary.
+
+All rows are at the same position at every step, so one cache without a mask serves them. Of prompts of
+different lengths as much is read at once as the shortest has; rows of a longer one read on, a token a
+step, while others already answer. A row's column c is the place of its token number c after that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,17 +19,45 @@ from torch import Tensor
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.grammar import Allowed, Grammar
 from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.rows import drop_finished, new_rows, shift, uniform, write_back
 from pix2seq.model.sampling import is_greedy, sample
+from pix2seq.vocab import PAD
 
-# Rows leave once they are this share of those there: moving the cache costs about as much as a step.
-MAX_SHARE_LEFT = 0.75
 # Vocabulary ids times width of an output layer that is worth the 30 microseconds to find which part is needed.
 MIN_PARTIAL_OUTPUT = 2**20
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """How a prompt is continued, and what is to be known of its tokens."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    grammar: Grammar | None = None  # masks the ids that would not parse, also where logits are NaN or infinite
+    eos_id: int | None = 0  # ends a row; with None only `max_new_tokens` does
+    # Asks for the likeliest id in [low, high) and its probability: detection scores with it, because the
+    # token it samples may be the noise class.
+    score_range: tuple[int, int] | None = None
+    score_steps: tuple[int, int] = (1, 0)  # (period, phase): a score only at steps t with t % period == phase
+    # Without, and at steps without a score, no softmax over the whole vocabulary is taken, and of a large
+    # output layer only the part that the grammar allows is computed.
+    with_logprobs: bool = True
+    score_without: int | None = None  # log-probabilities are as if the model could not say this id
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+    def is_scored(self, step: int) -> bool:
+        """Whether a score is asked for at a step, counted from 0."""
+        return self.score_range is not None and step % self.score_steps[0] == self.score_steps[1]
+
+
+@dataclass(frozen=True)
 class Generated:
-    """New tokens, without the prompt. After a row's end token everything is padding."""
+    """New tokens, without the prompt. After a row's end token, or its last, everything is padding."""
 
     tokens: Tensor  # (R, T')
     # (R, T') of each token under the model itself: no temperature, grammar or truncation; 0 in padding, and
@@ -36,7 +68,6 @@ class Generated:
     truncated: Tensor  # (R,) bool: cut by length, or ended because nothing else fitted; never with `eos_id` None
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     memory: Tensor,
@@ -53,132 +84,223 @@ def generate(
     with_logprobs: bool = True,
     score_without: int | None = None,
     eos_id: int | None = 0,
-    pad_id: int = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compact: bool = True,
 ) -> Generated:
-    """Continue each prompt until `eos_id` or for `max_new_tokens`.
+    """Continue prompts (B, P), or (B, I, P) for I prompts an image, all in the same way.
 
-    `memory` is (B, N, D); `prompt` (B, P), or (B, I, P) for I prompts an image. Rows come out in that
-    order, the `num_samples` continuations of a prompt side by side. A `grammar` masks the ids that
-    would not parse, also where the logits are NaN or infinite. With `eos_id` None nothing ends a row
-    early.
-
-    `score_range` asks for the likeliest id in [low, high) and its probability: detection scores with
-    it, because the token it samples may be the noise class. `score_steps` (period, phase) asks for it
-    only at steps t with t % period == phase. Without `with_logprobs`, and at steps without a score,
-    no softmax over the whole vocabulary is taken, and of a large output layer only the part that the
-    grammar allows is computed.
-
-    Log-probabilities are of all ids but `score_without`, where one is given: as if the model could not say it.
-
-    Rows draw from numbers that are fixed at the start, R rows of T', from `generator`; given one
-    generator for each image, what an image's rows draw does not depend on the images beside it.
-    Finished rows leave the batch; `compact` False keeps them to the end.
+    The settings are those of `GenerationConfig`; for all else, see `generate_mixed`.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if prompt.shape[0] != memory.shape[0]:
         raise ValueError(f"{prompt.shape[0]} prompts were given for {memory.shape[0]} images")
-    prompts = prompt.reshape(-1, prompt.shape[-1]).repeat_interleave(num_samples, dim=0)  # (R, P)
-    num_rows, prompt_len = prompts.shape
-    num_images, device = memory.shape[0], memory.device
-    cache = decoder.new_cache(memory, rows_per_image=num_rows // num_images, num_slots=prompt_len + max_new_tokens)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        grammar=grammar,
+        eos_id=eos_id,
+        score_range=score_range,
+        score_steps=score_steps,
+        with_logprobs=with_logprobs,
+        score_without=score_without,
+    )
+    prompts = prompt.reshape(-1, prompt.shape[-1]).unbind()
+    configs = [config] * len(prompts)
+    return generate_mixed(
+        decoder, memory, prompts, configs, num_samples=num_samples, generator=generator, compact=compact
+    )
+
+
+@torch.inference_mode()
+def generate_mixed(
+    decoder: Decoder,
+    memory: Tensor,
+    prompts: Sequence[Tensor],
+    configs: Sequence[GenerationConfig],
+    *,
+    num_samples: int = 1,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    compact: bool = True,
+) -> Generated:
+    """Continue prompts (P,), of any lengths, each as its own config says: what each would get alone.
+
+    `memory` is (B, N, D); the B * I prompts are in the order of images, as many for each. Rows come out
+    in the order of prompts, the `num_samples` continuations of one side by side, and each begins with
+    its first new token.
+
+    Rows draw from numbers that are fixed at the start, R rows of T', from `generator`. Given one
+    generator for each image, what an image's rows draw does not depend on the images beside it; given
+    one for each prompt, not on any other prompt. Finished rows leave the batch; `compact` False keeps
+    them to the end.
+    """
+    num_images, device = len(memory), memory.device
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not prompts or len(prompts) % num_images:
+        raise ValueError(f"{len(prompts)} prompts were given for {num_images} images; give as many for each")
+    if len(configs) != len(prompts):
+        raise ValueError(f"{len(configs)} configs were given for {len(prompts)} prompts")
+    shortest = min(len(prompt) for prompt in prompts)
+    kinds = [(config, len(prompt) - shortest) for config, prompt in zip(configs, prompts, strict=True)]
+    number_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    groups = [Group(config, start, number, slice(None)) for (config, start), number in number_of.items()]
+    cache = decoder.new_cache(
+        memory,
+        rows_per_image=len(prompts) // num_images * num_samples,
+        num_slots=shortest + max(group.end for group in groups),
+    )
     real = cache if isinstance(cache, KVCache) else None  # a decoder without one can neither drop rows nor ids
 
-    shape = (num_rows, max_new_tokens)
-    rows = {
-        "index": torch.arange(num_rows, device=device),
-        "tokens": prompts.new_full(shape, pad_id),
-        "logprobs": torch.zeros(shape, device=device),
-        "finished": torch.zeros(num_rows, dtype=torch.bool, device=device),
-        "truncated": torch.zeros(num_rows, dtype=torch.bool, device=device),
-    }
-    if score_range:
-        rows["best_tokens"] = torch.full_like(rows["tokens"], pad_id)
-        rows["best_logprobs"] = torch.full(shape, -torch.inf, device=device)
-    if not is_greedy(temperature, top_k):
-        rows["noise"] = _uniform(shape, num_images, generator, device)
+    # Wide enough for each row's tokens wherever it starts.
+    num_columns = max(group.start for group in groups) + max(config.max_new_tokens for config in configs)
+    read, rows = new_rows(
+        [prompt.to(device) for prompt in prompts],
+        [number_of[kind] for kind in kinds],
+        num_samples=num_samples,
+        num_columns=num_columns,
+        with_scores=any(config.score_range for config in configs),
+    )
+    starts = torch.tensor([group.start for group in groups], device=device)[rows["group"]]
+    if not all(group.is_greedy for group in groups):
+        lengths = [config.max_new_tokens for config in configs]
+        numbers = uniform(lengths, num_images, num_samples, generator, device)
+        rows["noise"] = shift(numbers, -starts, num_columns)
     results = rows  # all rows; `rows` becomes a copy of those that are left once some have gone
 
-    length = 0
-    hidden = decoder.step(prompts, cache)
+    present = _find_rows(groups, rows)
+    column = 0
+    hidden = decoder.step(read, cache)
     while True:
-        tokens, finished = rows["tokens"], rows["finished"]
-        allowed = None if grammar is None else grammar.allowed(tokens[:, :length])
-        scored = score_range is not None and length % score_steps[0] == score_steps[1]
-        if real is None:
-            first, logits = 0, decoder.logits(hidden)
-        elif with_logprobs or scored or allowed is None or not _is_worth_part(decoder):
-            first, logits = 0, decoder.logits(hidden, cache=real)
-        else:
-            first, past = allowed.span()
-            logits = decoder.logits(hidden, cache=real, ids=slice(first, past))
-        logits = logits.float()  # (R, V), or (R, past - first)
-        next_id = first + sample(
-            logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            forbidden=None if allowed is None else _forbidden(allowed, first, logits),
-            noise=rows["noise"][:, length] if "noise" in rows else None,
-        )
-        if with_logprobs or scored:
-            counted = logits
-            if score_without is not None:
-                counted = logits.index_fill(-1, torch.tensor([score_without], device=device), -torch.inf)
-            log_total = counted.logsumexp(-1)  # (R,)
-        if with_logprobs:
-            chosen = logits.gather(-1, next_id[:, None])[:, 0]
-            rows["logprobs"][:, length] = _log(chosen, log_total).masked_fill_(finished, 0.0)
-        if scored and score_range:
-            best = logits[:, slice(*score_range)].max(-1)
-            rows["best_tokens"][:, length] = (best.indices + score_range[0]).masked_fill_(finished, pad_id)
-            rows["best_logprobs"][:, length] = _log(best.values, log_total).masked_fill_(finished, -torch.inf)
-        tokens[:, length] = next_id.masked_fill_(finished, pad_id)
-        length += 1
-        if eos_id is not None:
-            ending = (next_id == eos_id) & ~finished
-            if bool(ending.any()):
-                if allowed is not None:
-                    rows["truncated"] |= ending & allowed.only(eos_id)
-                finished |= ending
-                if bool(finished.all()):
-                    break
-                if compact and real is not None and length < max_new_tokens:
-                    rows = _drop_finished(rows, results, real)
-        if length == max_new_tokens:
-            if eos_id is not None:
-                rows["truncated"] |= ~rows["finished"]
-            break
-        hidden = decoder.step(rows["tokens"][:, length - 1 : length], cache)
+        answering = [group for group in present if group.start <= column < group.end]
+        allowed = [group.allowed(rows, column) for group in answering]
+        any_ended = False
+        if answering:
+            first, logits = _logits(decoder, hidden, real, answering, allowed, column)
+            for group, may_come in zip(answering, allowed, strict=True):
+                any_ended |= _answer(group, rows, column, logits, first, may_come)
+        column += 1
+        if any_ended:
+            if bool(rows["finished"].all()):
+                break
+            if compact and real is not None:
+                rows = drop_finished(rows, results, real)
+                present = _find_rows(groups, rows)
+        hidden = decoder.step(rows["tokens"][:, column - 1 : column], cache)
 
-    _write_back(rows, results)
+    write_back(rows, results)
+    width = max(min(column, group.end) - group.start for group in groups)
+    found = {name: shift(values, starts, width) for name, values in results.items() if values.ndim == 2}
     return Generated(
-        results["tokens"][:, :length],
-        results["logprobs"][:, :length],
-        results["best_tokens"][:, :length] if score_range else None,
-        results["best_logprobs"][:, :length] if score_range else None,
+        found["tokens"],
+        found["logprobs"],
+        found.get("best_tokens"),
+        found.get("best_logprobs"),
         results["truncated"],
     )
 
 
-def _uniform(
-    shape: tuple[int, int],
-    num_images: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    device: torch.device,
-) -> Tensor:
-    """Numbers (R, T') in [0, 1), row by row."""
-    if generator is None or isinstance(generator, torch.Generator):
-        where = device if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=where).to(device)
-    if len(generator) != num_images:
-        raise ValueError(f"{len(generator)} generators were given for {num_images} images")
-    per_image = (shape[0] // num_images, shape[1])
-    return torch.cat([torch.rand(per_image, generator=each, device=each.device).to(device) for each in generator])
+@dataclass(frozen=True)
+class Group:
+    """Rows that go on alike: of one config, and of prompts of one length."""
+
+    config: GenerationConfig
+    start: int  # column of the first new token
+    number: int
+    rows: Tensor | slice  # where they are among those that are left
+
+    @property
+    def end(self) -> int:
+        """Column past the last new token."""
+        return self.start + self.config.max_new_tokens
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return is_greedy(self.config.temperature, self.config.top_k)
+
+    def allowed(self, rows: dict[str, Tensor], column: int) -> Allowed | None:
+        """What may come in `column`."""
+        if self.config.grammar is None:
+            return None
+        return self.config.grammar.allowed(rows["tokens"][self.rows, self.start : column])
+
+    def needs_all_logits(self, column: int) -> bool:
+        """Whether ids matter in `column` that may not come next."""
+        return self.config.grammar is None or self.config.with_logprobs or self.config.is_scored(column - self.start)
+
+
+def _find_rows(groups: Sequence[Group], rows: dict[str, Tensor]) -> list[Group]:
+    """Groups of which there are rows left, and where those are."""
+    if len(groups) == 1:
+        return list(groups)
+    found = [replace(group, rows=(rows["group"] == group.number).nonzero()[:, 0]) for group in groups]
+    return [group for group in found if isinstance(group.rows, Tensor) and len(group.rows)]
+
+
+def _logits(
+    decoder: Decoder,
+    hidden: Tensor,
+    cache: KVCache | None,
+    groups: Sequence[Group],
+    allowed: Sequence[Allowed | None],
+    column: int,
+) -> tuple[int, Tensor]:
+    """An id, and the logits (R, v) of as many from it on as the groups need."""
+    if cache is None:
+        return 0, decoder.logits(hidden).float()
+    if not _is_worth_part(decoder) or any(group.needs_all_logits(column) for group in groups):
+        return 0, decoder.logits(hidden, cache=cache).float()
+    spans = [each.span() for each in allowed if each is not None]
+    first, past = min(span[0] for span in spans), max(span[1] for span in spans)
+    return first, decoder.logits(hidden, cache=cache, ids=slice(first, past)).float()
+
+
+def _answer(
+    group: Group, rows: dict[str, Tensor], column: int, logits: Tensor, first: int, allowed: Allowed | None
+) -> bool:
+    """Put the next tokens of a group's rows into `column`; whether a row ended.
+
+    `logits` (R, v) begin at id `first`.
+    """
+    config, at = group.config, group.rows
+    logits, finished = logits[at], rows["finished"][at]
+    next_id = first + sample(
+        logits,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        forbidden=None if allowed is None else _forbidden(allowed, first, logits),
+        noise=None if group.is_greedy else rows["noise"][at, column],
+    )
+    scored = config.is_scored(column - group.start)
+    if config.with_logprobs or scored:
+        counted = logits
+        if config.score_without is not None:
+            counted = logits.index_fill(-1, torch.tensor([config.score_without], device=logits.device), -torch.inf)
+        log_total = counted.logsumexp(-1)  # (R,)
+    if config.with_logprobs:
+        chosen = logits.gather(-1, next_id[:, None])[:, 0]
+        rows["logprobs"][at, column] = _log(chosen, log_total).masked_fill_(finished, 0.0)
+    if scored and config.score_range:
+        best = logits[:, slice(*config.score_range)].max(-1)
+        rows["best_tokens"][at, column] = (best.indices + config.score_range[0]).masked_fill_(finished, PAD)
+        rows["best_logprobs"][at, column] = _log(best.values, log_total).masked_fill_(finished, -torch.inf)
+    rows["tokens"][at, column] = next_id.masked_fill_(finished, PAD)
+
+    is_last = column + 1 == group.end
+    if config.eos_id is not None:
+        ending = (next_id == config.eos_id) & ~finished
+        if not is_last and not bool(ending.any()):
+            return False
+        cut = ending & allowed.only(config.eos_id) if allowed is not None else torch.zeros_like(ending)
+        if is_last:
+            cut |= ~(ending | finished)
+        rows["truncated"][at] |= cut
+        rows["finished"][at] |= ending
+    if is_last:
+        rows["finished"][at] = True
+    return is_last or config.eos_id is not None
 
 
 def _log(logits: Tensor, log_total: Tensor) -> Tensor:
@@ -194,31 +316,3 @@ def _is_worth_part(decoder: Decoder) -> bool:
 def _forbidden(allowed: Allowed, first: int, logits: Tensor) -> Tensor:
     """What may not come next, as a mask of logits (R, v) that begin at id `first`."""
     return allowed.forbids(torch.arange(first, first + logits.shape[-1], device=logits.device))
-
-
-def _drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], cache: KVCache) -> dict[str, Tensor]:
-    """Rows without most that are finished, and the cache likewise.
-
-    Every image that is left keeps as many rows as the one with the most unfinished ones, so that its
-    rows can go on sharing its memory; some finished rows may stay to fill up.
-    """
-    num_images = cache.layers[0].memory_keys.shape[0]
-    finished = rows["finished"].view(num_images, -1)
-    unfinished = (~finished).sum(1)
-    per_image = int(unfinished.max())
-    images = unfinished.nonzero()[:, 0]
-    if len(images) * per_image > MAX_SHARE_LEFT * finished.numel():
-        return rows
-    places = finished[images].byte().argsort(dim=1, stable=True)[:, :per_image].sort(dim=1).values
-    keep = (images[:, None] * finished.shape[1] + places).flatten()
-    _write_back(rows, results)
-    cache.keep(images, keep)
-    return {name: values[keep] for name, values in rows.items()}
-
-
-def _write_back(rows: dict[str, Tensor], results: dict[str, Tensor]) -> None:
-    """Put what is known of `rows` into the `results` of all."""
-    if rows is results:
-        return
-    for name, values in rows.items():
-        results[name][rows["index"]] = values

@@ -25,7 +25,7 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import EncoderConfig, ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.encoder import ConvStem, Encoder, ResNetTransformer, TimmEncoder, VisionTransformer
-from pix2seq.model.generate import Generated, generate
+from pix2seq.model.generate import Generated, GenerationConfig, generate, generate_mixed
 from pix2seq.model.grammar import Grammar
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_codes
@@ -175,6 +175,23 @@ class Pix2Seq(nn.Module):
             eos_id=eos_id,
             generator=generator,
         )
+
+    def generate_mixed(
+        self,
+        images_or_memory: Tensor,
+        prompts: Sequence[Tensor],
+        configs: Sequence[GenerationConfig],
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Generated:
+        """Continue prompts (P,) of any lengths and tasks side by side, each as its config says.
+
+        There are as many for each image, in the order of images. See `pix2seq.model.generate.generate_mixed`.
+        """
+        with torch.inference_mode():
+            memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
+        return generate_mixed(self.decoder, memory, prompts, configs, num_samples=num_samples, generator=generator)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the text tokenizer if there is one, making the folder."""

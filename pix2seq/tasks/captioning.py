@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pix2seq.data.target import Target
 from pix2seq.errors import InputError
-from pix2seq.model.generate import Generated
+from pix2seq.model.generate import Generated, GenerationConfig
 from pix2seq.model.grammar import TextGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.task import Task, TaskConfig
@@ -124,6 +124,10 @@ class Captioning(Task[CaptioningConfig]):
             eos_id=self.eos_id,
             max_tokens=self.max_new_tokens,
         )
+
+    def generation(self) -> GenerationConfig:
+        """See `Task`."""
+        return GenerationConfig(self.max_new_tokens, grammar=self.grammar(), eos_id=self.eos_id, **self.sampling)
 
     def caption(self, out: Generated, row: int) -> tuple[str, float]:
         """Text of a row and its score, the mean log-probability of its tokens, end included."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pix2seq.box_ops import box_area, box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Instance, Target
-from pix2seq.model.generate import Generated
+from pix2seq.model.generate import Generated, GenerationConfig
 from pix2seq.model.grammar import BoxGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.task import Task, TaskConfig
@@ -111,6 +111,23 @@ class Detection(Task[DetectionConfig]):
             max_label=self.max_label,
             noise_id=NOISE,
             eos_id=self.eos_id,
+        )
+
+    @property
+    def cut_hint(self) -> str:
+        """See `Task`."""
+        return f"the list was full after {self.config.max_objects} objects: ask for more with --num-objects"
+
+    def generation(self) -> GenerationConfig:
+        """See `Task`; the best real class is asked for wherever a class comes next."""
+        return GenerationConfig(
+            self.max_new_tokens,
+            grammar=self.grammar(),
+            eos_id=self.eos_id,
+            score_range=self.score_range,
+            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
+            with_logprobs=False,
+            **self.sampling,
         )
 
     @property

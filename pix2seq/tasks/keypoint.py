@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pix2seq.data.target import Category, Target
-from pix2seq.model.generate import Generated
+from pix2seq.model.generate import Generated, GenerationConfig
 from pix2seq.model.grammar import KeypointGrammar
 from pix2seq.tasks.example import Example
 from pix2seq.tasks.scores import token_score, weighted_score
@@ -113,6 +113,17 @@ class Keypoint(Task[KeypointConfig]):
     def grammar(self) -> KeypointGrammar:
         """Pairs of coordinates, or of invisible tokens."""
         return KeypointGrammar(self.vocab.coord_base, self.vocab.num_bins, INVISIBLE)
+
+    def generation(self, category: Category | None = None) -> GenerationConfig:
+        """See `Task`; with the points of `category`, or of the largest skeleton."""
+        return GenerationConfig(
+            self.max_new_tokens if category is None else 2 * len(category.keypoints),
+            grammar=self.grammar(),
+            eos_id=None,
+            score_range=self.score_range,
+            score_without=self.score_without,
+            **self.sampling,
+        )
 
     def points(
         self, out: Generated, row: int, category: Category, to_pixels: NDArray[np.floating]

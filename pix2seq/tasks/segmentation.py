@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from pix2seq.data.target import Target
-from pix2seq.model.generate import Generated
+from pix2seq.model.generate import Generated, GenerationConfig
 from pix2seq.model.grammar import PolygonGrammar
 from pix2seq.polygon_ops import MIN_POINTS, clip_rings, mask_to_rings, rasterize
 from pix2seq.tasks.example import Example
@@ -104,6 +104,10 @@ class Segmentation(Task[SegmentationConfig]):
             eos_id=EOS,
             max_points=self.config.max_points,
         )
+
+    def generation(self) -> GenerationConfig:
+        """See `Task`."""
+        return GenerationConfig(self.max_new_tokens, grammar=self.grammar(), eos_id=EOS, **self.sampling)
 
     def mask(
         self, out: Generated, rows: slice, to_pixels: NDArray[np.floating], limits: tuple[int, int]

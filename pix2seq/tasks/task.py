@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pix2seq.box_ops import box_xyxy_to_yxyx
 from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
+from pix2seq.model.generate import GenerationConfig
 from pix2seq.tasks.example import Example
 from pix2seq.tokenizers.instance import instance_prompts
 from pix2seq.tokenizers.text import TextTokenizer
@@ -96,7 +97,7 @@ class Task(ABC, Generic[Config]):
 
     @property
     def sampling(self) -> Mapping[str, Any]:
-        """How this task draws its tokens, for `Pix2Seq.generate`."""
+        """How this task draws its tokens."""
         return {"temperature": self.config.temperature, "top_k": self.config.top_k, "top_p": self.config.top_p}
 
     @property
@@ -108,6 +109,15 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def max_new_tokens(self) -> int:
         """Length of the longest response."""
+
+    @property
+    def cut_hint(self) -> str:
+        """Why an answer was cut at its length, and what helps."""
+        return f"this checkpoint's {self.length_setting} ends answers after {self.max_new_tokens} tokens"
+
+    @abstractmethod
+    def generation(self) -> GenerationConfig:
+        """How a prompt of this task is answered, for `Pix2Seq.generate_mixed`."""
 
     def prompts(self, boxes_yxyx: NDArray[np.floating], categories: Sequence[Category]) -> NDArray[np.int64]:
         """Prompts (I, 6) about objects with boxes (I, 4) in [0, 1] of the model's input."""
