@@ -41,6 +41,10 @@ class Encoder(nn.Module, ABC):
         """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid of N places."""
 
     @abstractmethod
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """Parts of about equal size, such as blocks, that are compiled and sharded one by one."""
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """See `Pix2Seq.set_activation_checkpointing`."""
 
@@ -119,6 +123,10 @@ class VisionTransformer(Encoder):
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks.run(x)), grid
+
+    def units(self) -> list[nn.Module]:
+        """The Transformer's blocks."""
+        return list(self.blocks)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """For the Transformer's blocks; convolutions in front keep what they compute."""
@@ -202,6 +210,10 @@ class TimmEncoder(Encoder):
         if self.channels_last:
             features = features.permute(0, 3, 1, 2)
         return features.flatten(2).transpose(1, 2), (features.shape[-2], features.shape[-1])
+
+    def units(self) -> list[nn.Module]:
+        """A ViT's blocks, or a CNN as a whole."""
+        return list(self.net.blocks) if self.is_vit else [self.net]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """For a ViT. A CNN is left as it is: run twice, its batch norms would count every batch twice."""

@@ -106,6 +106,10 @@ class Pix2Seq(nn.Module):
         """Where the weights are."""
         return self.decoder.token_embedding.weight.device
 
+    def units(self) -> list[nn.Module]:
+        """Parts of encoder and decoder, such as blocks, that are compiled and sharded one by one."""
+        return [*self.encoder.units(), *self.decoder.blocks]
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether Transformer blocks keep only their inputs in training and compute the rest again for the gradient.
 

@@ -46,7 +46,8 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         centred = x32 - mean[:, None, None]
         variance = _mean(centred.square())
         if self.running_mean is not None and self.running_var is not None:
-            assert self.momentum is not None and self.num_batches_tracked is not None
+            assert self.momentum is not None
+            assert self.num_batches_tracked is not None
             with torch.no_grad():
                 count = x.numel() / x.shape[1] * dist.get_world_size()
                 self.running_mean.lerp_(mean, self.momentum)

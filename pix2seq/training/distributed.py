@@ -8,7 +8,7 @@ weights. Words between ranks go over gloo in host memory, so that the GPU is not
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError, InputErrorElsewhere
-from pix2seq.model.layers import LayerStack
 from pix2seq.model.sync_batch_norm import synchronize_batch_norms
 
 T = TypeVar("T")
@@ -112,7 +111,7 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]}); start them all with torchrun"
+            f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]}); start all with torchrun"
         ) from error
     try:
         yield Ranks(picked, rank, size)
@@ -120,11 +119,11 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def spread(module: nn.Module, ranks: Ranks, how: str) -> nn.Module:
+def spread(module: nn.Module, ranks: Ranks, how: str, *, units: Sequence[nn.Module]) -> nn.Module:
     """`module` so that its gradients are averaged over all ranks. Build optimisers after this.
 
     `how` is `ddp`, where every rank holds all weights, or `fsdp`, where each holds a part of every
-    weight and its optimiser state. Batch normalisation takes its statistics from all ranks.
+    weight and its optimiser state, and gathers the weights of one of the `units` inside at a time. Batch normalisation takes its statistics from all ranks.
     """
     if ranks.size == 1:
         return module
@@ -132,10 +131,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str) -> nn.Module:
     if how == "ddp":
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    for stack in module.modules():
-        if isinstance(stack, LayerStack):
-            for layer in stack:
-                fully_shard(layer, mesh=mesh)
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
 

@@ -17,6 +17,7 @@ from pix2seq.evaluation import Answers, EvalResult, answer, score
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.output import output_folder
 from pix2seq.predictor import Predictor
+from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.checkpoint import (
     RunState,
     find_checkpoint,
@@ -25,6 +26,7 @@ from pix2seq.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from pix2seq.training.compilation import compile_model
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, join_ranks, whole
 from pix2seq.training.ema import Ema
@@ -82,6 +84,11 @@ class _Trainer:
         torch.manual_seed(config.seed)
         model = _new_model(config, recipe)
         model.to(ranks.device).train()
+        model.set_activation_checkpointing(config.activation_checkpointing)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
+        if config.compile:
+            compile_model(model)
         self.learner = Learner(
             model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
         )
@@ -146,7 +153,7 @@ class _Trainer:
         if self.ranks.any(stop.requested):
             self._save()
             raise Stopped(
-                f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}, which is saved in {self.out}; "
+                f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}; all is saved in {self.out}, "
                 "go on with --resume auto"
             )
 
