@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pix2seq.output import fsync_file, fsync_folder, write_durably
+from pix2seq.output import fsync_file, write_durably
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -26,7 +26,6 @@ def seal(folder: Path) -> None:
         status = path.stat()
         files[path.name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
     write_durably(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
-    fsync_folder(folder)
 
 
 def find_damage(folder: Path, *, leaving_out: tuple[str, ...] = (), quick: bool = False) -> str | None:
