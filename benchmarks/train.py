@@ -18,7 +18,8 @@ wall times, `CPU` that of the times the processes had a processor: look at it wh
 Peak memory is that of the whole process. Stages are shares of a step that is timed apart.
 
 With a GPU, a ViT-B at 640 pixels is trained too: images/s, memory, and the share of the rate that a large bf16 matrix
-product reaches on the same card. Results go to benchmarks/results/, dated; --json prints one JSON object and nothing
+product reaches on the same card. --loss-memory adds the peak memory of loss and gradient for 16 x 500 scored tokens and a
+vocabulary of 35,000, in pieces as trained and whole (5 GB). Results go to benchmarks/results/, dated; --json prints one JSON object and nothing
 else.
 """
 
@@ -47,9 +48,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pix2seq.cli import run_guarded
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.decoder import Decoder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.tasks.example import Batch, Example, Sample, collate
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, encode_objects, random_boxes
+from pix2seq.training import step as train
 from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, train_step
 from pix2seq.vocab import PAD, TASK_IDS, Vocab
@@ -271,6 +274,35 @@ def _ratio(turns: dict[str, list[dict[str, Any]]], who: str, unit: str) -> float
     return median(theirs[unit] / ours[unit] for theirs, ours in pairs)
 
 
+def loss_memory(num_threads: int) -> dict[str, int | None]:
+    """By how many bytes memory grows, at most, while the output layer's loss is taken in bf16, in pieces and whole."""
+    spawn = multiprocessing.get_context("spawn")
+    found = {}
+    for name in ("in pieces", "whole"):
+        pipe, theirs = spawn.Pipe()
+        process = spawn.Process(target=_take_loss, args=(theirs, name == "whole", num_threads), daemon=True)
+        process.start()
+        found[name] = pipe.recv()
+        process.join()
+    return found
+
+
+def _take_loss(pipe: Connection, whole: bool, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    num_scored, vocab_size, dim = 16 * 500, 35_000, 256
+    if whole:
+        train.LOGITS_AT_ONCE = num_scored * vocab_size
+    decoder = Decoder(vocab_size=vocab_size, dim=dim, num_layers=1, num_heads=8, mlp_dim=dim, max_seq_len=500)
+    hidden = torch.randn(num_scored, dim, requires_grad=True)
+    targets, weights = torch.randint(vocab_size, (num_scored,)), torch.ones(num_scored)
+    before = _peak_memory()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = train.output_loss(decoder, hidden, targets, weights, 0.1)
+    loss.backward()
+    after = _peak_memory()
+    pipe.send(None if before is None or after is None else after - before)
+
+
 def gpu_row(size: Size, *, num_steps: int, batch_size: int) -> dict[str, Any]:
     """Training on the GPU in bf16, on sequences filled up to 100 objects."""
     model, optimizer = build(size)
@@ -325,6 +357,9 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; else PyTorch's choice"
     )
+    parser.add_argument(
+        "--loss-memory", action="store_true", help="measure the memory of a loss over a large vocabulary"
+    )
     parser.add_argument("--gpu-batch", type=int, default=32, help="images a step on the GPU")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
     parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-train.json")
@@ -352,6 +387,9 @@ def _main(argv: Sequence[str]) -> None:
         print(f"{row['who']:26}" + "".join(f"{cell:>12}" for cell in cells), file=say)
     for row in result["rows"][1:]:
         print(f"{row['who']}: " + ", ".join(f"{name} {share:.0%}" for name, share in row["stages"].items()), file=say)
+    if args.loss_memory:
+        result["loss_memory"] = loss_memory(args.threads)
+        print(f"loss of 16 x 500 tokens, vocabulary 35,000, peak bytes: {result['loss_memory']}", file=say)
     if torch.cuda.is_available() and not args.quick:
         result["gpu"] = gpu_row(SIZES["vit-b-640"], num_steps=args.steps, batch_size=args.gpu_batch)
         print(result["gpu"], file=say)

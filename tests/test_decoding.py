@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
 import pix2seq.model.generate as generation
+import pix2seq.model.sampling as sampling_module
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.cpu_step import pack_linear
 from pix2seq.model.generate import generate
 from pix2seq.model.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
 from pix2seq.model.kv_cache import KVCache
 from pix2seq.model.pix2seq import build_model
-from pix2seq.model.sampling import sample
+from pix2seq.model.sampling import sample, truncate_logits
 from pix2seq.vocab import Vocab
 
 EOS, SEPARATOR, INVISIBLE, NOISE = 0, 5, 6, 4
@@ -389,3 +390,15 @@ def test_only_the_allowed_part_of_the_output_layer_gives_the_same_tokens(model, 
     torch.testing.assert_close(part.best_logprobs[:, 4::5], full.best_logprobs[:, 4::5], atol=1e-4, rtol=1e-4)
     assert (part.best_logprobs[:, :4] == -torch.inf).all()
     assert (part.logprobs == 0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.4, 0.8, 0.99])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 10.0])
+def test_a_nucleus_found_among_the_likeliest_is_that_of_all(monkeypatch, top_p, scale):
+    logits = torch.randn(60, 400, generator=torch.Generator().manual_seed(0)) * scale
+    logits[::3] = logits[::3].round()  # ties
+    few = truncate_logits(logits, top_p=top_p)
+    one_by_one = torch.cat([truncate_logits(row[None], top_p=top_p) for row in logits])
+    monkeypatch.setattr(sampling_module, "MAX_FEW", 400)
+    torch.testing.assert_close(few, truncate_logits(logits, top_p=top_p), rtol=0, atol=0)
+    torch.testing.assert_close(few, one_by_one, rtol=0, atol=0)

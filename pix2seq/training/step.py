@@ -47,10 +47,10 @@ def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0)
     weights = weights.flatten()
     scored = weights.nonzero()[:, 0]
     scored_hidden = hidden.flatten(0, 1)[scored]  # (S, D)
-    return _output_loss(model.decoder, scored_hidden, targets.flatten()[scored], weights[scored], label_smoothing)
+    return output_loss(model.decoder, scored_hidden, targets.flatten()[scored], weights[scored], label_smoothing)
 
 
-def _output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
+def output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
     """Sum of weight times cross entropy of hidden states (S, D) whose logits are never all there at once.
 
     Beyond `LOGITS_AT_ONCE`, logits are computed piece by piece, and again for the gradient.
