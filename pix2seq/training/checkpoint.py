@@ -31,6 +31,7 @@ from torch import Tensor
 from pix2seq.errors import InputError
 from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, write_checkpoint
 from pix2seq.output import free_bytes, fsync_file, fsync_folder, writing
+from pix2seq.training.distributed import sharded_like, whole
 from pix2seq.training.ema import Ema
 from pix2seq.training.manifest import find_damage, seal
 
@@ -59,33 +60,36 @@ class Snapshot:
     """What a checkpoint holds, whole: the tensors of one that is sharded over ranks are gathered first."""
 
     weights: Mapping[str, Tensor]  # of model.safetensors: averaged, if there is an average
-    tensors: Mapping[str, Tensor]  # of state.safetensors: weights/NAME, optimizer/INDEX/NAME, rng/DEVICE/RANK
+    tensors: Mapping[str, Tensor]  # of state.safetensors: weights/NAME, optimizer/INDEX/NAME
     position: Mapping[str, float]  # of state.json: the numbers of `RunState`
 
 
-def save_checkpoint(state: RunState, out: Path, *, keep: int, rng: Mapping[str, Tensor] | None = None) -> Path:
+def save_checkpoint(state: RunState, out: Path, *, keep: int) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`.
 
-    `rng` holds `random_state` of all ranks; none given, it is that of this process alone. Raises
-    `InputError` for weights or optimiser states that are not finite and for a disk that is full or
+    Raises `InputError` for weights or optimiser states that are not finite and for a disk that is full or
     read-only; then all checkpoints stay as they were.
     """
-    return write_snapshot(take_snapshot(state, rng), state.model, out, keep=keep)
+    return write_snapshot(take_snapshot(state), state.model, out, keep=keep)
 
 
-def take_snapshot(state: RunState, rng: Mapping[str, Tensor] | None = None) -> Snapshot:
-    """What a checkpoint of `state` holds; its tensors are the run's own, not copies."""
-    raw = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
+def take_snapshot(state: RunState) -> Snapshot:
+    """What a checkpoint of `state` holds.
+
+    Tensors are the run's own, not copies; those that are sharded over ranks are gathered, for which every rank must
+    call this.
+    """
+    raw = {name: whole(tensor.detach()) for name, tensor in state.model.state_dict().items()}
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
     for index, values in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
-    tensors |= random_state(state.model.device) if rng is None else rng
+        tensors |= {f"optimizer/{index}/{name}": whole(value) for name, value in values.items()}
     position = {
         "step": state.step,
         "seconds": state.seconds,
         "skipped": state.skipped,
     }
-    return Snapshot(raw if state.ema is None else state.ema.weights, tensors, position)
+    averages = raw if state.ema is None else {name: whole(tensor) for name, tensor in state.ema.weights.items()}
+    return Snapshot(averages, tensors, position)
 
 
 def write_snapshot(snapshot: Snapshot, model: Pix2Seq, out: Path, *, keep: int) -> Path:
@@ -125,14 +129,9 @@ def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, high
     The files are shared with `folder` where the disk can do that, and stay when it is rotated out. A
     value that is undefined never wins; one of another metric always loses. Returns whether it won.
     """
-    if value is None or not math.isfinite(value):
+    if not is_best(out, metric, value, higher_is_better=higher_is_better):
         return False
     place = out / "checkpoints" / BEST
-    best = read_best(out)
-    if best is not None and best["metric"] == metric and find_damage(_existing(place), quick=True) is None:
-        sign = 1 if higher_is_better else -1
-        if sign * value <= sign * best["value"]:
-            return False
     partial = place.with_name(f".partial-{BEST}")
     with writing(out, f"keeping {folder.name} as the best"):
         try:
@@ -153,6 +152,16 @@ def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, high
     return True
 
 
+def is_best(out: Path, metric: str, value: float | None, *, higher_is_better: bool = True) -> bool:
+    """Whether `value` of `metric` beats that of OUT/checkpoints/best; see `mark_best`."""
+    if value is None or not math.isfinite(value):
+        return False
+    best = read_best(out)
+    if best is None or best["metric"] != metric or find_damage(_existing(out / "checkpoints" / BEST), quick=True):
+        return True
+    return bool(value > best["value"] if higher_is_better else value < best["value"])
+
+
 def read_best(out: Path) -> dict[str, Any] | None:
     """`checkpoint`, `metric` and `value` of OUT/checkpoints/best, None where there is none."""
     try:
@@ -162,9 +171,9 @@ def read_best(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_checkpoint(state: RunState, folder: Path, *, rank: int = 0) -> None:
+def load_checkpoint(state: RunState, folder: Path) -> None:
     """Put a run back to where `save_checkpoint` left it. Raises `InputError` if the files are damaged or do not fit."""
-    restore(state, read_snapshot(folder), name=str(folder), rank=rank)
+    restore(state, read_snapshot(folder), name=str(folder))
 
 
 def read_snapshot(folder: Path) -> Snapshot:
@@ -179,37 +188,34 @@ def read_snapshot(folder: Path) -> Snapshot:
         raise _cannot_resume(str(folder), error) from error
 
 
-def restore(state: RunState, snapshot: Snapshot, *, name: str, rank: int = 0) -> None:
-    """Put a run back to a snapshot, which messages call `name`. Raises `InputError` if it is of another model.
+def restore(state: RunState, snapshot: Snapshot, *, name: str) -> None:
+    """Put a run back to a snapshot, which messages call `name`; each rank takes its part of what is sharded.
 
-    A `rank` that the saved run did not have keeps its own random state.
+    Raises `InputError` if it is of another model.
     """
     try:
         position = snapshot.position
         step, seconds = int(_number(position["step"])), _number(position["seconds"])
         skipped = int(_number(position.get("skipped", 0)))
-        state.model.load_state_dict(_under("weights/", snapshot.tensors))
+        weights = state.model.state_dict()
+        raw = _under("weights/", snapshot.tensors)
+        state.model.load_state_dict({name: sharded_like(weights.get(name), value) for name, value in raw.items()})
+        parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
         optimizer_state = state.optimizer.state_dict()
         optimizer_state["state"] = {}
         for key, value in _under("optimizer/", snapshot.tensors).items():
             index, entry = key.split("/")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                value = sharded_like(parameter, value)
             optimizer_state["state"].setdefault(int(index), {})[entry] = value
         state.optimizer.load_state_dict(optimizer_state)
         if state.ema is not None:
             for key, average in state.ema.weights.items():
-                average.copy_(snapshot.weights[key])
+                average.copy_(sharded_like(average, snapshot.weights[key]))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _cannot_resume(name, error) from error
-    _set_random_state(snapshot.tensors, state.model.device, rank)
     state.step, state.seconds, state.skipped = step, seconds, skipped
-
-
-def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
-    """The random state of this process, by the names that a checkpoint keeps it under."""
-    entries = {f"rng/cpu/{rank}": torch.get_rng_state()}
-    if device.type == "cuda":
-        entries[f"rng/cuda/{rank}"] = torch.cuda.get_rng_state(device)
-    return entries
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -313,17 +319,6 @@ def _not_finite(snapshot: Snapshot) -> str | None:
     device = next(iter(snapshot.weights.values())).device
     finite = torch.stack([tensor.isfinite().all().to(device) for tensor in floats.values()])
     return next((name for name, good in zip(floats, finite.tolist(), strict=True) if not good), None)
-
-
-def _set_random_state(tensors: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
-    for kind in ("cpu", "cuda"):
-        value = tensors.get(f"rng/{kind}/{rank}")
-        if value is None and rank == 0:
-            value = tensors.get(f"rng/{kind}")  # as it was named when a run had one process
-        if value is not None and kind == "cpu":
-            torch.set_rng_state(value)
-        elif value is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(value, device)
 
 
 def _number(value: float | None) -> float:

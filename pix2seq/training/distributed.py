@@ -123,7 +123,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str, *, units: Sequence[nn.Modu
     """`module` so that its gradients are averaged over all ranks. Build optimisers after this.
 
     `how` is `ddp`, where every rank holds all weights, or `fsdp`, where each holds a part of every
-    weight and its optimiser state, and gathers the weights of one of the `units` inside at a time. Batch normalisation takes its statistics from all ranks.
+    weight and its optimiser state, and gathers the weights of one of the `units` inside at a time. Batch
+    normalisation takes its statistics from all ranks.
     """
     if ranks.size == 1:
         return module
@@ -164,9 +165,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole `value` into a tensor, or this rank's part of it into its shard."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)
+def sharded_like(tensor: Tensor | None, value: Tensor) -> Tensor:
+    """A whole `value`, or this rank's shard of it where `tensor` is sharded."""
+    if not isinstance(tensor, DTensor):
+        return value
+    return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)

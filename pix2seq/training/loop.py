@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,13 @@ from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.checkpoint import (
     RunState,
     find_checkpoint,
+    is_best,
     list_checkpoints,
     load_checkpoint,
+    mark_best,
     newest_checkpoint,
-    save_checkpoint,
+    take_snapshot,
+    write_snapshot,
 )
 from pix2seq.training.compilation import compile_model
 from pix2seq.training.config import TrainConfig, save_config
@@ -38,6 +42,13 @@ from pix2seq.training.schedule import learning_rate
 from pix2seq.training.start import start_from, with_model_of_start
 from pix2seq.training.step import Learner, StepResult, TaskBatches, build_optimizer, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
+
+BEST_METRICS = {
+    "detection": "AP",
+    "segmentation": "segmentation/true_boxes/AP",
+    "keypoint": "keypoint/true_boxes/AP",
+    "captioning": "captioning/BLEU-4",
+}  # what the best checkpoint is chosen by, by first task
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
@@ -95,6 +106,7 @@ class _Trainer:
         optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
+        self._saved: Path | None = None  # the checkpoint written last
         self._saved_step = -1
 
     def train(self, report: Report, stop: StopRequest) -> None:
@@ -178,10 +190,24 @@ class _Trainer:
 
         self.ranks.on_first(record)
 
-    def _save(self) -> None:
-        if self._saved_step != self.state.step:
-            self.ranks.on_first(lambda: save_checkpoint(self.state, self.out, keep=self.config.keep_checkpoints))
-            self._saved_step = self.state.step
+    def _save(self) -> Path:
+        """The checkpoint of this step, written if it is not there yet."""
+        if self._saved is None or self._saved_step != self.state.step:
+            snapshot = take_snapshot(self.state)
+            write = partial(write_snapshot, snapshot, self.state.model, self.out, keep=self.config.keep_checkpoints)
+            self._saved, self._saved_step = self.ranks.on_first(write), self.state.step
+        return self._saved
+
+    def _keep_if_best(self, metrics: Mapping[str, float | None]) -> None:
+        """Keep this step's checkpoint as OUT/checkpoints/best where its metric beats all before."""
+        name = self.config.best_metric or BEST_METRICS[self.config.tasks[0]]
+        if name not in metrics:
+            self._save()
+            raise InputError(f"best_metric={name} is none of this run's metrics; it has {', '.join(metrics)}")
+        value = metrics[name]
+        if self.ranks.on_first(lambda: is_best(self.out, name, value)):
+            folder = self._save()
+            self.ranks.on_first(lambda: mark_best(self.out, folder, name, value))
 
     def _evaluation_is_due(self, report: Report) -> bool:
         step, every = self.state.step, self.config.eval_every
@@ -216,8 +242,9 @@ class _Trainer:
             report.evaluation(self.state, result)
             return result.metrics
 
-        ranks.on_first(score_all)
+        metrics = ranks.on_first(score_all)
         report.evaluated = self.state.step
+        self._keep_if_best(metrics)
 
     def _averaged_model(self) -> Predictor:
         """A copy with the averaged weights, so that training goes on undisturbed."""
