@@ -20,7 +20,7 @@ from pix2seq.cli import main
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
 from pix2seq.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
-from pix2seq.training.manifest import MANIFEST_FILE, find_damage
+from pix2seq.training.manifest import MANIFEST_FILE, find_damage, seal
 from pix2seq.training.run_lock import run_lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +118,9 @@ def test_a_pickle_in_place_of_the_state_is_not_opened(evil, poisoned):
     folder = list_checkpoints(poisoned)[-1]
     (folder / "state.safetensors").write_bytes(evil)
     with pytest.raises(InputError, match=r"state\.safetensors cannot be read"):
+        load_checkpoint(tiny_state(), folder)
+    seal(folder)  # its author writes a manifest that fits, too
+    with pytest.raises(InputError, match="cannot resume from"):
         load_checkpoint(tiny_state(), folder)
 
 
@@ -344,6 +347,9 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
         from pix2seq.training.run_lock import run_lock
 
         Path("disk/old.json").write_text("")
+        Path("fixed.json").write_text("")
+        subprocess.run(["mount", "--bind", "disk/old.json", "fixed.json"], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", "fixed.json"], check=True)
         subprocess.run(["mount", "-o", "remount,ro", "disk"], check=True)
         for place in (output_folder, lambda path: run_lock(path).__enter__()):
             for path in ("disk", "disk/new"):
@@ -351,7 +357,7 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
                     place(Path(path))
                 except InputError as error:
                     print(error)
-        for path in ("disk/new.json", "disk/old.json"):
+        for path in ("disk/new.json", "disk/old.json", "fixed.json"):
             try:
                 output_file(Path(path))
             except InputError as error:
@@ -359,8 +365,8 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
         """,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
-    assert all("disk" in line and "give another" in line for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == 7
+    assert all("give another" in line for line in done.stdout.splitlines())
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_passed_over_by_resume(run, data, tmp_path, capsys):
