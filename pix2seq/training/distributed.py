@@ -134,7 +134,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str, *, units: Sequence[nn.Modu
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
 
 
 def accumulating(module: nn.Module) -> AbstractContextManager[None]:

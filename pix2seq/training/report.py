@@ -57,7 +57,7 @@ class Report:
             return
         seconds = state.seconds - self._logged_seconds
         steps = state.step - self._logged_step
-        values = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
+        values: dict[str, float | None] = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
         if len(result.task_losses) > 1:
             values |= {f"loss/{name}": loss.item() for name, loss in result.task_losses.items()}
         values |= {
