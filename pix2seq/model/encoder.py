@@ -193,8 +193,8 @@ class TimmEncoder(Encoder):
             self.channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
         for module in self.net.modules():
             if getattr(module, "fused_attn", False):
-                plain: type[nn.Module] = type(module)
-                module.__class__ = _with_attend(plain)
+                # Classes are hashable; mypy looks at the hash of their instances.
+                module.__class__ = _with_attend(type(module))  # type: ignore[arg-type]
         config = timm.get_pretrained_cfg(name)
         assert config is not None  # every registered model has one
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
