@@ -19,7 +19,7 @@ Peak memory is that of the whole process. Stages are shares of a step that is ti
 
 With a GPU, a ViT-B at 640 pixels is trained too: images/s, memory, and the share of the rate that a large bf16 matrix
 product reaches on the same card. --loss-memory adds the peak memory of loss and gradient for 16 x 500 scored tokens
-and a vocabulary of 35,000, in pieces as trained and whole (5 GB). Results go to benchmarks/results/, dated; --json
+and a vocabulary of 35,000, in pieces as trained and whole (4 GB). Results go to benchmarks/results/, dated; --json
 prints one JSON object and nothing else.
 """
 
