@@ -10,7 +10,7 @@ import torch
 
 import pix2seq.model.generate as generation
 from pix2seq import Pix2Seq, Predictor, convert_checkpoint
-from pix2seq.data.target import Caption, Category
+from pix2seq.data.target import Category
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.generate import GenerationConfig, generate_mixed
 from pix2seq.model.grammar import TextGrammar
@@ -238,8 +238,7 @@ def test_a_predictor_says_what_was_cut(model):
     with pytest.warns(UserWarning, match=r"captioning: .* cut; .* captioning.max_tokens ends answers after 2 tokens"):
         (caption,) = predictor.caption_batch([image])
     assert caption.truncated
-    assert caption.to_json()["truncated"]
-    assert Caption("a", -1.0).to_json() == {"text": "a", "score": -1.0}
+    assert set(caption.to_json()) == {"text", "score"}  # the file's format is fixed
 
     endless = copy.deepcopy(model)
     with torch.no_grad():

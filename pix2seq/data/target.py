@@ -123,9 +123,8 @@ class Caption:
     truncated: bool = False  # whether it was cut at the longest length
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of NAME.json, with `truncated` where it was."""
-        entry: dict[str, Any] = {"text": self.text, "score": round(self.score, 6)}
-        return entry | {"truncated": True} if self.truncated else entry
+        """The entry of NAME.json."""
+        return {"text": self.text, "score": round(self.score, 6)}
 
 
 @dataclass(frozen=True)
