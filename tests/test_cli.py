@@ -53,7 +53,7 @@ def one_line(capsys):
 
 def test_a_run_leaves_checkpoints_logs_and_its_settings(run, data):
     names = [path.name for path in sorted((run / "checkpoints").iterdir())]
-    assert names == ["step-00000002", "step-00000004", "step-00000006"]
+    assert names == ["best", "step-00000002", "step-00000004", "step-00000006"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
