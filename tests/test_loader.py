@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import islice
 
+import cv2
 import numpy as np
 import pytest
 
@@ -68,6 +69,14 @@ def test_all_ranks_together_see_what_one_process_sees(world_size):
             assert all(len(piece.image_ids) in (4 // world_size, -(-4 // world_size)) for piece in pieces)
     with pytest.raises(ValueError, match="no part of a batch of 4"):
         take(1, batch_size=4, rank=0, world_size=5)
+
+
+def test_workers_start_although_opencv_has_threads_in_their_parent():
+    cv2.setNumThreads(4)
+    picture = np.zeros((1000, 1000, 3), np.uint8)
+    cv2.GaussianBlur(picture, (31, 31), 5)
+    assert len(take(2, batch_size=4, num_workers=2, timeout=30)) == 2
+    assert cv2.getNumThreads() == 4
 
 
 def end_yourself(epoch, index):

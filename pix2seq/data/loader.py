@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -140,7 +141,7 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
     before = set(multiprocessing.active_children())
     # PyTorch's handler raises wherever the main thread is when a worker dies, be it amid a checkpoint.
     child_handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    with _signals_held_back():
+    with _signals_held_back(), _without_opencv_threads():
         iterator = iter(loader)
     if child_handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, child_handler)
@@ -210,9 +211,18 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(worker: int) -> None:
-    import cv2
+@contextmanager
+def _without_opencv_threads() -> Iterator[None]:
+    """A fork copies OpenCV's pool without its threads, and a child that then touches the pool waits for them forever."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
+
+def _start_worker(worker: int) -> None:
     # Workers share the cores with the training process; OpenCV's own threads would fight for them.
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
