@@ -213,7 +213,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextmanager
 def _without_opencv_threads() -> Iterator[None]:
-    """A fork copies OpenCV's pool without its threads, and a child that then touches the pool waits for them forever."""
+    """A fork copies OpenCV's pool without its threads, and a child that touches it waits for them forever."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -115,6 +115,9 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         ) from error
     try:
         yield Ranks(picked, rank, size)
+        # gloo's threads drop the tensors of an exchange a moment after it; one that meets the interpreter
+        # at its end aborts the process. An exchange without tensors lets them finish.
+        dist.barrier(device_ids=[local_rank] if picked.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
 
