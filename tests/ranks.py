@@ -5,6 +5,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
+from pix2seq.data.sampler import rank_part
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.example import Batch
@@ -37,17 +38,18 @@ def random_batch(seed, part, *, sequences):
     return Batch(images[part], tokens[part], targets[part], weights[part], tuple(range(BATCH_SIZE))[part])
 
 
-def train(ranks, parallel, stem, fault):
+def train(ranks, parallel, stem, trait=None):
     """Three steps of two tasks in two micro-batches each; plain SGD, which does not magnify rounding as Adam does."""
     model = tiny_model(stem)
     learner = Learner(model, ranks=ranks, parallel=parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ema = Ema(model, 0.9)
-    share = BATCH_SIZE // ranks.size
-    part = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    part = rank_part(BATCH_SIZE, ranks.rank, ranks.size)
+    if trait == "uneven" and ranks.size == 2:
+        part = [slice(3), slice(3, BATCH_SIZE)][ranks.rank]
     steps = []
     for step in range(3):
-        faulty = fault and step == FAULTY_STEP and ranks.rank == ranks.size - 1
+        faulty = trait == "nan" and step == FAULTY_STEP and ranks.rank == ranks.size - 1
         hook = model.encoder.stem.register_forward_hook(lambda module, args, x: x * torch.nan) if faulty else None
         before = {name: local(tensor).clone() for name, tensor in model.state_dict().items()}
         tasks = [
@@ -71,9 +73,9 @@ def train(ranks, parallel, stem, fault):
 
 
 def main(out, *runs):
-    """Each run is `PARALLEL-STEM` or `PARALLEL-STEM-nan`, for a NaN on the last rank."""
+    """Each run is PARALLEL-STEM, then -nan for one on the last rank, or -uneven for parts of 3 and 5 images."""
     with join_ranks("cpu") as ranks:
-        results = {run: train(ranks, *run.split("-")[:2], fault=run.endswith("-nan")) for run in runs}
+        results = {run: train(ranks, *run.split("-")) for run in runs}
         if ranks.first:
             torch.save(results, out)
 

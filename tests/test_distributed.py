@@ -13,7 +13,7 @@ from pix2seq.cli import main
 from pix2seq.training.distributed import Ranks
 
 SCRIPT = Path(__file__).with_name("ranks.py")
-RUNS = ["ddp-patch", "ddp-conv", "fsdp-patch", "fsdp-conv", "ddp-conv-nan", "fsdp-patch-nan"]
+RUNS = ["ddp-patch", "ddp-conv", "fsdp-patch", "fsdp-conv", "ddp-conv-uneven", "ddp-conv-nan", "fsdp-patch-nan"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -40,9 +40,9 @@ def one_rank(tmp_path_factory):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("run", RUNS[:4])
+@pytest.mark.parametrize("run", RUNS[:5])
 def test_two_processes_train_what_one_does(two_ranks, one_rank, run):
-    two, one = two_ranks[run], one_rank[run.replace("fsdp", "ddp")]
+    two, one = two_ranks[run], one_rank[run.replace("fsdp", "ddp").removesuffix("-uneven")]
     for step_of_one, *steps_of_two in zip(*one["steps"], *two["steps"], strict=True):
         for step in steps_of_two:
             assert step["loss"] == pytest.approx(step_of_one["loss"], rel=1e-6)
@@ -57,7 +57,7 @@ def test_fsdp_shards_every_weight_and_ddp_none(two_ranks):
     assert two_ranks["ddp-conv"]["num_sharded"] == 0
 
 
-@pytest.mark.parametrize("run", RUNS[4:])
+@pytest.mark.parametrize("run", RUNS[5:])
 def test_a_nan_on_one_rank_leaves_all_ranks_as_they_were(two_ranks, run):
     first, second = two_ranks[run]["steps"]
     assert [step["changed"] for step in first] == [step["changed"] for step in second] == [True, False, True]

@@ -67,7 +67,7 @@ def test_all_ranks_together_see_what_one_process_sees(world_size):
         for batch, *pieces in zip(whole, *parts, strict=True):
             assert [i for piece in pieces for i in piece.image_ids] == list(batch.image_ids)
             assert all(len(piece.image_ids) in (4 // world_size, -(-4 // world_size)) for piece in pieces)
-    with pytest.raises(ValueError, match="no part of a batch of 4"):
+    with pytest.raises(InputError, match="5 processes are too many for 4 images"):
         take(1, batch_size=4, rank=0, world_size=5)
 
 

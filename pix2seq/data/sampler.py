@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from pix2seq.errors import InputError
+
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), each epoch a new permutation that depends on (seed, epoch) alone.
@@ -46,7 +48,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 def rank_part(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of every batch that one of `world_size` processes takes: contiguous, and as even as can be."""
-    if not 0 <= rank < world_size <= batch_size:
-        raise ValueError(f"rank {rank} of {world_size} gets no part of a batch of {batch_size}")
+    """The part of every batch that one of `world_size` processes takes: contiguous, and as even as can be.
+
+    Raises `InputError` where there are more processes than images in a batch.
+    """
+    if world_size > batch_size:
+        raise InputError(
+            f"{world_size} processes are too many for {batch_size} images at a time (batch_size / accumulate); "
+            "start fewer, raise batch_size, or lower accumulate"
+        )
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)

@@ -30,26 +30,21 @@ def _summed(x: Tensor) -> Tensor:
     return x
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Over images, rows and columns (B, C, H, W) of all ranks to (C,)."""
-    return _Sum.apply(x.mean(dim=(0, 2, 3))) / dist.get_world_size()
-
-
 class HostSyncBatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with the statistics of every rank's images (B, C, H, W), which must be as many on each."""
+    """`nn.BatchNorm2d` with the statistics of every rank's images (B, C, H, W), however many each has."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         x32 = x.float()
-        mean = _mean(x32)
+        count = _summed(torch.tensor(x.numel() / x.shape[1]))
+        mean = _Sum.apply(x32.sum(dim=(0, 2, 3))) / count
         centred = x32 - mean[:, None, None]
-        variance = _mean(centred.square())
+        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
         if self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
             assert self.num_batches_tracked is not None
             with torch.no_grad():
-                count = x.numel() / x.shape[1] * dist.get_world_size()
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1), self.momentum)
                 self.num_batches_tracked += 1

@@ -2,7 +2,9 @@
 
 OUT/checkpoints/step-00001000/
     config.json, model.safetensors     what `from_pretrained` opens (averaged weights, if there is an average)
-    state.safetensors, state.json      raw weights, optimiser, random state, position
+    state.safetensors, state.json      raw weights and optimiser, and the position; there is no random state,
+                                       because every draw is a function of seed, step and sample
+    state/                             in place of state.safetensors where weights are sharded: a file a rank
     manifest.json                      sizes and sha256 of all of them
 OUT/checkpoints/best/                  the one with the best metric, and best.json, which says what that is
 
@@ -18,7 +20,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +30,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pix2seq.errors import InputError
 from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, write_checkpoint
-from pix2seq.output import free_bytes, fsync_file, fsync_folder, writing
-from pix2seq.training.distributed import sharded_like, whole
+from pix2seq.output import free_bytes, fsync_folder, writing
+from pix2seq.training.distributed import Ranks, local, sharded_like, whole
 from pix2seq.training.ema import Ema
-from pix2seq.training.manifest import find_damage, seal
+from pix2seq.training.manifest import files_in, find_damage, seal, sync_files
+from pix2seq.training.sharded_state import load_shards, save_shards, stored_shapes
 
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "state.json"
-STATE_FILES = (STATE_FILE, POSITION_FILE)
+SHARDS_FOLDER = "state"
+STATE_FILES = (STATE_FILE, SHARDS_FOLDER, POSITION_FILE)
 BEST = "best"
 BEST_FILE = "best.json"
 SPARE_BYTES = 1 << 20  # room for the JSON files and words beside the tensors
@@ -57,70 +63,97 @@ class RunState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, whole: the tensors of one that is sharded over ranks are gathered first."""
+    """What a checkpoint holds."""
 
-    weights: Mapping[str, Tensor]  # of model.safetensors: averaged, if there is an average
-    tensors: Mapping[str, Tensor]  # of state.safetensors: weights/NAME, optimizer/INDEX/NAME
+    weights: Mapping[str, Tensor]  # of model.safetensors, whole: averaged, if there is an average
+    tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME
     position: Mapping[str, float]  # of state.json: the numbers of `RunState`
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the `tensors`."""
+        return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
-def save_checkpoint(state: RunState, out: Path, *, keep: int) -> Path:
-    """Write the checkpoint of this step, then remove all but the newest `keep`.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, those of other ranks too."""
+        return sum(t.numel() * t.element_size() for group in (self.weights, self.tensors) for t in group.values())
+
+
+def save_checkpoint(state: RunState, out: Path, *, keep: int, ranks: Ranks | None = None) -> Path:
+    """Write the checkpoint of this step, then remove all but the newest `keep`; every rank must call this.
 
     Raises `InputError` for weights or optimiser states that are not finite and for a disk that is full or
     read-only; then all checkpoints stay as they were.
     """
-    return write_snapshot(take_snapshot(state), state.model, out, keep=keep)
-
-
-def take_snapshot(state: RunState) -> Snapshot:
-    """What a checkpoint of `state` holds.
-
-    Tensors are the run's own, not copies; those that are sharded over ranks are gathered, for which every rank must
-    call this.
-    """
-    raw = {name: whole(tensor.detach()) for name, tensor in state.model.state_dict().items()}
-    tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
-    for index, values in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": whole(value) for name, value in values.items()}
-    position = {
-        "step": state.step,
-        "seconds": state.seconds,
-        "skipped": state.skipped,
-    }
-    averages = raw if state.ema is None else {name: whole(tensor) for name, tensor in state.ema.weights.items()}
-    return Snapshot(averages, tensors, position)
-
-
-def write_snapshot(snapshot: Snapshot, model: Pix2Seq, out: Path, *, keep: int) -> Path:
-    """Write a checkpoint as `save_checkpoint` does; `model` gives its settings and words, not its weights."""
-    step = int(snapshot.position["step"])
-    folder = out / "checkpoints" / f"step-{step:08d}"
-    if (name := _not_finite(snapshot)) is not None:
-        raise InputError(
-            f"{name} is not finite at step {step}, so it was not saved; go on from the checkpoint before it "
-            "with --resume auto and a lower lr"
-        )
-    num_bytes = sum(t.nbytes for group in (snapshot.weights, snapshot.tensors) for t in group.values()) + SPARE_BYTES
+    ranks = ranks or Ranks(state.model.device)
+    snapshot = take_snapshot(state, ranks)
+    folder = out / "checkpoints" / f"step-{state.step:08d}"
     partial = folder.with_name(f".partial-{folder.name}")
-    with writing(out, f"saving step {step}", num_bytes=num_bytes):
-        _sweep(folder.parent)
-        if free_bytes(folder) < num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, not after minutes of writing
-        try:
+    num_bytes = snapshot.num_bytes + SPARE_BYTES
+    not_finite = ranks.gather(_not_finite(snapshot))
+
+    def begin() -> None:
+        name = next(filter(None, not_finite), None)
+        if name is not None:
+            raise InputError(
+                f"{name} is not finite at step {state.step}, so it was not saved; go on from the checkpoint before it "
+                "with --resume auto and a lower lr"
+            )
+        with _writing(state, out, num_bytes):
+            _sweep(folder.parent)
+            if free_bytes(folder) < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, not after minutes of writing
             partial.mkdir(parents=True)
-            write_checkpoint(partial, model.config_json(), snapshot.weights)
-            if model.text is not None:
-                model.text.save(partial)
-            save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / STATE_FILE)
+
+    def finish() -> None:
+        with _writing(state, out, num_bytes, removing=partial):
+            write_checkpoint(partial, state.model.config_json(), snapshot.weights)
+            if state.model.text is not None:
+                state.model.text.save(partial)
+            if not snapshot.sharded:
+                save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / STATE_FILE)
             (partial / POSITION_FILE).write_text(json.dumps(snapshot.position) + "\n", encoding="utf-8")
             seal(partial)
             _put_in_place(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _rotate(out, folder, keep)
+            _rotate(out, folder, keep)
+
+    ranks.on_first(begin)
+    if snapshot.sharded:
+        with _writing(state, out, num_bytes, removing=partial):
+            save_shards(snapshot.tensors, partial / SHARDS_FOLDER)
+    ranks.on_first(finish)
     return folder
+
+
+@contextmanager
+def _writing(state: RunState, out: Path, num_bytes: int, *, removing: Path | None = None) -> Iterator[None]:
+    with writing(out, f"saving step {state.step}", num_bytes=num_bytes):
+        try:
+            yield
+        except BaseException:
+            if removing is not None:
+                shutil.rmtree(removing, ignore_errors=True)
+            raise
+
+
+def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
+    """What a checkpoint of `state` holds; every rank must call this.
+
+    Tensors are the run's own, not copies. Of averages that are sharded over ranks, the first rank gathers whole ones
+    in host memory, and others keep none.
+    """
+    raw = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
+    tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+    position = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
+    averages = {}
+    for name, tensor in (raw if state.ema is None else state.ema.weights).items():
+        gathered = whole(tensor)
+        if ranks is None or ranks.first:
+            averages[name] = gathered.cpu() if gathered is not tensor else tensor
+    return Snapshot(averages, tensors, position)
 
 
 def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, higher_is_better: bool = True) -> bool:
@@ -137,14 +170,12 @@ def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, high
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for path in folder.iterdir():
+            for path in files_in(folder):
                 if path.name != BEST_FILE:
-                    _link(path, partial / path.name)
+                    _link(path, partial / path.relative_to(folder))
             content = {"checkpoint": folder.name, "metric": metric, "value": value}
             (partial / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
-            for path in partial.iterdir():
-                fsync_file(path)
-            fsync_folder(partial)
+            sync_files(partial)
             _put_in_place(partial, place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -172,50 +203,67 @@ def read_best(out: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(state: RunState, folder: Path) -> None:
-    """Put a run back to where `save_checkpoint` left it. Raises `InputError` if the files are damaged or do not fit."""
-    restore(state, read_snapshot(folder), name=str(folder))
+    """Put a run back to where `save_checkpoint` left it; every rank must call this.
 
-
-def read_snapshot(folder: Path) -> Snapshot:
-    """What `write_snapshot` wrote, on the CPU. Raises `InputError` where a bit of it differs."""
+    Raises `InputError` if the files are damaged or do not fit.
+    """
     damage = find_damage(folder)
     if damage is not None:
         raise InputError(f"checkpoint {folder} is damaged: {damage}; give another one, or --resume auto")
     try:
         position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
-        return Snapshot(load_file(folder / WEIGHTS_FILE), load_file(folder / STATE_FILE), dict(position))
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise _cannot_resume(str(folder), error) from error
+        if (folder / SHARDS_FOLDER).is_dir():
+            tensors = _empty_tensors(state, stored_shapes(folder / SHARDS_FOLDER))
+            load_shards(tensors, folder / SHARDS_FOLDER)
+        else:
+            tensors = load_file(folder / STATE_FILE)
+        snapshot = Snapshot(load_file(folder / WEIGHTS_FILE), tensors, dict(position))
+        _restore(state, snapshot)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run was "
+            "started with, or start afresh with --resume never and another out="
+        ) from error
 
 
-def restore(state: RunState, snapshot: Snapshot, *, name: str) -> None:
-    """Put a run back to a snapshot, which messages call `name`; each rank takes its part of what is sharded.
+def _empty_tensors(state: RunState, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Room for all that was stored under these names, sharded as the run's own tensors are."""
+    weights = state.model.state_dict()
+    parameters = _parameters(state.optimizer)
+    tensors = {}
+    for name, shape in shapes.items():
+        kind, _, rest = name.partition("/")
+        like = weights[rest] if kind == "weights" else parameters[int(rest.split("/")[0])]
+        tensors[name] = torch.empty_like(like) if like.shape == shape else torch.empty(shape)
+    return tensors
 
-    Raises `InputError` if it is of another model.
-    """
-    try:
-        position = snapshot.position
-        step, seconds = int(_number(position["step"])), _number(position["seconds"])
-        skipped = int(_number(position.get("skipped", 0)))
-        weights = state.model.state_dict()
-        raw = _under("weights/", snapshot.tensors)
-        state.model.load_state_dict({name: sharded_like(weights.get(name), value) for name, value in raw.items()})
-        parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-        optimizer_state = state.optimizer.state_dict()
-        optimizer_state["state"] = {}
-        for key, value in _under("optimizer/", snapshot.tensors).items():
-            index, entry = key.split("/")
-            parameter = parameters[int(index)]
-            if value.shape == parameter.shape:
-                value = sharded_like(parameter, value)
-            optimizer_state["state"].setdefault(int(index), {})[entry] = value
-        state.optimizer.load_state_dict(optimizer_state)
-        if state.ema is not None:
-            for key, average in state.ema.weights.items():
-                average.copy_(sharded_like(average, snapshot.weights[key]))
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _cannot_resume(name, error) from error
+
+def _restore(state: RunState, snapshot: Snapshot) -> None:
+    """Put a run back to a snapshot; each rank takes its part of what is sharded."""
+    position = snapshot.position
+    step, seconds = int(_number(position["step"])), _number(position["seconds"])
+    skipped = int(_number(position.get("skipped", 0)))
+    weights = state.model.state_dict()
+    raw = _under("weights/", snapshot.tensors)
+    state.model.load_state_dict({name: sharded_like(weights.get(name), value) for name, value in raw.items()})
+    parameters = _parameters(state.optimizer)
+    optimizer_state = state.optimizer.state_dict()
+    optimizer_state["state"] = {}
+    for key, value in _under("optimizer/", snapshot.tensors).items():
+        index, entry = key.split("/")
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:
+            value = sharded_like(parameter, value)
+        optimizer_state["state"].setdefault(int(index), {})[entry] = value
+    state.optimizer.load_state_dict(optimizer_state)
+    if state.ema is not None:
+        for key, average in state.ema.weights.items():
+            average.copy_(sharded_like(average, snapshot.weights[key]))
     state.step, state.seconds, state.skipped = step, seconds, skipped
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -301,6 +349,7 @@ def _rotate(out: Path, newest: Path, keep: int) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     try:
         target.hardlink_to(source)
     except OSError:  # a file system without hard links
@@ -308,7 +357,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _not_finite(snapshot: Snapshot) -> str | None:
-    """Name of the first tensor with a value that is not finite; one wait for the device, not one a tensor."""
+    """Name of this rank's first tensor with a value that is not finite; one wait for the device, not one a tensor."""
     floats = {
         name: tensor
         for name, tensor in {**snapshot.tensors, **snapshot.weights}.items()
@@ -316,8 +365,8 @@ def _not_finite(snapshot: Snapshot) -> str | None:
     }
     if not floats:
         return None
-    device = next(iter(snapshot.weights.values())).device
-    finite = torch.stack([tensor.isfinite().all().to(device) for tensor in floats.values()])
+    device = next(iter(floats.values())).device
+    finite = torch.stack([local(tensor).isfinite().all().to(device) for tensor in floats.values()])
     return next((name for name, good in zip(floats, finite.tolist(), strict=True) if not good), None)
 
 
@@ -325,13 +374,6 @@ def _number(value: float | None) -> float:
     if not isinstance(value, int | float):
         raise ValueError(f"{POSITION_FILE} holds {value!r} in place of a number")
     return value
-
-
-def _cannot_resume(name: str, error: Exception) -> InputError:
-    return InputError(
-        f"cannot resume from {name}: {str(error).splitlines()[0]}; use the settings the run was "
-        "started with, or start afresh with --resume never and another out="
-    )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor | None, value: Tensor) -> Tensor:
-    """A whole `value`, or this rank's shard of it where `tensor` is sharded."""
-    if not isinstance(tensor, DTensor):
+    """A whole `value`, or this rank's shard of it where `tensor` is sharded; one that is sharded already as it is."""
+    if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ from pix2seq.training.checkpoint import (
     load_checkpoint,
     mark_best,
     newest_checkpoint,
-    take_snapshot,
-    write_snapshot,
+    save_checkpoint,
 )
 from pix2seq.training.compilation import compile_model
 from pix2seq.training.config import TrainConfig, save_config
@@ -193,9 +191,8 @@ class _Trainer:
     def _save(self) -> Path:
         """The checkpoint of this step, written if it is not there yet."""
         if self._saved is None or self._saved_step != self.state.step:
-            snapshot = take_snapshot(self.state)
-            write = partial(write_snapshot, snapshot, self.state.model, self.out, keep=self.config.keep_checkpoints)
-            self._saved, self._saved_step = self.ranks.on_first(write), self.state.step
+            self._saved = save_checkpoint(self.state, self.out, keep=self.config.keep_checkpoints, ranks=self.ranks)
+            self._saved_step = self.state.step
         return self._saved
 
     def _keep_if_best(self, metrics: Mapping[str, float | None]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pix2seq.output import fsync_file, write_durably
+from pix2seq.output import fsync_file, fsync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -20,16 +20,33 @@ FORMAT = 1
 
 def seal(folder: Path) -> None:
     """Bring the files of a folder to the disk and write their manifest."""
+    sync_files(folder)
     files = {}
-    for path in sorted(folder.iterdir()):
-        fsync_file(path)
+    for path in files_in(folder):
         status = path.stat()
-        files[path.name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
     write_durably(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder and in those inside it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sync_files(folder: Path) -> None:
+    """Bring the files of a folder, and the names of all of them, to the disk."""
+    files = files_in(folder)
+    for path in files:
+        fsync_file(path)
+    for inside in {folder, *(path.parent for path in files)}:
+        fsync_folder(inside)
 
 
 def find_damage(folder: Path, *, leaving_out: tuple[str, ...] = (), quick: bool = False) -> str | None:
     """What is wrong with the files of a folder in a few words, None where nothing is.
+
+    Files and folders in it named in `leaving_out` are not looked at.
 
     `quick` reads a file only if its size or time of change is not the manifest's. Folders without a
     manifest, of older runs and other tools, are held to what the headers of their safetensors promise.
@@ -40,7 +57,7 @@ def find_damage(folder: Path, *, leaving_out: tuple[str, ...] = (), quick: bool 
     try:
         files = json.loads(path.read_bytes())["files"]
         for name, expected in files.items():
-            if name not in leaving_out and (problem := _difference(folder / name, expected, quick=quick)):
+            if name.split("/")[0] not in leaving_out and (problem := _difference(folder / name, expected, quick=quick)):
                 return f"{name} {problem}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"

@@ -1,0 +1,48 @@
+"""The tensors of a run that is sharded over ranks: every rank writes and reads its own part of them.
+
+A folder of safetensors files, one a rank, by torch.distributed.checkpoint. Any number of ranks can read
+them, sharded otherwise or whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write this rank's part of `tensors` into the folder; all ranks call this together.
+
+    Raises what failed on any rank, such as an `OSError`, on every rank.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _attempt(lambda: dcp.save(dict(tensors), storage_writer=writer))
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Names and whole shapes of the tensors in a folder."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: stored.size for name, stored in found.items() if isinstance(stored, TensorStorageMetadata)}
+
+
+def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill `tensors`, this rank's parts where they are sharded, in place; all ranks call this together."""
+    reader = HuggingFaceStorageReader(str(folder))
+    _attempt(lambda: dcp.load(dict(tensors), storage_reader=reader))
+
+
+def _attempt(action: Any) -> None:
+    try:
+        action()
+    except CheckpointException as error:
+        # It is no `Exception`, and holds what was raised rank by rank.
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error

@@ -1,0 +1,102 @@
+"""What a run does when its loss goes bad or its metrics say which step was best."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import TINY, one_line
+
+import pix2seq.training.loop
+import pix2seq.training.step
+from pix2seq.cli import main
+from pix2seq.data.folder import open_dataset
+from pix2seq.data.shapes import write_shapes
+from pix2seq.evaluation import EvalResult
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop") / "shapes"
+    write_shapes(folder, num_train=12, num_val=2, size=48, seed=1, workers=1)
+    return folder
+
+
+def train(data, out, *more):
+    return main(["train", "--resume", "auto", f"data={data}", f"out={out}", *TINY, *more])
+
+
+def checkpoints(out):
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def test_a_loss_that_stays_sick_ends_the_run_and_it_goes_on_from_its_last_good_weights(
+    data, tmp_path, monkeypatch, capsys
+):
+    healthy = pix2seq.training.step.output_loss
+    calls = 0
+
+    def sick_from_the_fourth_on(*args):
+        nonlocal calls
+        calls += 1
+        return healthy(*args) * (torch.nan if calls >= 4 else 1)
+
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", sick_from_the_fourth_on)
+    options = ["steps=9", "max_skipped=3", "checkpoint_every=2"]
+    assert train(data, tmp_path, *options) == 2
+    assert "no finite loss and gradient in 3 steps in a row, at last in step 6 (loss nan" in one_line(capsys)
+    assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert [line["step"] for line in skipped] == [4, 5, 6]
+    dataset = open_dataset(data, "train")
+    ids = {image.id for image in dataset.images}
+    for line in skipped:
+        (by_task,) = line["image_ids_by_rank"]
+        (batch,) = by_task["detection"]
+        assert len(batch) == 4
+        assert set(batch) <= ids
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", healthy)
+    assert train(data, tmp_path, *options) == 0
+    weights = load_file(tmp_path / "checkpoints/step-00000009/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_single_sick_steps_are_left_out_and_do_not_add_up(data, tmp_path, monkeypatch):
+    healthy = pix2seq.training.step.output_loss
+    calls = 0
+
+    def sick_every_other_time(*args):
+        nonlocal calls
+        calls += 1
+        return healthy(*args) * (torch.inf if calls % 2 else 1)
+
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", sick_every_other_time)
+    assert train(data, tmp_path, "max_skipped=2") == 0
+    assert json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())["skipped"] == 3
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("AP", "step-00000004"), ("AR100", "step-00000002")])
+def test_the_best_checkpoint_is_that_of_the_metric_asked_for(data, tmp_path, monkeypatch, metric, expected):
+    values = [{"AP": 0.1, "AR100": 0.9}, {"AP": 0.5, "AR100": 0.8}, {"AP": 0.3, "AR100": 0.7}]
+    score = pix2seq.training.loop.score
+    found = []
+
+    def scored(*args, **kwargs):
+        found.append(score(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(pix2seq.training.loop, "score", scored)
+    monkeypatch.setattr(EvalResult, "metrics", property(lambda result: values[len(found) - 1]))
+    assert train(data, tmp_path, "eval_every=2", "keep_checkpoints=1", f"best_metric={metric}") == 0
+    assert checkpoints(tmp_path) == ["best", "step-00000006"]
+    best = json.loads((tmp_path / "checkpoints/best/best.json").read_text())
+    assert (best["checkpoint"], best["metric"]) == (expected, metric)
+    position = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
+    assert position["step"] == int(expected.removeprefix("step-"))
+
+
+def test_a_metric_that_does_not_exist_is_told_with_the_run_saved(data, tmp_path, capsys):
+    assert train(data, tmp_path, "steps=2", "best_metric=AQ") == 2
+    assert "best_metric=AQ is none of this run's metrics; it has AP, " in one_line(capsys)
+    assert checkpoints(tmp_path) == ["step-00000002"]

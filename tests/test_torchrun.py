@@ -1,0 +1,76 @@
+"""`torchrun -m pix2seq.cli train`: a run that goes on over any number of processes, however they share the weights."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_kill import SETTINGS
+
+from pix2seq.cli import main
+from pix2seq.data.shapes import write_shapes
+
+# Without random draws and warm-up, whose course would depend on the number of processes and of steps.
+PLAIN = ["model.encoder.drop_path=0", "model.decoder.dropout=0", "model.decoder.drop_path=0"]
+PLAIN += ["schedule.name=none", "schedule.warmup_steps=0", "lr=1e-3", "eval_every=0", "num_workers=0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
+    return folder
+
+
+def arguments(shapes, out, *more):
+    return ["train", "--resume", "auto", f"data={shapes}", f"out={out}", *SETTINGS, *PLAIN, *more]
+
+
+def start_two(*args):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TORCHRUN, "-m", "pix2seq.cli", *arguments(*args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def last_step(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return max(line["step"] for line in lines if line["kind"] == "train")
+
+
+def test_a_run_goes_on_over_other_processes(shapes, tmp_path):
+    """Two processes with DDP, ended by SIGTERM; two with FSDP; one. Against one from where SIGTERM came."""
+    out, plain = tmp_path / "run", tmp_path / "plain"
+    process = start_two(shapes, out, "steps=100000", "checkpoint_every=100000")
+    while not (out / "log.jsonl").exists() or "train" not in (out / "log.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode != 0
+    assert "stopped by SIGTERM after step" in said
+    (stopped,) = (out / "checkpoints").iterdir()
+    step = int(stopped.name.removeprefix("step-"))
+    assert step == last_step(out)
+    shutil.copytree(out, plain)
+
+    process = start_two(shapes, out, f"steps={step + 2}", "parallel=fsdp")
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, said
+    sharded = out / "checkpoints" / f"step-{step + 2:08d}"
+    assert len(list((sharded / "state").iterdir())) == 2
+    assert not (sharded / "state.safetensors").exists()
+    assert all(path.suffix in (".json", ".safetensors") for path in sharded.rglob("*") if path.is_file())
+    for folder in (out, plain):
+        assert main(arguments(shapes, folder, f"steps={step + 4}")) == 0
+    name = f"checkpoints/step-{step + 4:08d}/model.safetensors"
+    ours, theirs = load_file(out / name), load_file(plain / name)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-4)
