@@ -18,7 +18,7 @@ from pix2seq.data.shapes import write_shapes
 
 # Without random draws and warm-up, whose course would depend on the number of processes and of steps.
 PLAIN = ["model.encoder.drop_path=0", "model.decoder.dropout=0", "model.decoder.drop_path=0"]
-PLAIN += ["schedule.name=none", "schedule.warmup_steps=0", "lr=1e-3", "eval_every=0", "num_workers=0"]
+PLAIN += ["schedule.name=none", "schedule.warmup_steps=0", "lr=1e-4", "eval_every=0", "num_workers=0"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -72,5 +72,5 @@ def test_a_run_goes_on_over_other_processes(shapes, tmp_path):
     name = f"checkpoints/step-{step + 4:08d}/model.safetensors"
     ours, theirs = load_file(out / name), load_file(plain / name)
     assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-4)
+    for key, tensor in theirs.items():  # a lost moment would move weights by 1e-4 a step
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=3e-5)
