@@ -1,8 +1,9 @@
 """How fast tokens come: this project, the same model without a cache, and Hugging Face's generate.
 
-    python benchmarks/decode.py [--sizes deit-small-384 vit-b-640] [--batches 1 16] [--tokens 200] [--json]
+    python benchmarks/decode.py [--sizes deit-small-384 vit-b-640] [--batches 1 16] [--device cpu] [--json]
 
-On the CPU, with random weights, greedy and without an end token, so that everyone gives as many tokens.
+On a CUDA GPU where there is one, else on the CPU, with random weights, greedy and without an end token, so that
+everyone gives as many tokens.
 Contestants take turns and medians are reported. Decoding starts from the encoder's output and includes
 what each does once per image (projecting keys and values of memory); the encoder is timed apart.
 
@@ -22,7 +23,8 @@ that wait for each other cost many times what they bring, and their waiting coun
 
 Bandwidth: the bytes that a step cannot avoid reading (decoder weights, and keys and values of memory and of
 half the tokens, in the type asked for) over the time of a step, as a share of what reading as many bytes
-with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding.
+with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding; on a GPU, of what
+PyTorch has allocated there.
 
 `predict` is one picture of configs/demo.yaml's size, from a PNG file to objects by `Predictor.predict`, against
 the encoder and as many bare steps of the decoder, without grammar, sampling, scores, files and resizing.
@@ -157,7 +159,7 @@ def hugging_face_decode(model: Any, features: Tensor, tokens: int) -> Tensor:
 def decode(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool, with_logprobs: bool = True) -> Tensor:
     """Ids (B, tokens) of the decoder on memory (B, N, D)."""
     prompt = torch.full((len(memory), 1), START_ID)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(memory.device.type, torch.bfloat16, enabled=bf16):
         return generate(
             model.decoder,
             memory,
@@ -173,7 +175,7 @@ def uncached_seconds(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool)
     """Time of all tokens, each of which runs the decoder over all before; from five lengths."""
     lengths = torch.linspace(1, tokens, UNCACHED_LENGTHS).round().long().tolist()
     times = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(memory.device.type, torch.bfloat16, enabled=bf16):
         for length in lengths:
             ids = torch.full((len(memory), length), START_ID)
             times.append(seconds(lambda ids=ids: model.decoder.logits(model.decoder(ids, memory)[:, -1]).argmax(-1)))  # type: ignore[misc]
@@ -204,14 +206,30 @@ def copy_bandwidth(num_bytes: int) -> float:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, on the GPU until all is done."""
+    _synchronize()
     start = time.perf_counter()
     function()
+    _synchronize()
     return time.perf_counter() - start
 
 
+def _on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def _synchronize() -> None:
+    if _on_gpu():
+        torch.cuda.synchronize()
+
+
 def peak_growth(function: Callable[[], Any]) -> int | None:
-    """By how many bytes the resident set was larger, at most, during one call; None where Linux does not tell."""
+    """By how many bytes the memory in use was larger, at most, during one call; None where Linux does not tell."""
+    if _on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - allocated
     try:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is taken again unseen
@@ -237,7 +255,7 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
     images = torch.rand(batch, 3, size.image, size.image)
 
     def encode() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             model.encode(images)
 
     contestants: dict[str, Callable[[], Any]] = {
@@ -394,6 +412,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if _on_gpu() else None,
         "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     try:
@@ -414,6 +433,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--vocab", type=int, default=3000, help="size of the vocabulary")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant, as far as --budget allows")
     parser.add_argument("--budget", type=float, default=90, help="seconds after which no turn but the second begins")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where; else a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; else PyTorch's choice")
     parser.add_argument("--no-uncached", action="store_true", help="leave out the model without a cache")
     parser.add_argument("--no-memory", action="store_true", help="leave out memory against tokens and vocabulary")
@@ -424,6 +444,7 @@ def _main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.quick:
         args.sizes, args.batches, args.tokens, args.repeats = ["tiny"], [1, 4], 20, 2
+    torch.set_default_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads:
         torch.set_num_threads(args.threads)
     say = sys.stderr if args.json else sys.stdout

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pix2seq.errors import InputError
+from pix2seq.model import cpu_attention
 from pix2seq.model import encoder as encoder_module
-from pix2seq.model import layers
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.encoder import TimmEncoder
 from pix2seq.model.layers import attend
@@ -66,7 +66,7 @@ def attention_by_hand(q, k, v, allowed):
 @pytest.mark.parametrize("kind", ["plain", "causal", "mask of each image", "mask of all"])
 @pytest.mark.parametrize("scores_at_once", [2**21, 3 * 2 * 24 * 24, 1])
 def test_attention_in_bf16_has_the_gradient_of_the_formula(monkeypatch, kind, scores_at_once):
-    monkeypatch.setattr(layers, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(cpu_attention, "SCORES_AT_ONCE", scores_at_once)
     draw = torch.Generator().manual_seed(0)
     num_keys = 40 if kind == "plain" else 24
     inputs = [torch.randn(5, n, 2, 16, generator=draw).bfloat16().transpose(1, 2) for n in (24, num_keys, num_keys)]

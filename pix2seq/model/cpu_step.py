@@ -54,18 +54,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: boo
     return (lambda x: F.gelu(linear(x))) if gelu else linear
 
 
-def can_step(cache: KVCache) -> bool:
-    """Whether `CpuStep` knows the cache's device and type."""
-    keys = cache.layers[0].self_keys
-    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16)
-
-
 class CpuStep:
     """The decoder's weights and one cache, arranged for the cache's number of rows. Residuals are float32."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        first = cache.layers[0]
-        bf16 = first.self_keys.dtype == torch.bfloat16
+        bf16 = cache.dtype == torch.bfloat16
         self.num_rows = cache.num_rows
         self.tokens = decoder.token_embedding.weight
         self.positions = decoder.position_embedding

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.cpu_step import CpuStep, can_step
+from pix2seq.model.cpu_step import CpuStep
+from pix2seq.model.graph_step import GraphStep
 from pix2seq.model.kv_cache import KVCache, LayerCache
 from pix2seq.model.layers import (
     NORM_EPS,
@@ -167,9 +168,9 @@ class Decoder(nn.Module):
 
         With the `cache` of the step that gave them, in that step's fast form.
         """
-        if cache is not None and cache.cpu_step is not None:
-            with _no_cpu_autocast():
-                return cache.cpu_step.logits(hidden, ids)
+        if cache is not None and cache.fast_step is not None:
+            with _no_autocast(cache.device.type):
+                return cache.fast_step.logits(hidden, ids)
         if ids is None:
             return F.linear(hidden, self.output_weight, self.output_bias)
         return F.linear(hidden, self.output_weight[ids], None if self.output_bias is None else self.output_bias[ids])
@@ -181,12 +182,12 @@ class Decoder(nn.Module):
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read the next tokens (R, t) of every row, and give the hidden state (R, D) after the last."""
-        if tokens.shape[1] == 1 and can_step(cache) and not self.training and not torch.is_grad_enabled():
+        if tokens.shape[1] == 1 and not self.training and not torch.is_grad_enabled() and _has_fast_step(cache):
             self._check_length(cache.length + 1)
-            with _no_cpu_autocast():
-                if cache.cpu_step is None:
-                    cache.cpu_step = CpuStep(self, cache)
-                hidden = cache.cpu_step.hidden(tokens[:, 0], cache.length)
+            with _no_autocast(cache.device.type):
+                if cache.fast_step is None:
+                    cache.fast_step = (GraphStep if cache.device.type == "cuda" else CpuStep)(self, cache)
+                hidden = cache.fast_step.hidden(tokens[:, 0], cache.length)
             cache.length += 1
             return hidden
         x = self._embed(tokens, cache.length)
@@ -208,12 +209,16 @@ class Decoder(nn.Module):
             )
 
 
+def _has_fast_step(cache: KVCache) -> bool:
+    return cache.device.type in ("cpu", "cuda") and cache.dtype in (torch.float32, torch.bfloat16)
+
+
 @contextmanager
-def _no_cpu_autocast() -> Iterator[None]:
+def _no_autocast(device_type: str) -> Iterator[None]:
     """The fast step chooses its own types; autocast would convert all weights again at every step."""
-    enabled = torch.is_autocast_enabled("cpu")
-    torch.set_autocast_enabled("cpu", False)
+    enabled = torch.is_autocast_enabled(device_type)
+    torch.set_autocast_enabled(device_type, False)
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cpu", enabled)
+        torch.set_autocast_enabled(device_type, enabled)

@@ -240,7 +240,7 @@ class _WithAttend:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward: Callable[..., Tensor] = super().forward  # type: ignore[misc]
         # A GPU's kernels need no help, and looking at every call costs time.
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu":
             return forward(x, *args, **kwargs)
         with _AttendMode():
             return forward(x, *args, **kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pix2seq.model.cpu_step import CpuStep
+    from pix2seq.model.graph_step import GraphStep
 
 
 @dataclass
@@ -36,7 +37,7 @@ class KVCache:
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
         self.length = 0
-        self.cpu_step: CpuStep | None = None  # made at the first step that can use it, for the rows there are
+        self.fast_step: CpuStep | GraphStep | None = None  # made when first of use, for the rows there are
 
     @classmethod
     def allocate(cls, memory_keys_values: Iterable[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
@@ -52,6 +53,16 @@ class KVCache:
             self_keys = empty[0].view(num_rows, num_heads, head_dim, num_slots).transpose(2, 3)
             layers.append(LayerCache(self_keys if is_keys_first(keys) else empty[0], empty[1], keys, values))
         return cls(layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.layers[0].self_keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.layers[0].self_keys.dtype
 
     @property
     def num_slots(self) -> int:
@@ -72,7 +83,7 @@ class KVCache:
             if not all_images:
                 layer.memory_keys = _select(layer.memory_keys, images)
                 layer.memory_values = _select(layer.memory_values, images)
-        self.cpu_step = None
+        self.fast_step = None
 
 
 def is_keys_first(x: Tensor) -> bool:

@@ -11,13 +11,13 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from pix2seq.model.cpu_attention import attend_on_cpu
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 NORM_EPS = 1e-6  # the official layer norms
-SCORES_AT_ONCE = 2**21  # attention scores whose gradient is computed together: 4 MiB in bf16, about a core's cache
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -36,57 +36,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Te
     `mask` (B, 1, T, N) is true where a query may look.
 
     On the CPU the gradient of PyTorch's fused kernel is slower in bf16 than in float32, so training
-    there takes the gradient from `_CpuAttention`.
+    there takes the gradient from `pix2seq.model.cpu_attention`.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        if not torch.compiler.is_compiling():
-            return cast("Tensor", _CpuAttention.apply(q, k, v, mask, is_causal))
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
-            return out.to(q.dtype)
+        return cast("Tensor", attend_on_cpu(q, k, v, mask, is_causal))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-
-
-class _CpuAttention(torch.autograd.Function):
-    """bf16 attention on the CPU: the fused kernel forward, its gradient by matrix products.
-
-    The fused gradient does not use the processor's bf16 matrix units, batched products do. Scores are
-    computed again from what was saved, for a few images at a time, so that no more of them than a cache
-    holds exist at once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """For shapes, see `attend`."""
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.is_causal = is_causal
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of queries, keys and values."""
-        q, k, v, mask = ctx.saved_tensors
-        (num_images, num_heads, num_queries, head_dim), num_keys = q.shape, k.shape[-2]
-        if ctx.is_causal:
-            mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
-        scale = head_dim**-0.5
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        count = max(SCORES_AT_ONCE // (num_heads * num_queries * num_keys), 1)
-        with torch.autocast("cpu", enabled=False):
-            for start in range(0, num_images, count):
-                at = slice(start, start + count)
-                queries, grad = q[at] * scale, grad_out[at]
-                scores = queries @ k[at].transpose(-1, -2)
-                if mask is not None:
-                    scores.masked_fill_(~(mask if len(mask) == 1 else mask[at]), -torch.inf)
-                shares = scores.softmax(-1)
-                grad_v[at] = shares.transpose(-1, -2) @ grad
-                grad_shares = grad @ v[at].transpose(-1, -2)
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-                grad_q[at] = (grad_scores @ k[at]) * scale
-                grad_k[at] = grad_scores.transpose(-1, -2) @ queries
-        return grad_q, grad_k, grad_v, None, None
 
 
 class LayerStack(nn.ModuleList, Generic[Layer]):

@@ -17,6 +17,7 @@ from pix2seq.vocab import PAD
 
 # Rows leave once they are this share of those there: moving the cache costs about as much as a step.
 MAX_SHARE_LEFT = 0.75
+MAX_SHARE_LEFT_ON_GPU = 0.5  # where the step is recorded anew for the rows that are left
 
 
 def new_rows(
@@ -93,7 +94,8 @@ def drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], cache: KV
     unfinished = (~finished).sum(1)
     per_image = int(unfinished.max())
     images = unfinished.nonzero()[:, 0]
-    if len(images) * per_image > MAX_SHARE_LEFT * finished.numel():
+    share = MAX_SHARE_LEFT_ON_GPU if cache.device.type == "cuda" else MAX_SHARE_LEFT
+    if len(images) * per_image > share * finished.numel():
         return rows
     places = finished[images].byte().argsort(dim=1, stable=True)[:, :per_image].sort(dim=1).values
     keep = (images[:, None] * finished.shape[1] + places).flatten()

@@ -18,5 +18,11 @@ def compile_model(model: Pix2Seq) -> None:
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
     if model.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
         raise InputError("compile=true found no C++ compiler, which the CPU needs; install g++, or leave compile out")
-    for unit in model.units():
+    import torch._dynamo  # takes seconds
+
+    units = model.units()
+    # Blocks that differ in a number, such as timm's in their drop rates, are variants of one function, and beyond
+    # the limit the rest would silently stay as they are.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(units))
+    for unit in units:
         unit.compile()

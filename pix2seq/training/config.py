@@ -73,7 +73,7 @@ class TrainConfig:
     parallel: str = "ddp"  # over processes: ddp, or fsdp, which shards weights and optimiser state
     bf16: bool = True  # bf16 autocast
     activation_checkpointing: bool = False  # recompute what the backward pass needs: less memory, a third more time
-    compile: bool = False  # torch.compile of the layers: a minute at first, faster steps after
+    compile: bool = False  # torch.compile of the layers: minutes at first; no gain was seen on two CPU cores
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0  # 0 does not clip

@@ -1,0 +1,89 @@
+"""The step that a GPU records gives the tokens of whole passes. Off a GPU its operations run one by one."""
+
+import pytest
+import torch
+from test_decoding import MEMORY, PROMPTS, SHORT, expected_logprobs, tiny_model
+
+import pix2seq.model.decoder
+from pix2seq.model.generate import generate
+from pix2seq.model.graph_step import GraphStep
+from pix2seq.model.kv_cache import KVCache
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Graph steps that were made, for they take the place of the CPU's own."""
+    steps = []
+    monkeypatch.setattr(pix2seq.model.decoder, "CpuStep", lambda *args: steps.append(GraphStep(*args)) or steps[-1])
+    return steps
+
+
+@pytest.mark.parametrize(("images", "prompts", "prompt_len"), [(1, 1, 1), (1, 3, 2), (4, 1, 2), (4, 3, 1)])
+def test_it_gives_what_one_pass_gives(model, made, images, prompts, prompt_len):
+    memory, prompt = MEMORY[:images], PROMPTS[:images, :prompts, :prompt_len]
+    out = model.generate(memory, prompt, max_new_tokens=24, eos_id=None)
+    assert len(made) == 1
+    torch.testing.assert_close(out.logprobs, expected_logprobs(model, memory, prompt, out.tokens), atol=1e-3, rtol=1e-3)
+
+
+def test_in_bf16_it_stays_near(model, made):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.generate(MEMORY, PROMPTS, max_new_tokens=24, eos_id=None)
+    assert made[0].layers[0].qkv.weight.dtype == torch.bfloat16
+    assert (out.logprobs - expected_logprobs(model, MEMORY, PROMPTS, out.tokens)).abs().mean() < 0.1
+
+
+def test_what_lies_in_slots_not_yet_filled_does_not_matter(model, made, monkeypatch):
+    allocate = KVCache.allocate
+
+    def dirty(*args, **kwargs):
+        cache = allocate(*args, **kwargs)
+        for layer in cache.layers:
+            layer.self_keys.fill_(torch.nan)
+            layer.self_values.fill_(torch.inf)
+        return cache
+
+    clean = model.generate(MEMORY, PROMPTS, max_new_tokens=12, eos_id=None, temperature=0)
+    monkeypatch.setattr(KVCache, "allocate", dirty)
+    assert torch.equal(
+        model.generate(MEMORY, PROMPTS, max_new_tokens=12, eos_id=None, temperature=0).tokens, clean.tokens
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_leave_change_nothing(model, made, seed):
+    found = [
+        generate(
+            model.decoder,
+            MEMORY,
+            PROMPTS,
+            max_new_tokens=30,
+            grammar=SHORT,
+            eos_id=SHORT.eos_id,
+            compact=compact,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for compact in (True, False)
+    ]
+    assert len(made) > 2  # a new one each time that some rows left
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=1e-3, rtol=1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_it_gives_what_one_pass_gives(model, bf16):
+    gpu = tiny_model().cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        out = gpu.generate(MEMORY.cuda(), PROMPTS.cuda(), max_new_tokens=30, eos_id=SHORT.eos_id, grammar=SHORT)
+    expected = expected_logprobs(model, MEMORY, PROMPTS, out.tokens.cpu())
+    unfinished = (out.tokens != 0).cpu()
+    error = (out.logprobs.cpu() - expected)[unfinished].abs()
+    assert error.mean() < (0.1 if bf16 else 1e-3)
