@@ -100,7 +100,7 @@ def test_a_run_that_is_ended_anywhere_goes_on_to_the_same_end(
 ):
     options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
     expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
-    for place, call in DEATHS[signum]:
+    for place, call in DEATHS[signum][:: 2 if num_workers else 1]:  # workers take seconds to start
         assert exit_code(process(target=dying.train, args=(options, place, call, signum))) == expected, place
     assert exit_code(process(target=dying.train, args=(options,))) == 0
     files, log = outcome(tmp_path / "run")

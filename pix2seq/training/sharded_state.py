@@ -2,20 +2,17 @@
 
 A folder of safetensors files, one a rank, by torch.distributed.checkpoint. Any number of ranks can read
 them, sharded otherwise or whole.
+
+torch.distributed.checkpoint takes seconds to import, and most runs do without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -23,23 +20,32 @@ def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
     Raises what failed on any rank, such as an `OSError`, on every rank.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     _attempt(lambda: dcp.save(dict(tensors), storage_writer=writer))
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
     """Names and whole shapes of the tensors in a folder."""
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: stored.size for name, stored in found.items() if isinstance(stored, TensorStorageMetadata)}
 
 
 def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fill `tensors`, this rank's parts where they are sharded, in place; all ranks call this together."""
-    reader = HuggingFaceStorageReader(str(folder))
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     _attempt(lambda: dcp.load(dict(tensors), storage_reader=reader))
 
 
-def _attempt(action: Any) -> None:
+def _attempt(action: Callable[[], object]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         action()
     except CheckpointException as error:
