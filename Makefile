@@ -80,6 +80,6 @@ endif
 		echo "Setting up .venv with `"$$found" --version`; on Linux, PyTorch and its CUDA libraries are a download of several GB"; \
 		if [ -n "$$uv" ]; then uv venv --quiet --no-project --clear --python "$$found" .venv; else "$$found" -m venv --clear .venv; fi || exit 1; \
 	fi; \
-	if [ -n "$$uv" ]; then install="uv pip install --python $(PY)"; \
+	if [ -n "$$uv" ]; then install="uv pip install --compile-bytecode --python $(PY)"; \
 	else install="$(PY) -m pip install --disable-pip-version-check"; fi; \
 	$$install -r requirements.txt && $$install --no-deps --no-build-isolation -e . && pwd -P > .venv/ready
