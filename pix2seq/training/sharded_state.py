@@ -20,27 +20,29 @@ def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
     Raises what failed on any rank, such as an `OSError`, on every rank.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _attempt(lambda: dcp.save(dict(tensors), storage_writer=writer))
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _attempt(lambda: save(dict(tensors), storage_writer=writer))
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
     """Names and whole shapes of the tensors in a folder."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: stored.size for name, stored in found.items() if isinstance(stored, TensorStorageMetadata)}
 
 
 def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fill `tensors`, this rank's parts where they are sharded, in place; all ranks call this together."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    _attempt(lambda: dcp.load(dict(tensors), storage_reader=reader))
+    reader = HuggingFaceStorageReader(str(folder))
+    _attempt(lambda: load(dict(tensors), storage_reader=reader))
 
 
 def _attempt(action: Callable[[], object]) -> None:
