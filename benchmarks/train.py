@@ -253,16 +253,16 @@ def compare(size: Size, *, num_steps: int, num_threads: int) -> list[dict[str, A
     rows = []
     for who, pipe in pipes.items():
         pipe.send(None)
-        counted = turns[who]
-        seconds = median(turn["seconds"] for turn in counted)
+        seconds = median(turn["seconds"] for turn in turns[who])
         rows.append(
             {
                 "who": who,
                 "images_per_second": BATCH_SIZE / seconds,
-                "scored_tokens_per_second": sum(t["tokens"] for t in counted) / sum(t["seconds"] for t in counted),
+                "scored_tokens_per_second": sum(t["tokens"] for t in turns[who])
+                / sum(t["seconds"] for t in turns[who]),
                 "times_baseline": _ratio(turns, who, "seconds"),
                 "times_baseline_cpu": _ratio(turns, who, "cpu_seconds"),
-                "turns": counted,
+                "turns": turns[who],
                 **pipe.recv(),
             }
         )

@@ -39,6 +39,16 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten easy pictures to train on and four to evaluate, for runs that many tests start."""
+    from pix2seq.data.shapes import write_shapes
+
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def parity_ops(shared: Path) -> Mapping[str, np.ndarray]:
     """Inputs and outputs of the official code's pure functions."""
     return np.load(shared / "parity" / "ops.npz")

@@ -9,8 +9,6 @@ from pix2seq.model.generate import generate
 from pix2seq.model.graph_step import GraphStep
 from pix2seq.model.kv_cache import KVCache
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -77,7 +75,7 @@ def test_rows_that_leave_change_nothing(model, made, seed):
     torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=1e-3, rtol=1e-3)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recorded_it_gives_what_one_pass_gives(model, bf16):
     gpu = tiny_model().cuda()

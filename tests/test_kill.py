@@ -9,8 +9,6 @@ import time
 import dying
 import pytest
 
-from pix2seq.data.shapes import write_shapes
-
 SETTINGS = [
     *(
         "steps=8",
@@ -56,13 +54,6 @@ def process():
     return context.Process
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
-    return folder
-
-
 def arguments(shapes, out, *more):
     return ["--resume", "auto", f"data={shapes}", f"out={out}", *SETTINGS, *more]
 
@@ -100,7 +91,7 @@ def test_a_run_that_is_ended_anywhere_goes_on_to_the_same_end(
 ):
     options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
     expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
-    for place, call in DEATHS[signum][:: 2 if num_workers else 1]:  # workers take seconds to start
+    for place, call in DEATHS[signum]:
         assert exit_code(process(target=dying.train, args=(options, place, call, signum))) == expected, place
     assert exit_code(process(target=dying.train, args=(options,))) == 0
     files, log = outcome(tmp_path / "run")

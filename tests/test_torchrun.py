@@ -5,37 +5,27 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
-import pytest
 import torch
 from safetensors.torch import load_file
-from test_kill import SETTINGS
+from test_distributed import TORCHRUN
+from test_kill import arguments
 
 from pix2seq.cli import main
-from pix2seq.data.shapes import write_shapes
 
 # Without random draws and warm-up, whose course would depend on the number of processes and of steps.
 PLAIN = ["model.encoder.drop_path=0", "model.decoder.dropout=0", "model.decoder.drop_path=0"]
 PLAIN += ["schedule.name=none", "schedule.warmup_steps=0", "lr=1e-4", "eval_every=0", "num_workers=0"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
-    return folder
-
-
-def arguments(shapes, out, *more):
-    return ["train", "--resume", "auto", f"data={shapes}", f"out={out}", *SETTINGS, *PLAIN, *more]
+def train(shapes, out, *more):
+    return ["train", *arguments(shapes, out, *PLAIN, *more)]
 
 
 def start_two(*args):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *TORCHRUN, "-m", "pix2seq.cli", *arguments(*args)]
+    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "pix2seq.cli", *train(*args)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,7 +58,7 @@ def test_a_run_goes_on_over_other_processes(shapes, tmp_path):
     assert not (sharded / "state.safetensors").exists()
     assert all(path.suffix in (".json", ".safetensors") for path in sharded.rglob("*") if path.is_file())
     for folder in (out, plain):
-        assert main(arguments(shapes, folder, f"steps={step + 4}")) == 0
+        assert main(train(shapes, folder, f"steps={step + 4}")) == 0
     name = f"checkpoints/step-{step + 4:08d}/model.safetensors"
     ours, theirs = load_file(out / name), load_file(plain / name)
     assert ours.keys() == theirs.keys()

@@ -36,7 +36,7 @@ def _backward(
     scale = head_dim**-0.5
     # Products of matrices that lie one behind the other; each goes where it is needed next, without a copy.
     queries, keys, values, grad = (x.flatten(0, 1).contiguous() for x in (q * scale, k, v, grad_out))
-    grads = grad_q, grad_k, grad_v = [torch.empty_like(x) for x in (queries, keys, values)]
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (queries, keys, values))
     images_at_once = min(max(SCORES_AT_ONCE // (num_heads * num_queries * num_keys), 1), num_images)
     room = torch.empty(3, images_at_once * num_heads, num_queries, num_keys, dtype=q.dtype)
     for image in range(0, num_images, images_at_once):
@@ -56,7 +56,7 @@ def _backward(
         torch.bmm(grad_scores.mT, queries[at], out=grad_k[at])
     grad_q.mul_(scale)
     whole = (num_images, num_heads)
-    return grads[0].unflatten(0, whole), grads[1].unflatten(0, whole), grads[2].unflatten(0, whole)
+    return grad_q.unflatten(0, whole), grad_k.unflatten(0, whole), grad_v.unflatten(0, whole)
 
 
 @attend_on_cpu.register_fake
@@ -68,8 +68,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> 
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    return like[0], like[1], like[2]
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return grad_q, grad_k, grad_v
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pix2seq.model.cpu_step import Norm
 from pix2seq.model.kv_cache import KVCache, LayerCache
 
 if TYPE_CHECKING:
@@ -32,12 +33,13 @@ class GraphStep:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         device, dtype = cache.device, cache.dtype
+        self.dtype = dtype
         self.tokens = torch.zeros(cache.num_rows, dtype=torch.long, device=device)
         self.position = torch.full((1,), cache.length, dtype=torch.long, device=device)
         self.slots = torch.arange(cache.num_slots, device=device)
         self.embeddings, self.positions = decoder.token_embedding.weight, decoder.position_embedding
         self.layers = [_Layer(block, layer, dtype) for block, layer in zip(decoder.blocks, cache.layers, strict=True)]
-        self.norm = _Norm(decoder.norm)
+        self.norm = Norm.of(decoder.norm)
         self.output = _Linear(decoder.output_weight, decoder.output_bias, dtype)
         for layer in cache.layers:
             # A masked value counts zero times, and zero times what happens to lie there may be NaN.
@@ -66,28 +68,18 @@ class GraphStep:
                 self._run()
         current.wait_stream(other)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as those that pin batches during an evaluation, may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.recorded = self._run()
         return graph
 
     def _run(self) -> Tensor:
         x = F.embedding(self.tokens, self.embeddings).float() + self.positions.index_select(0, self.position)
         filled = self.slots <= self.position  # (S,)
-        mask = torch.zeros_like(filled, dtype=self.layers[0].dtype).masked_fill(~filled, -torch.inf).view(1, 1, 1, -1)
+        mask = torch.zeros_like(filled, dtype=self.dtype).masked_fill(~filled, -torch.inf).view(1, 1, 1, -1)
         for layer in self.layers:
             x = layer(x, self.position, mask)
         return self.norm(x)
-
-
-class _Norm:
-    """A layer norm in float32."""
-
-    def __init__(self, module: nn.LayerNorm) -> None:
-        self.module = module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        module = self.module
-        return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
 class _Linear:
@@ -113,8 +105,10 @@ class _Layer:
     """One block and its cache."""
 
     def __init__(self, block: DecoderBlock, cache: LayerCache, dtype: torch.dtype) -> None:
-        self.dtype, self.cache, self.num_heads = dtype, cache, block.self_attention.num_heads
-        self.self_norm, self.cross_norm, self.mlp_norm = map(_Norm, (block.self_norm, block.cross_norm, block.mlp_norm))
+        self.cache, self.num_heads = cache, block.self_attention.num_heads
+        self.self_norm, self.cross_norm, self.mlp_norm = map(
+            Norm.of, (block.self_norm, block.cross_norm, block.mlp_norm)
+        )
         self.qkv, self.self_out, self.query, self.cross_out, self.expand, self.contract = (
             _Linear.of(linear, dtype)
             for linear in (
