@@ -17,7 +17,7 @@ help: ## list these commands
 setup: .venv/ready ## install the package and all that it needs in .venv (the other commands do it too)
 	@echo "The environment in .venv is ready"
 
-demo: .venv/ready ## train and predict on generated pictures, on the CPU, in minutes; results in demo/
+demo: .venv/ready ## train and predict on generated images, on the CPU, in minutes; results in demo/
 	.venv/bin/pix2seq demo --out demo
 
 test: .venv/ready ## the fast tests
@@ -46,7 +46,7 @@ lint: .venv/ready ## ruff, its formatter and mypy
 		echo "mypy checked $${checked:-0} files, but the package has" $$expected >&2; exit 1; \
 	fi
 
-bench: .venv/ready ## AP against minutes and pictures on the generated shapes, about 20 minutes
+bench: .venv/ready ## AP against minutes and images on the generated shapes, about 20 minutes
 	$(PY) benchmarks/learning.py
 
 lock: ## write requirements.txt from pyproject.toml; needs uv; LOCK=--upgrade moves every pin

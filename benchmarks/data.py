@@ -2,7 +2,7 @@
 
     python benchmarks/data.py [--turns 5] [--large] [--json]
 
-Writes pictures of 640x480 with a COCO-like file of annotations to a temporary folder: per picture seven objects
+Writes images of 640x480 with a COCO-like file of annotations to a temporary folder: per image seven objects
 with outlines of 30 points, two of them persons with 17 keypoints, and five captions. `samples`: images a second
 of one process, from file to a collated batch of training samples of 640 px, by task, and the share of each
 stage: decode, affine (the resampling), photometry (brightness, contrast and saturation), sequences (annotations,
@@ -48,25 +48,25 @@ import numpy as np
 from PIL import Image
 
 import pix2seq.data.image as image_module
-import pix2seq.data.training_set as training_set_module
-from pix2seq.affine import Affine
+import pix2seq.data.samples as training_set_module
 from pix2seq.cli import run_guarded
 from pix2seq.data.annotations import ImageTable, box_annotations
-from pix2seq.data.coco import CocoDataset
+from pix2seq.data.defects import defect_frame
+from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
-from pix2seq.data.table import defect_frame
-from pix2seq.data.target import Category
-from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
+from pix2seq.examples import collate
+from pix2seq.geometry.affine import Affine
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import CaptioningConfig, make_tokenizer, with_text
 from pix2seq.tasks.detection import Detection, DetectionConfig
-from pix2seq.tasks.example import collate
+from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 WIDTH, HEIGHT, SIZE = 640, 480, (640, 640)
-OBJECTS, POINTS, KEYPOINTS, CAPTIONS = 7, 30, 17, 5  # of a picture; about COCO's means
+OBJECTS, POINTS, KEYPOINTS, CAPTIONS = 7, 30, 17, 5  # of an image; about COCO's means
 BOXES = 15  # of an image of the large sets
 AUGMENT = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4)
 STAGES = ("decode", "affine", "photometry", "sequences", "collate")
@@ -75,8 +75,8 @@ READING = 200_000  # images
 MIB = 2**20
 
 
-def write_pictures(root: Path, count: int) -> int:
-    """JPEG pictures with edges, texture and grain, and what COCO says of such; bytes of a picture."""
+def write_images(root: Path, count: int) -> int:
+    """JPEG images with edges, texture and grain, and what COCO says of such; bytes of an image."""
     rng = np.random.default_rng(0)
     (root / "annotations").mkdir(parents=True)
     (root / "train").mkdir()
@@ -202,7 +202,7 @@ def measure_samples(root: Path, args: argparse.Namespace) -> list[dict[str, Any]
 
 
 def large_dataset(root: Path, num_images: int) -> CocoDataset:
-    """Boxes only, whose pictures are the same few files over and over."""
+    """Boxes only, whose images are the same few files over and over."""
     names = sorted(f"train/{path.name}" for path in (root / "train").iterdir())
     images = ImageTable.build(root, ((i, names[i % len(names)], WIDTH, HEIGHT) for i in range(num_images)))
     rng = np.random.default_rng(0)
@@ -356,9 +356,9 @@ def _main(argv: Sequence[str]) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        result["bytes_per_picture"] = write_pictures(root, 8 if args.quick else 64)
+        result["bytes_per_picture"] = write_images(root, 8 if args.quick else 64)
         result["samples"] = measure_samples(root, args)
-        print(f"{result['bytes_per_picture'] / 1024:.0f} KiB a picture of {WIDTH}x{HEIGHT}", file=say)
+        print(f"{result['bytes_per_picture'] / 1024:.0f} KiB an image of {WIDTH}x{HEIGHT}", file=say)
         print("".join(f"{name:>14}" for name in ("task", "decoder", "images/s", "x Pillow", *STAGES)), file=say)
         for row in result["samples"]:
             cells = [row["task"], row["decoder"], f"{row['images_per_second']:.0f}", f"{row['times_pillow']:.2f}"]

@@ -26,7 +26,7 @@ half the tokens, in the type asked for) over the time of a step, as a share of w
 with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding; on a GPU, of what
 PyTorch has allocated there.
 
-`predict` is one picture of configs/demo.yaml's size, from a PNG file to objects by `Predictor.predict`, against
+`predict` is one image of configs/demo.yaml's size, from a PNG file to objects by `Predictor.predict`, against
 the encoder and as many bare steps of the decoder, without grammar, sampling, scores, files and resizing.
 Results go to benchmarks/results/, dated; --json prints them as one JSON object and nothing else.
 """
@@ -57,7 +57,7 @@ from torch import Tensor
 
 from pix2seq.cli import run_guarded
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.generate import generate
+from pix2seq.model.decoding.generate import generate
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.predictor import Predictor
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
@@ -377,7 +377,7 @@ def predict_overhead(turns: int) -> dict[str, Any]:
             token = model.decoder.logits(hidden, cache=cache).argmax(-1, keepdim=True)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = Path(folder) / "picture.png"
+        path = Path(folder) / "image.png"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
         parts: dict[str, Callable[[], Any]] = {
             "predict": lambda: predictor.predict(path, ["detection"]),
@@ -437,7 +437,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; else PyTorch's choice")
     parser.add_argument("--no-uncached", action="store_true", help="leave out the model without a cache")
     parser.add_argument("--no-memory", action="store_true", help="leave out memory against tokens and vocabulary")
-    parser.add_argument("--no-predict", action="store_true", help="leave out one picture through predict")
+    parser.add_argument("--no-predict", action="store_true", help="leave out one image through predict")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
     parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-decode.json")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -42,8 +42,8 @@ def learning_curve(out: Path, overrides: Sequence[str], *, num_train: int, num_v
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="new folder for data and run")
-    parser.add_argument("--train", type=int, default=20_000, help="training pictures")
-    parser.add_argument("--val", type=int, default=500, help="validation pictures")
+    parser.add_argument("--train", type=int, default=20_000, help="training images")
+    parser.add_argument("--val", type=int, default=500, help="validation images")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the config's")
     args = parser.parse_args(argv)

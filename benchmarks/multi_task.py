@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pix2seq.cli import run_guarded
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.evaluation import EvalResult, evaluate
 from pix2seq.predictor import Predictor

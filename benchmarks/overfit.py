@@ -1,8 +1,8 @@
-"""Learn a few real pictures by heart, with boxes, outlines, keypoints and captions, then score them.
+"""Learn a few real images by heart, with boxes, outlines, keypoints and captions, then score them.
 
     python benchmarks/overfit.py COCO_FOLDER [--images 8] [--out DIR] [--json] [key=value ...]
 
-Takes the first pictures of the training split that show a person with keypoints as both splits, trains
+Takes the first images of the training split that show a person with keypoints as both splits, trains
 configs/overfit.yaml on them, all four tasks in one model, and evaluates with `pix2seq eval`. A model
 that cannot do this has a broken part. Dated results: benchmarks/results/.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pix2seq.cli import TASK_NAMES, main, run_guarded
-from pix2seq.data.coco import CocoDataset, find_files
+from pix2seq.data.formats.coco import CocoDataset, find_files
 from pix2seq.errors import InputError
 from pix2seq.training.config import config_file
 

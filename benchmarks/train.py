@@ -10,9 +10,9 @@
 - `ours, 100 objects` trains on what configs/detection_coco.yaml asks for: sequences filled with invented objects up
   to 100, 501 tokens in all. There is no such row for the baseline, whose sequences end after 300.
 
-All but the last read the same sequences: the objects of a picture and an end token, no noise objects, as many objects
-as pictures of COCO have (`OBJECTS`), drawn by a seed; longer ones are cut at 300 tokens. Pixels are noise; reading
-pictures is not part of this. Each contestant is a process of its own; they take turns, one step of 8 images
+All but the last read the same sequences: the objects of an image and an end token, no noise objects, as many objects
+as images of COCO have (`OBJECTS`), drawn by a seed; longer ones are cut at 300 tokens. Pixels are noise; reading
+images is not part of this. Each contestant is a process of its own; they take turns, one step of 8 images
 each, after one that does not count, and medians are reported. `x baseline` is the median over turns of the ratio of
 wall times, `CPU` that of the times the processes had a processor: look at it where others use the machine too.
 Peak memory is that of the whole process. Stages are shares of a step that is timed apart.
@@ -47,10 +47,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pix2seq.cli import run_guarded
+from pix2seq.examples import Batch, Example, Sample, collate
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
-from pix2seq.tasks.example import Batch, Example, Sample, collate
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, encode_objects, random_boxes
 from pix2seq.training import step as train
 from pix2seq.training.allocator import keep_freed_memory
@@ -62,7 +62,7 @@ NUM_LABELS = 80
 BATCH_SIZE = 8
 BASELINE_TOKENS = 300
 MAX_OBJECTS = 100  # of configs/detection_coco.yaml
-# How many of 120 pictures of COCO 2017 have so many objects that are no crowd (mean 8.5; all of train2017: 7.3).
+# How many of 120 images of COCO 2017 have so many objects that are no crowd (mean 8.5; all of train2017: 7.3).
 OBJECTS = dict(
     enumerate(
         [9, 16, 10, 14, 12, 6, 4, 5, 2, 5, 3, 5, 2, 2, 5, 2, 3, 2, 1, 3, 2, 1, 1, 0, 0, 0, 0, 2, 0, 0, 0, 1, 1, 1],
@@ -151,7 +151,7 @@ def our_step(model: Pix2Seq, optimizer: torch.optim.Optimizer, *, bf16: bool) ->
 
 
 def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BATCH_SIZE) -> Batch:
-    """Pictures with as many objects as COCO's have; with `fill_to`, invented ones follow up to that many."""
+    """Images with as many objects as COCO's have; with `fill_to`, invented ones follow up to that many."""
     rng = np.random.default_rng(seed)
     samples = []
     counts = rng.choice(list(OBJECTS), batch_size, p=np.array(list(OBJECTS.values())) / sum(OBJECTS.values()))

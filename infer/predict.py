@@ -1,6 +1,6 @@
-"""Ask about pictures: `python infer/predict.py IMAGE... --checkpoint DIR --task ...`, or `pix2seq predict`.
+"""Ask about images: `python infer/predict.py IMAGE... --checkpoint DIR --task ...`, or `pix2seq predict`.
 
-Writes NAME.json and NAME.png for every picture.
+Writes NAME.json and NAME.png for every image.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
-from pix2seq.data.target import Instance
 from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
-from pix2seq.output import output_folder
+from pix2seq.files import output_folder
 from pix2seq.predictor import EncodedImage, Prediction, Predictor
+from pix2seq.types import Instance
 
 
 def predict_files(
@@ -39,17 +39,17 @@ def predict_files(
     device: str = "auto",
     bf16: bool = False,
 ) -> None:
-    """Do `tasks`, all that the checkpoint knows by default, on picture files; write NAME.json and NAME.png into `out`.
+    """Do `tasks`, all that the checkpoint knows by default, on image files; write NAME.json and NAME.png into `out`.
 
-    A picture that cannot be read stops nothing: the others are done first, then an `InputError`
+    An image that cannot be read stops nothing: the others are done first, then an `InputError`
     names it. Objects are detected, or taken from `boxes`: a file as this writes it, or a folder of
     such files. `min_score` applies to the drawing alone.
     """
     if not images:
-        raise InputError("no picture was given; name one or more image files")
+        raise InputError("no image was given; name one or more image files")
     repeated = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if repeated:
-        raise InputError(f"{len(repeated)} names are shared by several pictures, {repeated[0]!r} for one; rename them")
+        raise InputError(f"{len(repeated)} names are shared by several images, {repeated[0]!r} for one; rename them")
     output_folder(out)
     predictor = Predictor.from_pretrained(checkpoint, device=device, bf16=bf16)
     tasks = tuple(predictor.tasks) if tasks is None else tasks
@@ -58,7 +58,7 @@ def predict_files(
     predictor.ask_for(num_objects=num_objects, num_samples=num_samples)
 
     unreadable: list[InputError] = []
-    one_by_one = {"segmentation", "keypoint"} & set(tasks)  # these take long even for a few pictures
+    one_by_one = {"segmentation", "keypoint"} & set(tasks)  # these take long even for a few images
     with tqdm(total=len(images), unit="image", disable=len(images) <= (1 if one_by_one else batch_size)) as bar:
         for start in range(0, len(images), batch_size):
             some = images[start : start + batch_size]
@@ -90,7 +90,7 @@ def _encode(
 
 
 def read_boxes(boxes: Path, image: Path, size: tuple[int, int], predictor: Predictor) -> list[Instance]:
-    """The objects in NAME.json, or in a folder's NAME.json, of a picture of `size` (width, height)."""
+    """The objects in NAME.json, or in a folder's NAME.json, of an image of `size` (width, height)."""
     path = boxes / f"{image.stem}.json" if boxes.is_dir() else boxes
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["instances"]
@@ -99,7 +99,7 @@ def read_boxes(boxes: Path, image: Path, size: tuple[int, int], predictor: Predi
         names = [str(entry["category"]) for entry in entries]
         scores = [float(entry.get("score", 1.0)) for entry in entries]
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a NAME.json for each picture, as predict writes it") from None
+        raise InputError(f"{path} does not exist; give a NAME.json for each image, as predict writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is no file of boxes ({type(error).__name__}: {error}); expected "

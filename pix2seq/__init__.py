@@ -1,4 +1,4 @@
-"""Pix2Seq in PyTorch: pictures to sequences of tokens to boxes, polygons, keypoints and captions."""
+"""Pix2Seq in PyTorch: images to sequences of tokens to boxes, polygons, keypoints and captions."""
 
 from __future__ import annotations
 

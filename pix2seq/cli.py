@@ -60,7 +60,7 @@ def _main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
-    add_predict(commands.add_parser("predict", help="ask about pictures; answers as JSON and as a drawing each"))
+    add_predict(commands.add_parser("predict", help="ask about images; answers as JSON and as a drawing each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     data = commands.add_parser("data", help="make or check a data set")
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
@@ -118,15 +118,15 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
-    parser.add_argument("--limit", type=_positive, default=0, help="only the first N pictures")
+    parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
     _add_asking(parser)
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
         tasks = parse_tasks(args.task) if args.task else None
-        from pix2seq.data.folder import open_dataset
+        from pix2seq.data.dataset import open_dataset
         from pix2seq.evaluation import evaluate
-        from pix2seq.output import output_file
+        from pix2seq.files import output_file
         from pix2seq.predictor import Predictor
 
         if args.out:
@@ -154,7 +154,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Options of prediction."""
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
-    parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name a picture")
+    parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name an image")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
@@ -209,11 +209,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """Options of the generated data set."""
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=4000, help="training pictures")
-    parser.add_argument("--val", type=int, default=500, help="validation pictures")
+    parser.add_argument("--train", type=int, default=4000, help="training images")
+    parser.add_argument("--val", type=int, default=500, help="validation images")
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-objects", type=int, default=8, help="figures in a picture at most, 1 to 8")
+    parser.add_argument("--max-objects", type=int, default=8, help="figures in an image at most, 1 to 8")
     parser.add_argument("--easy", action="store_true", help="five classes, larger and plain, on plain ground")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
@@ -230,7 +230,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             easy=args.easy,
             workers=args.workers,
         )
-        print(f"{args.train} training and {args.val} validation pictures in {args.folder}")
+        print(f"{args.train} training and {args.val} validation images in {args.folder}")
 
     parser.set_defaults(run=run)
 
@@ -256,16 +256,16 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder to write; data=OUT, or its http address, trains from it")
     parser.add_argument("--split", help="one split; all that are found by default")
-    parser.add_argument("--samples-per-shard", type=_positive, default=500, help="pictures in a tar file")
+    parser.add_argument("--samples-per-shard", type=_positive, default=500, help="images in a tar file")
 
     def run(args: argparse.Namespace) -> None:
-        from pix2seq.data.folder import find_splits, open_dataset
-        from pix2seq.data.shards import write_shards
+        from pix2seq.data.dataset import find_splits, open_dataset
+        from pix2seq.data.formats.shards import write_shards
 
         for split in [args.split] if args.split else find_splits(args.folder) or ["train"]:
             dataset = open_dataset(args.folder, split)
             index = write_shards(dataset, args.out, samples_per_shard=args.samples_per_shard, progress=True)
-            print(f"{split}: {len(index)} of {len(dataset)} pictures in {len(index.shards)} shards in {args.out}")
+            print(f"{split}: {len(index)} of {len(dataset)} images in {len(index.shards)} shards in {args.out}")
 
     parser.set_defaults(run=run)
 
@@ -278,7 +278,7 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch", type=int, default=0, help="augmentation and noise differ from epoch to epoch")
     parser.add_argument("--split", default="train")
     parser.add_argument("--config", help="YAML file of settings, see configs/")
-    parser.add_argument("--out", type=Path, help="picture to write")
+    parser.add_argument("--out", type=Path, help="image to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:

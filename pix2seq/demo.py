@@ -1,4 +1,4 @@
-"""From nothing to boxes on a picture: make data, train, evaluate, predict."""
+"""From nothing to boxes on an image: make data, train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.drawing import draw_instances, tile
 from pix2seq.errors import InputError
@@ -33,7 +33,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     started = time.perf_counter()
 
     config = load_config(config_file("demo.yaml"), overrides, data=str(out / "shapes"), out=str(out / "run"))
-    print(f"1/4  {NUM_TRAIN + NUM_VAL} pictures of shapes, generated into {out / 'shapes'}")
+    print(f"1/4  {NUM_TRAIN + NUM_VAL} images of shapes, generated into {out / 'shapes'}")
     shutil.rmtree(out / "shapes", ignore_errors=True)
     write_shapes(
         out / "shapes",
@@ -48,7 +48,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     print("2/4  a detector, trained on them from scratch")
     checkpoint = run(config)
 
-    print("3/4  its score on pictures that it has not seen")
+    print("3/4  its score on images that it has not seen")
     predictor = Predictor.from_pretrained(checkpoint, device=config.device)
     dataset = open_dataset(out / "shapes", "val")
     result = evaluate(predictor, dataset)

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes, masks, keypoints and captions drawn by Pillow."""
+"""Images for people: boxes, masks, keypoints and captions drawn by Pillow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pix2seq.data.target import Category, Instance, Target
+from pix2seq.types import Category, Instance, Target
 
 Color = tuple[int, int, int]
 
@@ -26,10 +26,10 @@ def draw_instances(
     scores: bool = True,
     mask_opacity: float = 0.35,
 ) -> Image.Image:
-    """Draw instances of at least `min_score` on a picture (H, W, 3), the best on top.
+    """Draw instances of at least `min_score` on an image (H, W, 3), the best on top.
 
-    Small pictures are enlarged to a longer side of 512 pixels first. Line widths and letters grow
-    with the picture, and a class has the same colour in every picture. `scores` writes them beside
+    Small images are enlarged to a longer side of 512 pixels first. Line widths and letters grow
+    with the image, and a class has the same colour in every image. `scores` writes them beside
     the class names.
     """
     canvas, scale = _enlarged(image)
@@ -69,7 +69,7 @@ def draw_target(image: NDArray[np.uint8], target: Target, categories: Sequence[C
 
 
 def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
-    """Pictures side by side and row by row on white, each row as high as its tallest."""
+    """Images side by side and row by row on white, each row as high as its tallest."""
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     cell = max(picture.width for picture in pictures)
     heights = [max(picture.height for picture in row) for row in rows]
@@ -132,7 +132,7 @@ def _label(
     pad = _line_width(size)
     width, height = right - left + 2 * pad, bottom - top + 2 * pad
     x0, y0, _, _ = _inside(xyxy, size)
-    # Above the box where there is room, else just inside; never beyond the picture.
+    # Above the box where there is room, else just inside; never beyond the image.
     x = min(max(x0, 0), max(size[0] - width, 0))
     y = y0 - height if y0 >= height else min(y0, max(size[1] - height, 0))
     draw.rectangle((x, y, x + width, y + height), fill=color)

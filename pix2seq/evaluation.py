@@ -1,4 +1,4 @@
-"""Score a model on a data set, in pixels of the original pictures."""
+"""Score a model on a data set, in pixels of the original images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pix2seq.data.folder import labels_by_name
-from pix2seq.data.picture import read_picture
-from pix2seq.data.target import Category, Dataset, Instance, Target
+from pix2seq.data.dataset import Dataset, labels_by_name
+from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
 from pix2seq.metrics.captions import CaptionScores, caption_scores
 from pix2seq.metrics.coco_ap import ApResult, Kind, average_precision
 from pix2seq.predictor import EncodedImage, Predictor
+from pix2seq.types import Category, Instance, Target
 
 KINDS: dict[str, Kind] = {"detection": "box", "segmentation": "mask", "keypoint": "keypoint"}
 TRUE_BOXES, FOUND_BOXES = "true_boxes", "found_boxes"  # what masks and keypoints were asked for
@@ -91,14 +91,14 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said about some pictures, by image id."""
+    """What a model said about some images, by image id."""
 
     instances: dict[str, dict[int, list[Instance]]]  # under the names of `EvalResult.scores`
     captions: dict[int, str]
 
     @classmethod
     def joined(cls, parts: Sequence[Answers]) -> Answers:
-        """Those about different pictures as one."""
+        """Those about different images as one."""
         names = dict.fromkeys(name for part in parts for name in part.instances)
         instances = {
             name: {image_id: found for part in parts for image_id, found in part.instances.get(name, {}).items()}
@@ -117,11 +117,11 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
 ) -> EvalResult:
-    """COCO AP of boxes, masks and keypoints, and caption scores, on the first `limit` pictures (0: all).
+    """COCO AP of boxes, masks and keypoints, and caption scores, on the first `limit` images (0: all).
 
-    Classes are matched by name, and every class of the data set must be known to the model. Pictures
+    Classes are matched by name, and every class of the data set must be known to the model. Images
     without captions are left out of the caption scores, and a data set without any has none. Raises
-    `InputError` where the model does not know a task or a class, and where there is no picture.
+    `InputError` where the model does not know a task or a class, and where there is no image.
     """
     started = time.perf_counter()
     images = range(min(limit or len(dataset), len(dataset)))
@@ -139,11 +139,11 @@ def answer(
     seed: int = 0,
     progress: bool = False,
 ) -> Answers:
-    """The part of `evaluate` that several processes can share: ask about the pictures of these numbers."""
+    """The part of `evaluate` that several processes can share: ask about the images of these numbers."""
     for name in tasks:
         predictor.require(name)
     if not len(dataset):
-        raise InputError(f"{dataset.root} has no picture in split {dataset.split!r} to evaluate on")
+        raise InputError(f"{dataset.root} has no image in split {dataset.split!r} to evaluate on")
     instance_tasks = [name for name in ("segmentation", "keypoint") if name in tasks]
     categories = {}
     if "detection" in tasks or instance_tasks:
@@ -155,7 +155,7 @@ def answer(
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             some = [dataset.target(index) for index in images[start : start + batch_size]]
-            encoded = predictor.encode_batch([read_picture(target.image) for target in some])
+            encoded = predictor.encode_batch([read_record_image(target.image) for target in some])
             found_boxes: list[list[Instance]] = [[] for _ in some]
             if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
                 found_boxes = predictor.detect_batch(encoded, seed=seed)
@@ -174,7 +174,7 @@ def answer(
 
 
 def score(dataset: Dataset, answers: Answers, images: range, *, seconds: float) -> EvalResult:
-    """Compare answers about the pictures of these numbers, all of them, with what is annotated."""
+    """Compare answers about the images of these numbers, all of them, with what is annotated."""
     targets = [dataset.target(index) for index in images]
     scores: dict[str, ApResult | CaptionScores] = {
         name: average_precision(targets, dataset.categories, found, kind=KINDS[name.partition("/")[0]])

@@ -1,6 +1,6 @@
-"""Ask a trained model about pictures: encode once, ask many things.
+"""Ask a trained model about images: encode once, ask many things.
 
-Results are in pixels of the original picture (x right, y down, after its EXIF orientation), with the
+Results are in pixels of the original image (x right, y down, after its EXIF orientation), with the
 same types whatever came in.
 """
 
@@ -18,16 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from pix2seq.affine import fit_affine
-from pix2seq.box_ops import box_xyxy_to_yxyx
-from pix2seq.data.categories import same_name
+from pix2seq.data.dataset import same_name
 from pix2seq.data.image import read_image
-from pix2seq.data.target import Caption, Category, Instance
 from pix2seq.data.transforms import object_region
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError, unknown_name
-from pix2seq.model.generate import Generated, GenerationConfig
+from pix2seq.geometry.affine import fit_affine
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.model.decoding.generate import Generated, GenerationConfig
 from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import Captioning
 from pix2seq.tasks.detection import Detection
@@ -35,34 +35,34 @@ from pix2seq.tasks.keypoint import Keypoint
 from pix2seq.tasks.segmentation import Segmentation
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
-from pix2seq.training.checkpoint import find_checkpoint
+from pix2seq.types import Caption, Category, Instance
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Boxes = Sequence[Instance] | ArrayLike
-"""Objects to ask about: instances, or boxes (N, 4) as x0, y0, x1, y1 in pixels of the picture."""
+"""Objects to ask about: instances, or boxes (N, 4) as x0, y0, x1, y1 in pixels of the image."""
 
 AnyTask = TypeVar("AnyTask", bound=Task[Any])
 MAX_ROWS = 256  # sequences that are decoded side by side
-MAX_CROPS = 16  # pictures of single objects that are encoded side by side
+MAX_CROPS = 16  # images of single objects that are encoded side by side
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A picture as the decoder sees it, and as people do. Held by the caller."""
+    """An image as the decoder sees it, and as people do. Held by the caller."""
 
     memory: Tensor  # (N, D)
-    pixels: NDArray[np.uint8]  # (H, W, 3), the picture itself
+    pixels: NDArray[np.uint8]  # (H, W, 3), the image itself
     canvas_size: tuple[float, float]  # width, height in original pixels of the model's whole input, padding included
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture."""
+        """Width and height of the image."""
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """All that was asked about one picture."""
+    """All that was asked about one image."""
 
     instances: list[Instance] = field(default_factory=list)
     captions: list[Caption] = field(default_factory=list)
@@ -89,12 +89,12 @@ class Predictor:
         return cls(model.to(pick_device(device)), bf16=bf16)
 
     def encode(self, image: ImageLike) -> EncodedImage:
-        """Read and encode one picture: a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a
+        """Read and encode one image: a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a
         tensor (3, H, W) of uint8 or of floats in [0, 1]."""
         return self.encode_batch([image])[0]
 
     def encode_batch(self, images: Sequence[ImageLike]) -> list[EncodedImage]:
-        """As `encode`, for several pictures of any sizes in one pass."""
+        """As `encode`, for several images of any sizes in one pass."""
         pictures = [load_pixels(image) for image in images]
         size = self.model.config.image_size
         affines = [fit_affine(pixels.shape[:2], size) for pixels in pictures]
@@ -108,11 +108,11 @@ class Predictor:
         ]
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
-        """Objects of one picture, best first."""
+        """Objects of one image, best first."""
         return self.detect_batch([self._encoded(image)], seed=seed)[0]
 
     def detect_batch(self, images: Sequence[EncodedImage], *, seed: int = 0) -> list[list[Instance]]:
-        """As `detect`, for several encoded pictures in one pass."""
+        """As `detect`, for several encoded images in one pass."""
         task = self._task(Detection)
         memory = torch.stack([image.memory for image in images])
         out = self._generate(task, memory, np.tile(task.prompt(), (len(images), 1)), task.generation(), seed=seed)
@@ -189,11 +189,11 @@ class Predictor:
         return sorted(found, key=lambda instance: -instance.score)
 
     def caption(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> Caption:
-        """A sentence about one picture."""
+        """A sentence about one image."""
         return self.caption_batch([self._encoded(image)], seed=seed)[0]
 
     def caption_batch(self, images: Sequence[EncodedImage], *, seed: int = 0) -> list[Caption]:
-        """As `caption`, for several encoded pictures in one pass."""
+        """As `caption`, for several encoded images in one pass."""
         task = self._task(Captioning)
         prompts = np.tile(task.prompt(), (len(images), 1))
         memory = torch.stack([image.memory for image in images])
@@ -210,7 +210,7 @@ class Predictor:
         categories: str | Sequence[str] | None = None,
         seed: int = 0,
     ) -> Prediction:
-        """Everything that `tasks` name about one picture, which is encoded once.
+        """Everything that `tasks` name about one image, which is encoded once.
 
         Objects are detected, or taken from `boxes`; masks and keypoints are added to them, and they keep
         the score of their box. For `boxes` and `categories`, see `segment`.
@@ -227,7 +227,7 @@ class Predictor:
         *,
         seed: int = 0,
     ) -> Iterator[Prediction]:
-        """As `predict`, picture by picture; boxes and captions of all of them come from one pass each."""
+        """As `predict`, image by image; boxes and captions of all of them come from one pass each."""
         tasks = [tasks] if isinstance(tasks, str) else tasks
         for name in tasks:
             self.require(name)
@@ -303,7 +303,7 @@ class Predictor:
 
         There is a config for each prompt, or one for all. Warns where an answer was cut at its length.
         """
-        # A generator for each picture, so that none depends on those beside it.
+        # A generator for each image, so that none depends on those beside it.
         generators = [torch.Generator(memory.device).manual_seed(seed) for _ in memory]
         with torch.inference_mode(), self._autocast():
             out = self.model.generate_mixed(
@@ -340,7 +340,7 @@ class Predictor:
     def objects(
         self, size: tuple[int, int], boxes: Boxes, categories: str | Sequence[str] | None = None
     ) -> list[Instance]:
-        """Boxes (N, 4) as x0, y0, x1, y1 in pixels of a picture of `size` (height, width) as objects of score 1.
+        """Boxes (N, 4) as x0, y0, x1, y1 in pixels of an image of `size` (height, width) as objects of score 1.
 
         For `categories`, see `segment`. Raises `InputError` for boxes or names that cannot be.
         """
@@ -351,7 +351,7 @@ class Predictor:
             raise InputError(f"boxes must be finite numbers (N, 4) as x0, y0, x1, y1, got shape {corners.shape}")
         corners = np.clip(corners, 0, np.tile(size[::-1], 2))
         if not (corners[:, 2:] > corners[:, :2]).all():
-            raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the picture")
+            raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the image")
         if categories is None and len(self._categories) > 1:
             raise InputError("boxes need categories: one name for all of them, or one for each")
         names = next(iter(self._categories)) if categories is None else categories
@@ -371,7 +371,7 @@ class Predictor:
     def _crops(
         self, image: EncodedImage, instances: Sequence[Instance], padding: float
     ) -> list[tuple[EncodedImage, NDArray[np.float64]]]:
-        """A picture of each object, encoded, and where its corner lies in the whole picture."""
+        """An image of each object, encoded, and where its corner lies in the whole image."""
         regions = [object_region(np.array(instance.box_xyxy), *image.size, padding) for instance in instances]
         crops = self.encode_batch([image.pixels[y0:y1, x0:x1] for x0, y0, x1, y1 in regions])
         return [(crop, np.array(region[:2], np.float64)) for crop, region in zip(crops, regions, strict=True)]
@@ -405,7 +405,7 @@ def _chunks(instances: Sequence[Instance], size: int) -> list[Sequence[Instance]
 
 
 def load_pixels(image: ImageLike) -> NDArray[np.uint8]:
-    """Any accepted form of a picture to uint8 pixels (H, W, 3). Raises `InputError` for all others."""
+    """Any accepted form of an image to uint8 pixels (H, W, 3). Raises `InputError` for all others."""
     if not isinstance(image, Tensor):
         return read_image(image)
     if image.ndim != 3 or image.shape[0] != 3:

@@ -1,4 +1,4 @@
-"""See what a model learns from: the sequences of one training sample, token by token, and as a picture."""
+"""See what a model learns from: the sequences of one training sample, token by token, and as an image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pix2seq.box_ops import box_xyxy_to_yxyx
-from pix2seq.data.target import Category, Instance
-from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.samples import TrainingSet
 from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
-from pix2seq.tasks.example import Example, Sample
+from pix2seq.examples import Example, Sample
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
@@ -24,6 +23,7 @@ from pix2seq.tokenizers.keypoint import decode_keypoints
 from pix2seq.tokenizers.segmentation import decode_polygons
 from pix2seq.training.config import TrainConfig
 from pix2seq.training.recipe import prepare
+from pix2seq.types import Category, Instance
 from pix2seq.vocab import CLASS_BASE, EOS, INVISIBLE, NOISE, SEPARATOR, Vocab
 
 NOISE_CATEGORY = Category(NOISE, NOISE, "noise")
@@ -129,7 +129,7 @@ class SequenceView:
         return draw_instances(np.asarray(canvas), instances, scores=False, caption=caption)
 
     def save(self, path: Path) -> None:
-        """Write the picture."""
+        """Write the image."""
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.picture().save(path)

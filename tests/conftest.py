@@ -40,7 +40,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten easy pictures to train on and four to evaluate, for runs that many tests start."""
+    """Ten easy images to train on and four to evaluate, for runs that many tests start."""
     from pix2seq.data.shapes import write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")

@@ -9,7 +9,7 @@ import pix2seq.training.checkpoint
 import pix2seq.training.loop
 import pix2seq.training.step
 from pix2seq.cli import main
-from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.samples import TrainingSet
 from pix2seq.predictor import Predictor
 
 # Where a signal comes, as (owner, name) of what is called there.
@@ -42,8 +42,8 @@ def train(arguments, place=None, call=1, signum=signal.SIGKILL):
         raise SystemExit(main(["train", *arguments]))
 
 
-def train_with_a_hanging_picture(arguments, index):
-    """A training set that never gives the picture of this number."""
+def train_with_a_hanging_image(arguments, index):
+    """A training set that never gives the image of this number."""
     original = TrainingSet.__getitem__
 
     def hanging(self, key):

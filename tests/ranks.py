@@ -6,9 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pix2seq.data.sampler import rank_part
+from pix2seq.examples import Batch
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks.example import Batch
 from pix2seq.training.distributed import join_ranks, local, whole
 from pix2seq.training.ema import Ema
 from pix2seq.training.step import Learner, TaskBatches, train_step

@@ -15,14 +15,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
-from pix2seq.data import json_stream
 from pix2seq.data.annotations import gather, offsets
-from pix2seq.data.coco import CocoDataset
-from pix2seq.data.json_stream import stream_json
-from pix2seq.data.run_lengths import run_lengths
-from pix2seq.data.table import BOX_DEFECTS, clip_boxes
+from pix2seq.data.defects import BOX_DEFECTS, clip_boxes
+from pix2seq.data.formats import json_stream
+from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.errors import InputError
-from pix2seq.polygon_ops import rle_to_mask
+from pix2seq.geometry.polygons import rle_to_mask
+from pix2seq.geometry.run_lengths import run_lengths
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -69,7 +69,7 @@ def test_every_target_of_coco_mini_is_what_the_json_says(shared, split):
 
 
 def write_boxes(root, num_images, each):
-    """A set of empty picture files with boxes only."""
+    """A set of empty image files with boxes only."""
     (root / "annotations").mkdir(parents=True)
     (root / "train").mkdir()
     images = [{"id": i, "file_name": f"{i}.png", "width": 640, "height": 480} for i in range(num_images)]
@@ -281,12 +281,12 @@ def test_boxes_are_clipped_as_one_would_by_hand(boxes):
         elif w <= 0 or h <= 0:
             expected = "box has no area"
         elif x1 <= x0 or y1 <= y0:
-            expected = "box lies outside the picture"
+            expected = "box lies outside the image"
         elif np.float32(x1) <= np.float32(x0) or np.float32(y1) <= np.float32(y0):
             expected = "box has no area"
         else:
             outside = max(x0 - x, y0 - y, x + w - x1, y + h - y1) > 0.5
-            expected = "box reaches outside the picture" if outside else None
+            expected = "box reaches outside the image" if outside else None
             assert corners == [x0, y0, x1, y1]
         assert BOX_DEFECTS[code] == expected
-        assert np.isnan(corners).any() == (expected not in (None, "box reaches outside the picture"))
+        assert np.isnan(corners).any() == (expected not in (None, "box reaches outside the image"))

@@ -1,4 +1,4 @@
-"""Whatever the logits, every task reads a whole answer: boxes, outlines and points in the picture, and words."""
+"""Whatever the logits, every task reads a whole answer: boxes, outlines and points in the image, and words."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import torch
 from hostile_decoder import KINDS, HostileDecoder, logits_of_kind
 from pycocotools import mask as mask_utils
 
-from pix2seq.data.target import Category
-from pix2seq.model.generate import Generated, generate_mixed
+from pix2seq.model.decoding.generate import Generated, generate_mixed
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tokenizers.segmentation import decode_polygons
 from pix2seq.tokenizers.text import SPECIAL_TOKENS, WordTokenizer
+from pix2seq.types import Category
 from pix2seq.vocab import PAD, Vocab
 
 SEEDS = 10_000
@@ -22,8 +22,8 @@ CATEGORIES = (PERSON, Category(2, 2, "heart"))
 VOCAB = Vocab(num_bins=7, coord_base=104, text_base=111, num_text=6, size=118)
 WORDS = WordTokenizer([*SPECIAL_TOKENS, "a", "red", "heart"])
 NUM_OBJECTS, MAX_POINTS, MAX_WORDS = 3, 8, 6
-PICTURE = (641, 427)  # width, height
-WHOLE = np.array(PICTURE, float)  # the model's input shows the picture and nothing else
+IMAGE = (641, 427)  # width, height
+WHOLE = np.array(IMAGE, float)  # the model's input shows the image and nothing else
 TASKS = {
     "detection": Detection(DetectionConfig(max_objects=NUM_OBJECTS), VOCAB, CATEGORIES),
     "detection with an end": Detection(DetectionConfig(max_objects=NUM_OBJECTS, noise_objects=0), VOCAB, CATEGORIES),
@@ -67,7 +67,7 @@ def check_detection(out, *, ends):
     joined = Generated(
         *(each[said][None] for each in (out.tokens, out.logprobs, out.best_tokens, out.best_logprobs)), out.truncated
     )
-    found = TASKS["detection"].instances(joined, 0, WHOLE, PICTURE)
+    found = TASKS["detection"].instances(joined, 0, WHOLE, IMAGE)
     assert len(found) == lengths.sum() // 5
     boxes = np.array([instance.box_xyxy for instance in found]).reshape(-1, 4)
     assert (boxes >= 0).all()
@@ -87,7 +87,7 @@ def check_segmentation(out):
         assert points.min() >= 0
         assert points.max() <= 1
     for row in range(0, len(out.tokens), 100):
-        rings, _ = TASKS["segmentation"].mask(out, slice(row, row + 1), WHOLE, PICTURE)
+        rings, _ = TASKS["segmentation"].mask(out, slice(row, row + 1), WHOLE, IMAGE)
         for ring in rings:
             assert (ring >= 0).all()
             assert (ring <= WHOLE).all()
@@ -161,11 +161,11 @@ def test_any_way_of_sampling_can_be_read(sampling):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outlines_of_any_logits_vote_on_a_mask_in_the_picture(kind):
+def test_outlines_of_any_logits_vote_on_a_mask_in_the_image(kind):
     copies, task = 4, TASKS["segmentation"].with_settings(num_samples=4)
     out = answer(["segmentation"] * 50, kind, num_samples=copies)
     for start in range(0, len(out.tokens), copies):
-        rings, rle = task.mask(out, slice(start, start + copies), WHOLE, PICTURE)
+        rings, rle = task.mask(out, slice(start, start + copies), WHOLE, IMAGE)
         likelihood, score = task.scores(out, slice(start, start + copies), 0.5)
         assert 0 <= likelihood <= 1
         assert score == 0.5
@@ -173,4 +173,4 @@ def test_outlines_of_any_logits_vote_on_a_mask_in_the_picture(kind):
             assert (ring >= 0).all()
             assert (ring <= WHOLE).all()
         if rle is not None:
-            assert mask_utils.decode(rle).shape == PICTURE[::-1]
+            assert mask_utils.decode(rle).shape == IMAGE[::-1]

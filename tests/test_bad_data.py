@@ -13,22 +13,21 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from pix2seq.data.check import check_dataset
-from pix2seq.data.folder import open_dataset
-from pix2seq.data.image import image_size, read_image
-from pix2seq.data.picture import read_picture
-from pix2seq.data.training_set import TrainingSet
+from pix2seq.data.dataset import open_dataset
+from pix2seq.data.formats.voc import VocDataset
+from pix2seq.data.image import image_size, read_image, read_record_image
+from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
-from pix2seq.data.voc import VocDataset
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
-from pix2seq.polygon_ops import rle_to_mask
+from pix2seq.geometry.polygons import rle_to_mask
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.vocab import Vocab
 
 NAN, INF, HUGE_INT = float("nan"), float("inf"), 10**400
 IMAGE = {"id": 1, "file_name": "a.png", "width": 40, "height": 30}
 CATEGORY = {"id": 7, "name": "cat", "keypoints": ["nose", "tail"]}
-NOT_FOUR, NO_AREA, OUTSIDE = "box is not four numbers", "box has no area", "box lies outside the picture"
+NOT_FOUR, NO_AREA, OUTSIDE = "box is not four numbers", "box has no area", "box lies outside the image"
 SKIPPED = "skipped in training, refused in evaluation"
 SHORT, UNUSABLE = "polygon of fewer than three points or odd length", "polygon with unusable numbers"
 BAD_RLE = "bad run-length mask"
@@ -110,9 +109,7 @@ CASES += [
     for value in ([0] * 4, [1, 1, 0, 5], [1, 1, 5, -5], [35, 1, 1e-7, 5], [1, 29, 5, 1e-9])
 ]
 CASES += [({"bbox": value}, OUTSIDE, "dropped") for value in ([40, 0, 5, 5], [-5, -5, 5, 5], [0, 30, 9, 9])]
-CASES += [
-    ({"bbox": value}, "box reaches outside the picture", "clipped") for value in ([-9, -9, 99, 99], [30, 1, 20, 5])
-]
+CASES += [({"bbox": value}, "box reaches outside the image", "clipped") for value in ([-9, -9, 99, 99], [30, 1, 20, 5])]
 CASES += [
     ({"segmentation": value}, SHORT, "part left out")
     for value in (
@@ -198,7 +195,7 @@ def test_sound_run_lengths_come_back_as_they_were_written(tmp_path):
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_each_defect_of_a_picture_has_its_policy(tmp_path, image, defect, action):
+def test_each_defect_of_an_image_has_its_policy(tmp_path, image, defect, action):
     root = write_coco(tmp_path / "data", [sound(0), thing(image_id=2)], [IMAGE, image])
     Image.new("RGB", (40, 30)).save(tmp_path / "outside.png")
     (root / "train/junk.png").write_bytes(b"junk")
@@ -209,7 +206,7 @@ def test_each_defect_of_a_picture_has_its_policy(tmp_path, image, defect, action
     assert [(i.width, i.height) for i in dataset.images] == [(40, 30)] * (1 if action == "dropped" else 2)
 
 
-def test_a_picture_of_another_size_than_written_and_a_turned_one_are_told_apart(tmp_path):
+def test_an_image_of_another_size_than_written_and_a_turned_one_are_told_apart(tmp_path):
     sizes = {"same": (40, 30), "swapped": (30, 40), "other": (41, 30), "turned": (40, 30), "upright": (30, 40)}
     images = [
         {"id": number, "file_name": f"{name}.jpg", "width": width, "height": height}
@@ -232,7 +229,7 @@ def test_a_picture_of_another_size_than_written_and_a_turned_one_are_told_apart(
     assert image_size(root / "train/turned.jpg", upright=False) == (40, 30)
 
 
-def test_the_check_names_the_pictures_that_cannot_be_decoded(shared, tmp_path):
+def test_the_check_names_the_images_that_cannot_be_decoded(shared, tmp_path):
     names = sorted(path.name for path in (shared / "data/odd/damaged").iterdir())
     images = [IMAGE | {"id": number, "file_name": name} for number, name in enumerate(names)]
     root = write_coco(tmp_path, [], [*images, IMAGE | {"id": 99}])
@@ -258,7 +255,7 @@ def training_set(dataset, **options):
 
 
 def pictures_of_which_some_lie(root, num_sound):
-    """Pictures with a box each, the last four of them bad as only decoding shows."""
+    """Images with a box each, the last four of them bad as only decoding shows."""
     images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(num_sound + 4)]
     write_coco(root, [thing(id=100 + i, image_id=i) for i in range(len(images))], images)
     for i in range(num_sound):
@@ -287,19 +284,19 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
     assert all(f"{i}.png" in str(warning.message) for i, warning in zip((8, 9, 10, 11), caught, strict=True))
     for image in dataset.images[8:]:
         with pytest.raises(InputError, match=image.path.name):
-            read_picture(image)
+            read_record_image(image)
 
     class Encoder:
         def require(self, name): ...
 
         def encode_batch(self, images):
-            raise AssertionError("a picture that lies was taken")
+            raise AssertionError("an image that lies was taken")
 
     with pytest.raises(InputError, match=r"8\.png cannot be decoded"):
         evaluate(Encoder(), dataset, ["captioning"])
 
 
-def test_training_stops_once_too_many_pictures_prove_bad(tmp_path):
+def test_training_stops_once_too_many_images_prove_bad(tmp_path):
     images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(40)]
     root = write_coco(tmp_path, [thing(id=100 + i, image_id=i) for i in range(40)], images)
     for i in range(40):
@@ -313,20 +310,20 @@ def test_training_stops_once_too_many_pictures_prove_bad(tmp_path):
             return [samples[0, index].image_id for index in range(40)]
 
     assert len(run(0.36)) == 40  # 14 of 40 are bad, and among the first n never more than 0.36 n once there are ten
-    with pytest.raises(InputError, match=r"10 of 28 pictures .* The first ten: image 0: .*0\.png is 30x30") as caught:
+    with pytest.raises(InputError, match=r"10 of 28 images .* The first ten: image 0: .*0\.png is 30x30") as caught:
         run(0.25)
     assert "\n" not in str(caught.value)
     assert check_dataset(root, max_bad_share=0.36).usable
     report = check_dataset(root, max_bad_share=0.25)
     assert not report.usable
-    assert "14 of 40 pictures" in report.splits[0].refusal
+    assert "14 of 40 images" in report.splits[0].refusal
 
 
-def test_without_any_picture_that_can_be_read_training_ends(tmp_path):
+def test_without_any_image_that_can_be_read_training_ends(tmp_path):
     dataset = open_dataset(write_coco(tmp_path, [thing()]), "train")
     (tmp_path / "train/a.png").write_bytes(b"junk")
     samples = training_set(dataset)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no picture that can be read"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no image that can be read"):
         samples[0, 0]
 
 
@@ -338,7 +335,7 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
     root = write_coco(tmp_path, [thing(bbox=[20, 5, 20, 5])])
     Image.fromarray(pixels).save(root / "train/a.png", exif=exif)
     dataset = read_and_check(root)
-    np.testing.assert_array_equal(read_picture(dataset.images[0]), pixels)
+    np.testing.assert_array_equal(read_record_image(dataset.images[0]), pixels)
     np.testing.assert_array_equal(training_set(dataset)[0, 0].image[5:7, 18:30], 200)  # at 0.8 of the size
     upright = Image.open(root / "train/a.png")
     assert ImageOps.exif_transpose(upright).size == (30, 40)
@@ -433,21 +430,21 @@ def test_half_of_a_set_may_be_bad_and_all_of_a_few(tmp_path):
     assert len(read_and_check(write_coco(tmp_path, bad[:9])).objects) == 0
 
 
-def test_mostly_missing_pictures_are_refused_and_their_annotations_are_not_counted_twice(tmp_path):
+def test_mostly_missing_images_are_refused_and_their_annotations_are_not_counted_twice(tmp_path):
     lost = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(10, 30)]
     here = [IMAGE | {"id": i} for i in range(30, 50)]
     annotations = [thing(id=i, image_id=10 + i % 20) for i in range(100)]
     dataset = read_and_check(write_coco(tmp_path, annotations, lost + here))
     assert len(dataset) == 20
     root = write_coco(tmp_path, annotations, lost + here[:19])
-    with pytest.raises(InputError, match=r"20 of 39 pictures .* image 19: missing image file$"):
+    with pytest.raises(InputError, match=r"20 of 39 images .* image 19: missing image file$"):
         open_dataset(root, "train")
     assert not check_dataset(root).usable
 
 
-def test_a_set_of_none_but_useless_pictures_says_so(tmp_path):
+def test_a_set_of_none_but_useless_images_says_so(tmp_path):
     root = write_coco(tmp_path, [], [IMAGE | {"id": "one"}])
-    with pytest.raises(InputError, match=r"none of the 1 pictures .* image one: image without id or file_name"):
+    with pytest.raises(InputError, match=r"none of the 1 images .* image one: image without id or file_name"):
         open_dataset(root, "train")
 
 
@@ -527,7 +524,7 @@ def write_voc(root, objects, size=(40, 30), names="a\n"):
         ((5, 5, 5, 9), NO_AREA, "dropped"),
         ((9, 9, 5, 5), NO_AREA, "dropped"),
         ((50, 1, 60, 5), OUTSIDE, "dropped"),
-        ((-10, 1, 60, 5), "box reaches outside the picture", "clipped"),
+        ((-10, 1, 60, 5), "box reaches outside the image", "clipped"),
     ],
 )
 def test_each_defect_of_a_voc_box_has_its_policy(tmp_path, corners, defect, action):
@@ -548,7 +545,7 @@ def test_a_voc_size_that_is_none_is_read_from_the_file(tmp_path, size):
 def test_voc_names_listed_twice_or_without_files_are_dropped(tmp_path):
     root = write_voc(tmp_path, [voc_object((1, 1, 20, 10))], names="a 1\nb -1\na 1\nc\n")
     shutil.copy(root / "Annotations/a.xml", root / "Annotations/c.xml")
-    (root / "JPEGImages/a.txt").touch()  # no picture, whatever its name
+    (root / "JPEGImages/a.txt").touch()  # no image, whatever its name
     dataset = read_and_check(root)
     assert [image.path.name for image in dataset.images] == ["a.jpg"]
     found = dataset.defects[["defect", "action"]].to_numpy().tolist()

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from pix2seq.affine import fit_affine
-from pix2seq.data.coco import CocoDataset
-from pix2seq.data.target import Instance
+from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.transforms import transform_target
+from pix2seq.geometry.affine import fit_affine
+from pix2seq.geometry.polygons import rasterize, rle_to_mask
 from pix2seq.metrics.coco_ap import average_precision
-from pix2seq.model.generate import Generated
-from pix2seq.polygon_ops import rasterize, rle_to_mask
+from pix2seq.model.decoding.generate import Generated
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
+from pix2seq.types import Instance
 from pix2seq.vocab import Vocab
 
 SIZE = (640, 640)

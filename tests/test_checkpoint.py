@@ -19,17 +19,9 @@ from tiny_run import assert_at_step, set_step, tiny_state
 
 from pix2seq import Pix2Seq
 from pix2seq.errors import InputError
-from pix2seq.training.checkpoint import (
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    mark_best,
-    newest_checkpoint,
-    read_best,
-    save_checkpoint,
-    take_snapshot,
-)
-from pix2seq.training.manifest import find_damage
+from pix2seq.files import find_damage
+from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
+from pix2seq.training.checkpoint import load_checkpoint, mark_best, read_best, save_checkpoint, take_snapshot
 
 FILES = ("config.json", "model.safetensors", "state.json", "state.safetensors")
 

@@ -91,7 +91,7 @@ def test_eval_writes_metrics(run, data, tmp_path, capsys):
     assert "category" in capsys.readouterr().out
 
 
-def test_predict_writes_json_and_png_for_every_picture(run, data, tmp_path):
+def test_predict_writes_json_and_png_for_every_image(run, data, tmp_path):
     images = sorted((data / "val2017").iterdir())[:3]
     arguments = ["--checkpoint", str(run), "--out", str(tmp_path), "--batch-size", "2", "--num-objects", "3"]
     assert main(["predict", *map(str, images), *arguments]) == 0
@@ -108,7 +108,7 @@ def test_predict_writes_json_and_png_for_every_picture(run, data, tmp_path):
         Image.open(tmp_path / f"{path.stem}.png").verify()
 
 
-def test_one_unreadable_picture_does_not_lose_the_others(run, data, tmp_path, capsys):
+def test_one_unreadable_image_does_not_lose_the_others(run, data, tmp_path, capsys):
     good = next((data / "val2017").iterdir())
     (tmp_path / "bad.jpg").write_bytes(good.read_bytes()[:400])
     out = tmp_path / "out"
@@ -117,7 +117,7 @@ def test_one_unreadable_picture_does_not_lose_the_others(run, data, tmp_path, ca
     assert (out / f"{good.stem}.json").is_file()
 
 
-def test_predictions_do_not_depend_on_the_form_of_the_picture_or_on_its_batch(run, data):
+def test_predictions_do_not_depend_on_the_form_of_the_image_or_on_its_batch(run, data):
     predictor = Predictor.from_pretrained(run, device="cpu")
     path = sorted((data / "val2017").iterdir())[0]
     pixels = np.asarray(Image.open(path))
@@ -155,7 +155,7 @@ def test_predictions_do_not_depend_on_the_form_of_the_picture_or_on_its_batch(ru
         (["eval", "--checkpoint", "nowhere", "--data", "{data}"], "nowhere does not exist"),
         (["eval", "--checkpoint", "{run}", "--data", "{empty}"], "has no annotations"),
         (["eval", "--checkpoint", "{run}", "--data", "{data}", "--split", "test"], "split 'test'"),
-        (["predict", "--checkpoint", "{run}"], "no picture"),
+        (["predict", "--checkpoint", "{run}"], "no image"),
         (["predict", "nowhere.jpg", "--checkpoint", "{run}", "--out", "{empty}"], "nowhere.jpg does not exist"),
         (["predict", "{run}/config.yaml", "--checkpoint", "{run}", "--out", "{empty}"], "no image"),
         (["predict", "a.jpg", "--checkpoint", "{empty}"], "neither config.json nor checkpoints"),
@@ -195,7 +195,7 @@ def test_a_bad_annotation_is_dropped_in_training_and_named_by_the_check(data, tm
     assert "1 x box is not four numbers (dropped)" in report
     assert f"annotation {content['annotations'][1]['id']} " in report
     assert main(["train", f"data={folder}", f"out={tmp_path / 'run'}", *TINY, "steps=1"]) == 0
-    assert "2 annotations or pictures of split 'train' have defects" in capsys.readouterr().err
+    assert "2 annotations or images of split 'train' have defects" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_classes_is_refused(run, tmp_path, capsys):

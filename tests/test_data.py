@@ -1,4 +1,4 @@
-"""Reading pictures and annotations: against Pillow, pycocotools and files written by hand."""
+"""Reading images and annotations: against Pillow, pycocotools and files written by hand."""
 
 import io
 import json
@@ -12,14 +12,14 @@ from pycocotools.coco import COCO
 
 import pix2seq.data.image as image_module
 from pix2seq.data.check import check_dataset
-from pix2seq.data.coco import CocoDataset
-from pix2seq.data.folder import find_splits, labels_by_name, open_dataset
+from pix2seq.data.dataset import find_splits, labels_by_name, open_dataset
+from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.voc import VocDataset
 from pix2seq.data.image import image_size, read_image
-from pix2seq.data.target import Category
-from pix2seq.data.voc import VocDataset
 from pix2seq.errors import InputError
+from pix2seq.types import Category
 
-# Pictures
+# Images
 
 
 def manifest(shared):
@@ -28,7 +28,7 @@ def manifest(shared):
     return [dict(zip(names, line.split("\t"), strict=False)) for line in lines[1:]]
 
 
-def test_odd_pictures_are_read_upright_and_whole(shared):
+def test_odd_images_are_read_upright_and_whole(shared):
     for row in manifest(shared):
         path = shared / "data/odd" / row["path"]
         if row["path"].startswith("damaged/") and "mpo" not in row["path"] and "junk" not in row["path"]:
@@ -73,7 +73,7 @@ def turbo():
 
 
 def both_ways(source, monkeypatch, turbo):
-    """What comes of a picture with simplejpeg and without: pixels, or the message; and how often it decoded one."""
+    """What comes of an image with simplejpeg and without: pixels, or the message; and how often it decoded one."""
     found, decoded = [], []
     for decode in (lambda content: decoded.append(turbo(content)) or decoded[-1], None):
         monkeypatch.setattr(image_module, "_turbo", lambda decode=decode: decode)
@@ -125,8 +125,8 @@ def test_wide_greys_alpha_and_palettes_become_8_bit_rgb():
     assert read_image(np.array([[7]], np.uint8)).tolist() == [[[7, 7, 7]]]
 
 
-def test_pictures_that_cannot_be_used_end_in_one_line(tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_images_that_cannot_be_used_end_in_one_line(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").touch()
     Image.effect_noise((64, 64), 60).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
@@ -150,7 +150,7 @@ def test_pictures_that_cannot_be_used_end_in_one_line(tmp_path):
         read_image(np.zeros((2, 2), np.float32))
 
 
-def test_a_truncated_picture_is_refused_even_where_pillow_was_told_to_be_lenient(tmp_path, monkeypatch):
+def test_a_truncated_image_is_refused_even_where_pillow_was_told_to_be_lenient(tmp_path, monkeypatch):
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -224,8 +224,8 @@ SHORT = "polygon of fewer than three points or odd length"
         (box([1e9, 1, 5, 5]), "box is absurdly large", "dropped"),
         (box([1, 1, 0, 5]), "box has no area", "dropped"),
         (box([1, 1, -3, 5]), "box has no area", "dropped"),
-        (box([50, 1, 5, 5]), "box lies outside the picture", "dropped"),
-        (box([30, 20, 20, 20]), "box reaches outside the picture", "clipped"),
+        (box([50, 1, 5, 5]), "box lies outside the image", "dropped"),
+        (box([30, 20, 20, 20]), "box reaches outside the image", "clipped"),
         (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5]]), SHORT, "part left out"),
         (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, 5, 2]]), SHORT, "part left out"),
         (box([1, 1, 5, 5], segmentation=[[1, 1, 5, 5, 1, NAN]]), "polygon with unusable numbers", "part left out"),
@@ -286,7 +286,7 @@ def test_folders_that_cannot_be_used_end_in_one_line(tmp_path):
     cases.append((cut, "not valid JSON at line 1, column"))
     lost = write_coco(tmp_path / "lost", [])
     (lost / "train/a.png").unlink()
-    cases.append((lost, "none of the 1 pictures"))
+    cases.append((lost, "none of the 1 images"))
     for folder, message in cases:
         with pytest.raises(InputError, match=message) as caught:
             open_dataset(folder, "train")
@@ -369,7 +369,7 @@ def test_classes_are_matched_by_name():
         labels_by_name([Category(1, 1, "bird")], model)
 
 
-def test_the_check_reports_unreadable_and_mismatched_pictures(tmp_path):
+def test_the_check_reports_unreadable_and_mismatched_images(tmp_path):
     images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in (1, 2, 3)]
     root = write_coco(tmp_path, [box([1, 1, 5, 5])], images)
     Image.new("RGB", (10, 10)).save(root / "train/2.png")

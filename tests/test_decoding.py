@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
-import pix2seq.model.generate as generation
-import pix2seq.model.sampling as sampling_module
+import pix2seq.model.decoding.generate as generation
+import pix2seq.model.decoding.sampling as sampling_module
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.cpu_step import pack_linear
-from pix2seq.model.generate import generate
-from pix2seq.model.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
-from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.decoding.cpu_step import pack_linear
+from pix2seq.model.decoding.generate import generate
+from pix2seq.model.decoding.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
+from pix2seq.model.decoding.kv_cache import KVCache
+from pix2seq.model.decoding.sampling import sample, truncate_logits
 from pix2seq.model.pix2seq import build_model
-from pix2seq.model.sampling import sample, truncate_logits
 from pix2seq.vocab import Vocab
 
 EOS, SEPARATOR, INVISIBLE, NOISE = 0, 5, 6, 4

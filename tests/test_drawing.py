@@ -1,12 +1,12 @@
-"""Annotated pictures: something is drawn, where it should be, and nothing makes it fail."""
+"""Annotated images: something is drawn, where it should be, and nothing makes it fail."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pix2seq.data.target import Category, Instance
 from pix2seq.drawing import category_color, draw_instances, tile
+from pix2seq.types import Category, Instance
 
 GREY = np.full((600, 800, 3), 120, np.uint8)
 POINTS = np.array([[300, 300, 2], [320, 330, 1], [0, 0, 0]], np.float32)
@@ -28,7 +28,7 @@ def test_scores_below_the_least_are_left_out():
     assert (drawn == 120).all()
 
 
-def test_small_pictures_are_enlarged_and_large_ones_are_not():
+def test_small_images_are_enlarged_and_large_ones_are_not():
     assert draw_instances(np.zeros((32, 16, 3), np.uint8), []).size == (256, 512)
     assert draw_instances(GREY, []).size == (800, 600)
     captioned = draw_instances(GREY, [], caption="a long caption " * 20)
@@ -53,7 +53,7 @@ def test_nothing_makes_drawing_fail(box, name, size):
     assert max(draw_instances(np.zeros((*size, 3), np.uint8), [instance]).size) >= 512
 
 
-def test_pictures_are_tiled_row_by_row():
+def test_images_are_tiled_row_by_row():
     sheet = tile([draw_instances(GREY, [])] * 5, columns=2, gap=10)
     assert sheet.size == (1610, 1820)
     with pytest.raises(ValueError, match="empty"):

@@ -5,9 +5,9 @@ import torch
 from test_decoding import MEMORY, PROMPTS, SHORT, expected_logprobs, tiny_model
 
 import pix2seq.model.decoder
-from pix2seq.model.generate import generate
-from pix2seq.model.graph_step import GraphStep
-from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.decoding.generate import generate
+from pix2seq.model.decoding.graph_step import GraphStep
+from pix2seq.model.decoding.kv_cache import KVCache
 
 
 @pytest.fixture(scope="module")

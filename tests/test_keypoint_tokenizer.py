@@ -71,7 +71,7 @@ def test_masking_hides_a_uniform_share_of_what_is_read_and_nothing_else():
 
 
 @given(hnp.arrays(np.int64, st.integers(0, 50), elements=st.integers(-5, 5000)), st.integers(0, 20))
-def test_decoding_never_raises_and_keeps_to_the_picture(ids, num_points):
+def test_decoding_never_raises_and_keeps_to_the_image(ids, num_points):
     points, seen = decode_keypoints(ids, num_points, VOCAB)
     assert points.shape == (num_points, 2)
     assert seen.shape == (num_points,)

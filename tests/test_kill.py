@@ -112,7 +112,7 @@ def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, place):
 
 def test_sigterm_does_not_wait_for_data_that_hangs(process, shapes, tmp_path):
     options = arguments(shapes, tmp_path / "run", "num_workers=1", "seed=3")
-    child = process(target=dying.train_with_a_hanging_picture, args=(options, 0))
+    child = process(target=dying.train_with_a_hanging_image, args=(options, 0))
     child.start()
     while not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.1)

@@ -15,11 +15,11 @@ import pytest
 from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.errors import InputError
-from pix2seq.tasks.example import Example, Sample
+from pix2seq.examples import Example, Sample
 
 
 class Numbers:
-    """Pictures that show their own number, and as many tokens as it says."""
+    """Images that show their own number, and as many tokens as it says."""
 
     seed = 3
 
@@ -91,7 +91,7 @@ def hang(epoch, index):
 
 def refuse(epoch, index):
     if index == 7:
-        raise InputError("picture 7 is a lie; replace it")
+        raise InputError("image 7 is a lie; replace it")
 
 
 def fail(epoch, index):
@@ -108,7 +108,7 @@ def fail(epoch, index):
             r"a data worker \(process \d+\) was ended by SIGKILL, .* lower num_workers \(it is 2\)",
         ),
         (hang, InputError, r"no batch came from the 2 data workers for 1.5 s; .* raise worker_timeout"),
-        (refuse, InputError, r"^picture 7 is a lie; replace it$"),
+        (refuse, InputError, r"^image 7 is a lie; replace it$"),
         (fail, RuntimeError, r"a bug"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_worker_that_fails_ends_in_one_error_and_leaves_no_process(act, kind, 
 
 
 def test_without_workers_the_error_is_the_same():
-    with pytest.raises(InputError, match=r"^picture 7 is a lie; replace it$"):
+    with pytest.raises(InputError, match=r"^image 7 is a lie; replace it$"):
         take(10, Numbers(refuse), batch_size=2)
 
 

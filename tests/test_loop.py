@@ -10,7 +10,7 @@ from test_cli import TINY, one_line
 import pix2seq.training.loop
 import pix2seq.training.step
 from pix2seq.cli import main
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.evaluation import EvalResult
 

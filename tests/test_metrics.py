@@ -9,9 +9,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pix2seq.data.coco import CocoDataset
-from pix2seq.data.target import Category, ImageRecord, Instance, Target
+from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.metrics.coco_ap import average_precision
+from pix2seq.types import Category, ImageRecord, Instance, Target
 
 CAT, DOG = Category(1, 7, "cat"), Category(2, 9, "dog")
 

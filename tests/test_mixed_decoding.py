@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-import pix2seq.model.generate as generation
+import pix2seq.model.decoding.generate as generation
 from pix2seq import Pix2Seq, Predictor, convert_checkpoint
-from pix2seq.data.target import Category
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.generate import GenerationConfig, generate_mixed
-from pix2seq.model.grammar import TextGrammar
-from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.decoding.generate import GenerationConfig, generate_mixed
+from pix2seq.model.decoding.grammar import TextGrammar
+from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tokenizers.text import SPECIAL_TOKENS, WordTokenizer
+from pix2seq.types import Category
 from pix2seq.vocab import EOS, Vocab
 
 PERSON = Category(1, 1, "person", ("nose", "left_hand", "right_hand"))
@@ -227,12 +227,12 @@ def test_without_a_grammar_four_tasks_in_one_call_give_the_official_greedy_token
         assert not row[len(tokens) :].any()
 
 
-PICTURE = np.random.default_rng(5).integers(0, 256, (48, 48, 3), np.uint8)
+IMAGE = np.random.default_rng(5).integers(0, 256, (48, 48, 3), np.uint8)
 
 
 def test_a_predictor_says_what_was_cut(model):
     predictor = Predictor(model)
-    image = predictor.encode(PICTURE)
+    image = predictor.encode(IMAGE)
     captioning = predictor.tasks["captioning"]
     predictor.tasks["captioning"] = captioning.with_settings(max_tokens=2)  # a word and the end, which is forced
     with pytest.warns(UserWarning, match=r"captioning: .* cut; .* captioning.max_tokens ends answers after 2 tokens"):
@@ -255,7 +255,7 @@ def test_a_predictor_says_what_was_cut(model):
 def test_a_small_skeleton_beside_a_large_one_is_scored_by_its_own_points(model):
     predictor = Predictor(model)
     predictor.tasks["keypoint"] = task = predictor.tasks["keypoint"].with_settings(temperature=0.0)
-    image = predictor.encode(PICTURE)
+    image = predictor.encode(IMAGE)
     boxes = np.array([[4, 8, 40, 44], [10, 10, 30, 20]])
     found = predictor.keypoints(image, boxes, categories=["person", "arrow"])
     relative = (boxes / 48)[:, [1, 0, 3, 2]]

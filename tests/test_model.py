@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pix2seq import Pix2Seq
 from pix2seq.errors import InputError
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.decoding.sampling import sample, truncate_logits
 from pix2seq.model.pix2seq import build_model
 from pix2seq.model.positions import sincos_1d, sincos_2d
-from pix2seq.model.sampling import sample, truncate_logits
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -174,7 +174,7 @@ class Script(torch.nn.Module):
 
 
 def test_a_finished_row_stays_padded_and_the_last_one_stops_the_loop():
-    from pix2seq.model.generate import generate
+    from pix2seq.model.decoding.generate import generate
 
     decoder = Script([[5, 0, 7, 8, 9], [5, 6, 7, 0, 9]])
     out = generate(

@@ -84,7 +84,7 @@ def test_eval_scores_every_task(run, data, tmp_path, capsys):
     assert "AP50" not in capsys.readouterr().out
 
 
-def test_predict_writes_one_json_and_one_picture(run, data, tmp_path):
+def test_predict_writes_one_json_and_one_image(run, data, tmp_path):
     image = sorted((data / "val2017").iterdir())[0]
     command = ["predict", "--image", str(image), "--checkpoint", str(run), "--task", ALL, "--out", str(tmp_path)]
     assert main([*command, "--num-objects", "4"]) == 0
@@ -101,7 +101,7 @@ def test_predict_writes_one_json_and_one_picture(run, data, tmp_path):
     assert json.loads((tmp_path / f"{image.stem}.json").read_text())["instances"] == []
 
 
-def test_pictures_without_captions_are_left_out_of_their_scores(run, data, tmp_path):
+def test_images_without_captions_are_left_out_of_their_scores(run, data, tmp_path):
     some = tmp_path / "some"
     shutil.copytree(data, some)
     file = some / "annotations" / "captions_val2017.json"

@@ -1,4 +1,4 @@
-"""Eight real pictures, learned by heart: boxes, outlines, keypoints and captions in one model."""
+"""Eight real images, learned by heart: boxes, outlines, keypoints and captions in one model."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ METRICS = ("AP50", "segmentation/true_boxes/AP50", "keypoint/true_boxes/AP50", "
 
 
 @pytest.mark.slow
-def test_eight_real_pictures_reach_nine_tenths_in_every_task(shared, tmp_path):
+def test_eight_real_images_reach_nine_tenths_in_every_task(shared, tmp_path):
     command = [sys.executable, "benchmarks/overfit.py", str(shared / "data/coco_mini"), "--out", str(tmp_path / "o")]
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
     print(done.stdout)

@@ -19,8 +19,9 @@ from pix2seq import Pix2Seq, convert_checkpoint
 from pix2seq.cli import main
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
-from pix2seq.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
-from pix2seq.training.manifest import MANIFEST_FILE, find_damage, seal
+from pix2seq.files import MANIFEST_FILE, find_damage, seal
+from pix2seq.model.pretrained import list_checkpoints, newest_checkpoint
+from pix2seq.training.checkpoint import load_checkpoint
 from pix2seq.training.run_lock import run_lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -343,7 +344,7 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
         import subprocess
         from pathlib import Path
         from pix2seq.errors import InputError
-        from pix2seq.output import output_file, output_folder
+        from pix2seq.files import output_file, output_folder
         from pix2seq.training.run_lock import run_lock
 
         Path("disk/old.json").write_text("")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 
-from pix2seq.polygon_ops import (
+from pix2seq.geometry.polygons import (
     clip_rings,
     mask_to_rings,
     rasterize,
@@ -475,7 +475,7 @@ def test_a_clipped_ring_by_hand():
     np.testing.assert_array_equal(same, SQUARE)
 
 
-def test_clipped_rings_lie_in_the_picture_and_keep_the_area_in_it():
+def test_clipped_rings_lie_in_the_image_and_keep_the_area_in_it():
     rng = np.random.default_rng(0)
     for _ in range(200):
         triangle = rng.random((3, 2)) * 300 - 100
@@ -487,7 +487,7 @@ def test_clipped_rings_lie_in_the_picture_and_keep_the_area_in_it():
 
 
 @given(st.integers(0, 10_000))
-def test_a_clipped_ring_encloses_the_same_pixels_of_the_picture(seed):
+def test_a_clipped_ring_encloses_the_same_pixels_of_the_image(seed):
     # Coordinates that are multiples of 0.2 pixels, at which pycocotools rounds nothing, and square crossings.
     rng = np.random.default_rng(seed)
     x0, x1 = np.sort(rng.integers(-50, 150, 2)) / 5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from pix2seq.data.coco import CocoDataset
+from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.shapes import contact_sheet, write_shapes
 from pix2seq.data.shapes.captions import captions, noun, phrase, place
 from pix2seq.data.shapes.figures import OUTLINES
@@ -208,7 +208,7 @@ def test_easy_scenes_are_plain_and_few():
     assert {figure.texture for scene in made for figure in scene.figures} == {"plain"}
 
 
-def test_places_are_ninths_of_the_picture(scenes):
+def test_places_are_ninths_of_the_image(scenes):
     for figure in scenes[0].figures:
         x, y = figure.centre
         words = place(figure, 128)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pix2seq.data import shards
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.dataset import open_dataset
+from pix2seq.data.formats import shards
+from pix2seq.data.formats.shards import CONTENTS, ShardIndex, ShardStream, write_shards
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.shards import CONTENTS, ShardIndex, ShardStream, write_shards
 from pix2seq.errors import InputError
 
 pytest.importorskip("webdataset")
@@ -105,7 +105,7 @@ def test_samples_without_what_is_learned_do_not_count(shared, tmp_path, learns_f
         assert ids(ShardStream(index, **options, start=start), 5) == whole[start : start + 5]
 
 
-def test_pictures_that_lie_are_left_out_and_too_many_are_refused(dataset, tmp_path):
+def test_images_that_lie_are_left_out_and_too_many_are_refused(dataset, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(dataset.root, data)
     ours = open_dataset(data, "train")
@@ -120,7 +120,7 @@ def test_pictures_that_lie_are_left_out_and_too_many_are_refused(dataset, tmp_pa
     assert {s.number for s in samples} == set(range(NUM)) - {3, 7}
     for path in paths[8:16]:
         path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(InputError, match=r"10 of 23 pictures"):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(InputError, match=r"10 of 23 images"):
         write_shards(ours, tmp_path / "more", samples_per_shard=EACH, max_bad_share=0.4)
     assert not (tmp_path / "more/train.json").exists()
 
@@ -134,7 +134,7 @@ def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, t
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 5])
-def test_each_epoch_holds_every_picture_once_over_all_lanes(folder, num_lanes):
+def test_each_epoch_holds_every_image_once_over_all_lanes(folder, num_lanes):
     index = ShardIndex.read(folder, "train")
     seen = []
     for lane in range(num_lanes):

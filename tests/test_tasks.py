@@ -13,25 +13,23 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 
 from pix2seq import Predictor
-from pix2seq.affine import Affine
-from pix2seq.data.categories import unite_categories
-from pix2seq.data.coco import CocoDataset
-from pix2seq.data.folder import open_dataset
-from pix2seq.data.places import WHOLE, contents, find_places
+from pix2seq.data.annotations import WHOLE, contents, find_places
+from pix2seq.data.dataset import open_dataset, unite_categories
+from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.samples import TrainingSet
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.target import Category, ImageRecord, Instance, Target
-from pix2seq.data.training_set import TrainingSet
 from pix2seq.data.transforms import AugmentConfig, object_region, transform_target
 from pix2seq.errors import InputError
-from pix2seq.keypoint_ops import mirror_order
+from pix2seq.examples import Batch, collate
+from pix2seq.geometry.affine import Affine
+from pix2seq.geometry.keypoints import mirror_order
+from pix2seq.geometry.polygons import rasterize
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.generate import Generated
+from pix2seq.model.decoding.generate import Generated
 from pix2seq.model.pix2seq import build_model
-from pix2seq.polygon_ops import rasterize
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import CaptioningConfig, with_text
 from pix2seq.tasks.detection import DetectionConfig
-from pix2seq.tasks.example import Batch, collate
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
@@ -39,6 +37,7 @@ from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer
 from pix2seq.training.start import start_from
 from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.types import Category, ImageRecord, Instance, Target
 from pix2seq.vocab import EOS, TASK_IDS, Vocab
 
 CONFIGS = {
@@ -327,14 +326,14 @@ def predictor(model):
     return Predictor(model)
 
 
-PICTURE = np.random.default_rng(0).integers(0, 255, (50, 80, 3)).astype(np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 255, (50, 80, 3)).astype(np.uint8)
 
 
 def test_a_chain_asks_about_what_was_detected_and_encodes_once(predictor, monkeypatch):
     calls = []
     encode = predictor.model.encode
     monkeypatch.setattr(predictor.model, "encode", lambda images: calls.append(len(images)) or encode(images))
-    image = predictor.encode(PICTURE)
+    image = predictor.encode(IMAGE)
     prediction = predictor.predict(image, ["detection", "segmentation", "captioning"])
     assert calls == [1]
     found = predictor.detect(image)
@@ -348,29 +347,29 @@ def test_a_chain_asks_about_what_was_detected_and_encodes_once(predictor, monkey
 
 def test_boxes_may_come_from_the_user(predictor):
     boxes = [[10, 10, 40, 30], [0, 0, 80, 50]]
-    segmented = predictor.segment(PICTURE, boxes, categories=["person", "heart"])
+    segmented = predictor.segment(IMAGE, boxes, categories=["person", "heart"])
     assert sorted(i.category.name for i in segmented) == ["heart", "person"]
-    pointed = predictor.keypoints(PICTURE, boxes, categories=["person", "heart"])
+    pointed = predictor.keypoints(IMAGE, boxes, categories=["person", "heart"])
     assert [i.category.name for i in pointed] == ["person"]
     assert pointed[0].keypoints.shape[1] == 3
     assert (pointed[0].keypoints[:, 0] <= 80).all()
-    again = predictor.keypoints(PICTURE, pointed)
+    again = predictor.keypoints(IMAGE, pointed)
     np.testing.assert_array_equal(again[0].keypoints, pointed[0].keypoints)
-    assert predictor.segment(PICTURE, []) == []
+    assert predictor.segment(IMAGE, []) == []
     for wrong, message in (
         ([[10, 10, 5, 30]], "x1 > x0"),
-        ([[100, 10, 120, 30]], "inside the picture"),
+        ([[100, 10, 120, 30]], "inside the image"),
         ([[1, 2, 3]], "finite numbers"),
         ([[1, 2, float("nan"), 4]], "finite numbers"),
     ):
         with pytest.raises(InputError, match=message):
-            predictor.segment(PICTURE, wrong, categories="person")
+            predictor.segment(IMAGE, wrong, categories="person")
     with pytest.raises(InputError, match="need categories"):
-        predictor.segment(PICTURE, boxes)
+        predictor.segment(IMAGE, boxes)
     with pytest.raises(InputError, match="did you mean 'person'"):
-        predictor.segment(PICTURE, boxes, categories="persona")
+        predictor.segment(IMAGE, boxes, categories="persona")
     with pytest.raises(InputError, match="1 categories"):
-        predictor.segment(PICTURE, boxes, categories=["person"])
+        predictor.segment(IMAGE, boxes, categories=["person"])
 
 
 def test_answers_do_not_depend_on_how_many_objects_are_asked_about_at_once(predictor, monkeypatch):
@@ -380,7 +379,7 @@ def test_answers_do_not_depend_on_how_many_objects_are_asked_about_at_once(predi
         predictor.model.categories,
     )
     boxes = np.array([[x, y, x + 20, y + 15] for x in range(0, 60, 12) for y in range(0, 35, 10)], float)
-    image = predictor.encode(PICTURE)
+    image = predictor.encode(IMAGE)
     together = predictor.segment(image, boxes, categories="person")
     monkeypatch.setattr("pix2seq.predictor.MAX_ROWS", 3)
     apart = predictor.segment(image, boxes, categories="person")
@@ -426,11 +425,11 @@ def test_voted_masks_keep_their_holes(vocab, shapes):
 
 def test_tasks_by_name_or_nothing(predictor):
     with pytest.raises(InputError, match="segmentaton"):
-        predictor.predict(PICTURE, ["segmentaton"])
-    assert predictor.predict(PICTURE, "captioning").captions
+        predictor.predict(IMAGE, ["segmentaton"])
+    assert predictor.predict(IMAGE, "captioning").captions
     with pytest.raises(InputError, match="no keypoints"):
-        predictor.keypoints(PICTURE, [[1, 2, 30, 40]], categories="heart")
-    assert predictor.segment(PICTURE, np.zeros((0, 4))) == []
+        predictor.keypoints(IMAGE, [[1, 2, 30, 40]], categories="heart")
+    assert predictor.segment(IMAGE, np.zeros((0, 4))) == []
 
 
 def test_classes_of_several_data_sets_are_joined_by_name():

@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pix2seq.affine import Affine, fit_affine
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.shapes.person import KEYPOINTS
-from pix2seq.data.target import Category, ImageRecord, Target
 from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
 from pix2seq.errors import InputError
-from pix2seq.keypoint_ops import mirror_order
+from pix2seq.examples import Sample, collate
+from pix2seq.geometry.affine import Affine, fit_affine
+from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.detection import Detection, DetectionConfig
-from pix2seq.tasks.example import Sample, collate
 from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
 from pix2seq.training.schedule import ScheduleConfig, learning_rate
 from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, token_losses, train_step
+from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pix2seq.errors import InputError
+from pix2seq.examples import Batch
 from pix2seq.model import cpu_attention
-from pix2seq.model import encoder as encoder_module
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.encoder import TimmEncoder
+from pix2seq.model.encoders import timm_attention
+from pix2seq.model.encoders.timm import TimmEncoder
 from pix2seq.model.layers import attend
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks.example import Batch
 from pix2seq.training import step
 from pix2seq.training.compilation import compile_model
 from pix2seq.training.step import sequence_loss
@@ -91,7 +91,7 @@ def test_attention_in_bf16_has_the_gradient_of_the_formula(monkeypatch, kind, sc
 
 def test_attention_of_timm_goes_the_same_way_in_copies_too(monkeypatch):
     calls = []
-    monkeypatch.setattr(encoder_module, "attend", lambda q, k, v: calls.append(q.dtype) or attend(q, k, v))
+    monkeypatch.setattr(timm_attention, "attend", lambda q, k, v: calls.append(q.dtype) or attend(q, k, v))
     encoder = TimmEncoder("deit_tiny_patch16_224", image_size=(32, 32))
     images = torch.rand(2, 3, 32, 32)
     encoder(images)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from test_multi_task import ALL, TINY
 
 from pix2seq.cli import main
-from pix2seq.data.folder import open_dataset
+from pix2seq.data.dataset import open_dataset
+from pix2seq.data.formats.shards import ShardIndex, read_shard
 from pix2seq.data.loader import batches
+from pix2seq.data.samples import TrainingStream
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.shards import ShardIndex, read_shard
-from pix2seq.data.training_stream import TrainingStream
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -88,7 +88,7 @@ def test_a_stream_goes_on_where_it_stopped_also_over_http(shards, address, num_w
     assert not multiprocessing.active_children()
 
 
-def test_each_rank_and_worker_reads_pictures_of_its_own(shards, data):
+def test_each_rank_and_worker_reads_images_of_its_own(shards, data):
     # 6 shards and 4 lanes: within the first 2 shards' worth of each lane, nothing comes twice.
     options = {"batch_size": 4, "num_workers": 2, "world_size": 2}
     parts = [take(stream(shards), 2, **options, rank=rank) for rank in range(2)]
@@ -98,7 +98,7 @@ def test_each_rank_and_worker_reads_pictures_of_its_own(shards, data):
         take(stream(shards), 1, batch_size=8, num_workers=4, world_size=2)
 
 
-def test_a_picture_is_cropped_anew_each_epoch_around_one_of_its_objects(shards, data):
+def test_an_image_is_cropped_anew_each_epoch_around_one_of_its_objects(shards, data):
     samples = stream(shards, Keypoint, KeypointConfig())
     dataset = open_dataset(data, "train")
     people = [i for i in range(NUM) if (dataset.target(i).keypoints[..., 2] > 0).any()]
@@ -133,7 +133,7 @@ def test_a_run_over_http_resumes_to_the_bit(data, address, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_where_single_pictures_are_needed_shards_are_refused(shards, data, tmp_path, capsys):
+def test_where_single_images_are_needed_shards_are_refused(shards, data, tmp_path, capsys):
     for command, message in [
         (["train", f"data={shards}", f"out={tmp_path / 'out'}", *TINY], "give val_data=FOLDER"),
         (["data", "sequences", str(shards), f"val_data={data}", *TINY], "name the data set itself"),

@@ -2,11 +2,11 @@
 
 import torch
 
-from pix2seq.data.target import Category
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.training.checkpoint import RunState
 from pix2seq.training.ema import Ema
+from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 

@@ -46,7 +46,7 @@ def decode_caption(ids: NDArray[np.integer], tokenizer: TextTokenizer, vocab: Vo
 def drop_inputs(inputs: NDArray[np.integer], rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """Replace each token that the decoder reads by NOISE with probability `rate`; any shape.
 
-    Published with a rate of 0.5, so that words are learnt from the picture and not from the words
+    Published with a rate of 0.5, so that words are learnt from the image and not from the words
     before. Targets and weights stay. The official code drops the prompt's token too, as if it were a word;
     here the caller decides what it passes.
     """

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.polygon_ops import MIN_POINTS, clip_rings, simplify_rings
+from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, simplify_rings
 from pix2seq.vocab import EOS, SEPARATOR, Vocab
 
 TOKENS_PER_POINT = 2

@@ -17,7 +17,8 @@ from pix2seq.convert.tf_bundle import TensorBundle
 from pix2seq.convert.weight_map import canonical_name, make_parameter, plan
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
-from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, build_model, write_checkpoint
+from pix2seq.model.pix2seq import Pix2Seq, build_model
+from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_checkpoint
 from pix2seq.tasks import TASKS
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, SentencePieceTokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pix2seq.data.target import Category
+from pix2seq.types import Category
 
 NAMES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",

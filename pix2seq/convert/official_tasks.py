@@ -9,11 +9,11 @@ from typing import Any
 from pix2seq.convert.coco_classes import coco_categories
 from pix2seq.convert.official_config import official_tasks
 from pix2seq.convert.presets import TASKS as PUBLISHED
-from pix2seq.data.target import Category
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.tasks.task import numbered_categories
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
+from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 SAMPLING = ("temperature", "top_k", "top_p")

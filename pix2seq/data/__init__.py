@@ -1,1 +1,1 @@
-"""Reading, checking, generating and batching annotated pictures."""
+"""Reading, checking, generating and batching annotated images."""

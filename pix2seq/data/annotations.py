@@ -1,4 +1,4 @@
-"""The pictures and annotations of a data set in flat arrays: a box takes 33 bytes, a picture some 50.
+"""The images and annotations of a data set in flat arrays: a box takes 33 bytes, an image some 50.
 
 What only some have (polygons, run-length masks, keypoints, captions) lies in lists of its own, sorted
 by owner, with an array that names each entry's owner; nothing is stored for those without. Shapes
@@ -8,9 +8,13 @@ use I images, N annotations, K keypoints of an object.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,16 +22,65 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pix2seq.data.shared_arrays import SharedArrays
-from pix2seq.data.table import OBJECT_COLUMNS
-from pix2seq.data.target import Category, ImageRecord, Segmentation, Target
+from pix2seq.data.defects import OBJECT_COLUMNS
+from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
 _GATHERED = 1 << 20  # values that are moved at a time: their indices take more room than they do
 
 
+_FOLDERS: weakref.WeakKeyDictionary[SharedArrays, Path] = weakref.WeakKeyDictionary()
+
+
+class SharedArrays:
+    """Base of frozen dataclasses (`eq=False`) whose fields are arrays, and perhaps a few small values.
+
+    A forked worker shares the parent's arrays anyway, as nothing writes to them and they hold no
+    Python objects. For a worker that is spawned they are written to the temporary folder, once for
+    all workers, and mapped from there; the files go with the object in the parent. Any other pickle
+    and every copy holds the arrays themselves.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values: dict[str, Any] = dict(vars(self))
+        if get_spawning_popen() is None:
+            return _rebuild, (type(self), values)
+        folder = _FOLDERS.get(self)
+        if folder is None:
+            folder = _FOLDERS[self] = _write(values)
+            weakref.finalize(self, _remove, folder, os.getpid())
+        small = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+        return _map, (type(self), folder, [name for name in values if name not in small], small)
+
+
+def _write(values: dict[str, Any]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="pix2seq-"))
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker has inherited this call, but not the folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
+    return cls(**values)
+
+
+def _map(cls: type[Any], folder: Path, names: list[str], small: dict[str, Any]) -> Any:
+    return cls(**{name: _load(folder / f"{name}.npy") for name in names}, **small)
+
+
+def _load(path: Path) -> NDArray[Any]:
+    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped.view(np.ndarray)  # slices of a memmap take several times as long
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTable(SharedArrays, Sequence[ImageRecord]):
-    """The pictures of a data set, as a sequence of `ImageRecord` that are made when asked for."""
+    """The images of a data set, as a sequence of `ImageRecord` that are made when asked for."""
 
     root: Path
     ids: NDArray[np.int64]  # (I,)
@@ -38,7 +91,7 @@ class ImageTable(SharedArrays, Sequence[ImageRecord]):
 
     @classmethod
     def build(cls, root: Path, images: Iterable[tuple[int, str, int, int]]) -> ImageTable:
-        """From id, path below `root`, width and height of each picture."""
+        """From id, path below `root`, width and height of each image."""
         ids, names, widths, heights = [], [], [], []
         for image_id, name, width, height in images:
             ids.append(image_id)
@@ -153,8 +206,8 @@ class Annotations(SharedArrays):
         }
         return pd.DataFrame(columns, columns=list(OBJECT_COLUMNS))
 
-    def _segmentations(self, start: int, stop: int, image: ImageRecord) -> tuple[Segmentation | None, ...]:
-        found: list[Segmentation | None] = [None] * (stop - start)
+    def _segmentations(self, start: int, stop: int, image: ImageRecord) -> tuple[MaskAnnotation | None, ...]:
+        found: list[MaskAnnotation | None] = [None] * (stop - start)
         low, high = _span(self.run_owner, start, stop)
         for i in range(low, high):
             counts = self.runs[self.first_byte[i] : self.first_byte[i + 1]].tobytes()
@@ -244,3 +297,58 @@ def _span(owner: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
         return 0, 0
     low, high = owner.searchsorted((start, stop)).tolist()
     return low, high
+
+
+WHOLE = -1  # in place of an object's number
+
+
+def find_places(annotations: Annotations, learns_from: str, *, each_object: bool) -> NDArray[np.int32]:
+    """An (image, object) for each training sample, (S, 2): whole images, or `each_object` that can be learned from."""
+    if learns_from == "caption":
+        images = np.unique(annotations.caption_owner)
+        return _pairs(images, np.full(len(images), WHOLE))
+    usable = _OBJECTS[learns_from](annotations) & ~annotations.iscrowd  # (N,)
+    first = annotations.first
+    if each_object:
+        objects = np.flatnonzero(usable)
+        images = first.searchsorted(objects, side="right") - 1
+        return _pairs(images, objects - first[images])
+    before = np.append(0, np.cumsum(usable, dtype=np.int32))  # usable ones before each annotation
+    images = np.flatnonzero(before[first[1:]] > before[first[:-1]])
+    return _pairs(images, np.full(len(images), WHOLE))
+
+
+def contents(target: Target) -> frozenset[str]:
+    """The same of a single target: all that can be learned from it, as `learns_from` has it."""
+    real = ~target.iscrowd
+    found = {
+        "object": bool(real.any()),
+        "mask": any(bool(s) and r for s, r in zip(target.segmentations, real.tolist(), strict=True)),
+        "labelled keypoint": bool((target.keypoints[real, :, 2] > 0).any()),
+        "caption": bool(target.captions),
+    }
+    return frozenset(name for name, is_there in found.items() if is_there)
+
+
+def _pairs(images: NDArray[np.integer], objects: NDArray[np.integer]) -> NDArray[np.int32]:
+    return np.stack([images, objects], axis=1).astype(np.int32)
+
+
+def _with_mask(annotations: Annotations) -> NDArray[np.bool_]:
+    found = np.zeros(len(annotations), np.bool_)
+    found[annotations.ring_owner] = True
+    found[annotations.run_owner] = True
+    return found
+
+
+def _with_keypoints(annotations: Annotations) -> NDArray[np.bool_]:
+    found = np.zeros(len(annotations), np.bool_)
+    found[annotations.keypoint_owner] = (annotations.keypoints[..., 2] > 0).any(axis=1)
+    return found
+
+
+_OBJECTS: dict[str, Callable[[Annotations], NDArray[np.bool_]]] = {
+    "object": lambda annotations: np.ones(len(annotations), np.bool_),
+    "mask": _with_mask,
+    "labelled keypoint": _with_keypoints,
+}

@@ -6,24 +6,24 @@ What is done about each, here, in training and in evaluation alike:
 |---|---|
 | annotation file: cut off, no JSON or XML, in another encoding than UTF-8; a byte order mark is read over | refused |
 | category: no whole id or no name, an id given twice, keypoints that cannot be read, none at all | refused |
-| picture: no id or name, an id seen before, no file | dropped |
-| picture: no width and height | read from the file |
-| picture: truncated, corrupt, no image | skipped in training, refused in evaluation |
-| picture: of another size than the annotations say | skipped in training, refused in evaluation |
-| picture: of that size only without its EXIF orientation | read as stored |
+| image: no id or name, an id seen before, no file | dropped |
+| image: no width and height | read from the file |
+| image: truncated, corrupt, no image | skipped in training, refused in evaluation |
+| image: of another size than the annotations say | skipped in training, refused in evaluation |
+| image: of that size only without its EXIF orientation | read as stored |
 | annotation: no object, unknown image or category, an id seen before, no class name in VOC | dropped |
 | annotation: no id | one is given |
-| box: NaN, infinite, not four numbers, beyond 1e7 pixels, without area, outside the picture | dropped |
-| box: reaches outside the picture | clipped |
+| box: NaN, infinite, not four numbers, beyond 1e7 pixels, without area, outside the image | dropped |
+| box: reaches outside the image | clipped |
 | box: none, beside a mask or keypoints | rebuilt from them |
 | polygon: fewer than three points, odd length, NaN, infinite, beyond 1e7 | part left out |
-| run-length mask: bad counts, not the size of the picture | mask left out |
+| run-length mask: bad counts, not the size of the image | mask left out |
 | keypoints: not three numbers a point, NaN, infinite, beyond 1e7 | left out |
 | skeleton: names an unknown keypoint | bone left out |
 | caption: empty, no text, unknown image | dropped |
 
-Where more than `max_bad_share` of the pictures, the objects or the captions is dropped or skipped, and ten or
-more, the data set is refused with the first ten named: when it is opened, or, for pictures that only decoding
+Where more than `max_bad_share` of the images, the objects or the captions is dropped or skipped, and ten or
+more, the data set is refused with the first ten named: when it is opened, or, for images that only decoding
 shows to be bad, once training has met so many.
 """
 
@@ -37,10 +37,8 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from pix2seq.data.folder import find_splits, open_dataset
-from pix2seq.data.image import image_size
-from pix2seq.data.picture import SizeMismatchError, read_picture
-from pix2seq.data.table import (
+from pix2seq.data.dataset import find_splits, open_dataset
+from pix2seq.data.defects import (
     MAX_BAD_SHARE,
     SKIPPED,
     BadShareError,
@@ -49,11 +47,12 @@ from pix2seq.data.table import (
     describe,
     refuse_bad_share,
 )
-from pix2seq.data.target import ImageRecord
+from pix2seq.data.image import SizeMismatchError, image_size, read_record_image
 from pix2seq.errors import InputError
+from pix2seq.types import ImageRecord
 
 NUM_LISTED = 10  # ids a defect
-_AT_A_TIME = 1024  # pictures that wait for a thread
+_AT_A_TIME = 1024  # images that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class CheckReport:
 
 
 def check_dataset(path: str | Path, split: str | None = None, *, max_bad_share: float = MAX_BAD_SHARE) -> CheckReport:
-    """Read the annotations and decode every picture of one split, or of all.
+    """Read the annotations and decode every image of one split, or of all.
 
     A split of which more than `max_bad_share` (0 to 1) is bad is reported as one that training refuses.
     Raises `InputError` where the folder or its annotation files cannot be used at all.
@@ -167,7 +166,7 @@ def _check_split(path: Path, split: str, max_bad_share: float) -> SplitReport:
             bar.update(len(some))
     defects = pd.concat([dataset.defects, defect_frame(rows)], ignore_index=True) if rows else dataset.defects
     try:
-        refuse_bad_share("pictures", rows, num_images, where=path, max_bad_share=max_bad_share)
+        refuse_bad_share("images", rows, num_images, where=path, max_bad_share=max_bad_share)
     except BadShareError as error:
         refusal = refusal or str(error)
     num_skipped = sum(row[3] == SKIPPED for row in rows)
@@ -176,7 +175,7 @@ def _check_split(path: Path, split: str, max_bad_share: float) -> SplitReport:
 
 def _check_image(record: ImageRecord) -> Defect | None:
     try:
-        read_picture(record)
+        read_record_image(record)
         width, height = image_size(record.path)
     except SizeMismatchError as error:
         return record.id, None, "size disagrees with the annotations", SKIPPED, str(error)

@@ -1,4 +1,4 @@
-"""Read a picture, strictly: every pixel of it, upright, as 8-bit RGB, or not at all."""
+"""Read an image, strictly: every pixel of it, upright, as 8-bit RGB, or not at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pix2seq.errors import InputError
+from pix2seq.types import ImageRecord
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 512 MiB as RGB
 BACKGROUND = (255, 255, 255)  # beneath transparent pixels: what viewers and browsers mostly show
@@ -27,7 +28,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bo
 
     EXIF orientation is applied unless `upright` is false, transparency is laid on white, 16-bit and
     float greys are scaled to 8 bits, and of an animation the first frame is taken. Raises `InputError`
-    for what is missing, no picture, truncated, or of more than `max_pixels` (told from the header,
+    for what is missing, no image, truncated, or of more than `max_pixels` (told from the header,
     before decoding).
     """
     if isinstance(source, np.ndarray):
@@ -123,7 +124,7 @@ def _turbo() -> Callable[[bytes], NDArray[np.uint8]] | None:
 
 
 def _load_whole(image: Image.Image) -> None:
-    # Other libraries switch this flag on for the whole process, and then half a picture passes for one.
+    # Other libraries switch this flag on for the whole process, and then half an image passes for one.
     tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with warnings.catch_warnings():
@@ -194,3 +195,26 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.ndim == 3 and array.shape[2] == 3:
         return np.ascontiguousarray(array)
     return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
+
+
+class SizeMismatchError(InputError):
+    """An image is not of the size that its annotations were made for."""
+
+
+def read_record_image(record: ImageRecord, content: bytes | None = None) -> NDArray[np.uint8]:
+    """Pixels (height, width, 3) of exactly the size that `record` says, from its path or from encoded bytes.
+
+    An image that its EXIF orientation turns is upright; where only its stored sides are those of
+    the annotations, their tool paid EXIF no heed, and the pixels come as they are stored. Any
+    other size is refused, since nobody knows where the boxes lie then. Raises `InputError` as `read_image`.
+    """
+    source = record.path if content is None else content
+    pixels = read_image(source)
+    if pixels.shape[:2] != (record.height, record.width):
+        upright, pixels = pixels, read_image(source, upright=False)
+        if pixels.shape[:2] != (record.height, record.width):
+            raise SizeMismatchError(
+                f"{record.path} is {upright.shape[1]}x{upright.shape[0]}, the annotations say "
+                f"{record.width}x{record.height}; put in the image that was annotated"
+            )
+    return pixels

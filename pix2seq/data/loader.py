@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pix2seq.data.sampler import EpochSampler, rank_part
-from pix2seq.data.training_stream import TrainingStream
+from pix2seq.data.samples import TrainingStream
 from pix2seq.errors import InputError
-from pix2seq.tasks.example import Batch, Sample, collate
+from pix2seq.examples import Batch, Sample, collate
 
 WORKER_TIMEOUT = 300.0  # seconds
 _PREFETCH = 4  # micro-batches that each worker is ahead
@@ -31,7 +31,7 @@ _POLL = 1.0  # seconds between two looks at whether the workers live
 
 
 class Samples(Protocol):
-    """Training samples by (epoch, index), such as `pix2seq.data.training_set.TrainingSet`."""
+    """Training samples by (epoch, index), such as `pix2seq.data.samples.TrainingSet`."""
 
     @property
     def seed(self) -> int: ...
@@ -187,7 +187,7 @@ def _obituary(worker: BaseProcess, num_workers: int) -> str:
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return (
         f"a data worker (process {worker.pid}) {how}, as the system does where memory or /dev/shm runs out; lower "
-        f"num_workers (it is {num_workers}), or look for a picture that crashes its decoder with pix2seq data check"
+        f"num_workers (it is {num_workers}), or look for an image that crashes its decoder with pix2seq data check"
     )
 
 

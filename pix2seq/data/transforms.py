@@ -13,10 +13,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.affine import Affine, fit_affine
-from pix2seq.box_ops import box_area, clip_boxes_xyxy
-from pix2seq.data.target import Segmentation, Target
-from pix2seq.polygon_ops import rle_to_rings
+from pix2seq.geometry.affine import Affine, fit_affine
+from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy
+from pix2seq.geometry.polygons import rle_to_rings
+from pix2seq.types import MaskAnnotation, Target
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
 import albumentations as A
@@ -24,10 +24,10 @@ import albumentations as A
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training samples differ from the pictures they come from."""
+    """How training samples differ from the images they come from."""
 
     enabled: bool = True  # false: resize and pad as in evaluation
-    scale_min: float | None = None  # the picture is resized to between scale_min
+    scale_min: float | None = None  # the image is resized to between scale_min
     scale_max: float | None = None  # and scale_max of the training size, then cropped; none given: as the task has it
     flip: float = 0.5  # probability of a left-right flip
     brightness: float = 0.0  # largest relative change
@@ -66,7 +66,7 @@ def random_affine(
     left = int(max(width - target[1], 0) * rng.random())
     affine = Affine(width / source[1], height / source[0], -left, -top)
     if rng.random() < config.flip:
-        # Mirrored about what is visible, so that the picture stays in the top left corner.
+        # Mirrored about what is visible, so that the image stays in the top left corner.
         affine = affine.then_mirror(min(width, target[1]))
     return affine
 
@@ -119,7 +119,7 @@ def transform_target(
     )
 
 
-def _transform_segmentation(segmentation: Segmentation | None, affine: Affine) -> Segmentation | None:
+def _transform_segmentation(segmentation: MaskAnnotation | None, affine: Affine) -> MaskAnnotation | None:
     if segmentation is None:
         return None
     rings = rle_to_rings(segmentation) if isinstance(segmentation, dict) else segmentation
@@ -127,7 +127,7 @@ def _transform_segmentation(segmentation: Segmentation | None, affine: Affine) -
 
 
 def object_region(box_xyxy: NDArray[np.floating], width: int, height: int, padding: float) -> tuple[int, int, int, int]:
-    """The part of a picture around a box, as x0, y0, x1, y1 in whole pixels, the last ones excluded.
+    """The part of an image around a box, as x0, y0, x1, y1 in whole pixels, the last ones excluded.
 
     `padding` is the share of the box's size that is kept on each side. Reference:
     google-research/pix2seq, `data/data_utils.py` (`maybe_unbatch_instances_and_crop_image_to_bbox`).
@@ -144,7 +144,7 @@ def object_region(box_xyxy: NDArray[np.floating], width: int, height: int, paddi
 def crop_to_object(
     target: Target, image: NDArray[np.uint8], index: int, padding: float
 ) -> tuple[Target, NDArray[np.uint8]]:
-    """A picture (H, W, 3) cut out around one object, and that object alone as its target."""
+    """An image (H, W, 3) cut out around one object, and that object alone as its target."""
     x0, y0, x1, y1 = object_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
     one = slice(index, index + 1)
     alone = replace(
@@ -162,7 +162,7 @@ def crop_to_object(
 
 
 def color_jitter(image: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random brightness, contrast, saturation and hue of a picture (H, W, 3)."""
+    """Random brightness, contrast, saturation and hue of an image (H, W, 3)."""
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     if not config.enabled or not any(strengths):
         return image

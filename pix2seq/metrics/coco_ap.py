@@ -20,7 +20,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pix2seq.data.target import Category, ImageRecord, Instance, Segmentation, Target
+from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target
 
 Kind = Literal["box", "mask", "keypoint"]
 
@@ -69,7 +69,7 @@ def average_precision(
     *,
     kind: Kind = "box",
 ) -> ApResult:
-    """Score predictions, lists of instances by image id, against targets, both in pixels of the picture.
+    """Score predictions, lists of instances by image id, against targets, both in pixels of the image.
 
     Classes are matched by name. With ground truth and no detections everything is 0; without ground
     truth everything is None. Crowd regions are ignored as COCO does: what lies in them is neither
@@ -158,7 +158,7 @@ def _detection(instance: Instance, width: int, height: int, ids: dict[str, int],
     return entry
 
 
-def _run_lengths(segmentation: Segmentation | None, width: int, height: int) -> dict[str, Any] | None:
+def _run_lengths(segmentation: MaskAnnotation | None, width: int, height: int) -> dict[str, Any] | None:
     if segmentation is None:
         return None
     if isinstance(segmentation, dict):

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.cpu_step import CpuStep
-from pix2seq.model.graph_step import GraphStep
-from pix2seq.model.kv_cache import KVCache, LayerCache
+from pix2seq.model.decoding.cpu_step import CpuStep
+from pix2seq.model.decoding.graph_step import GraphStep
+from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
 from pix2seq.model.layers import (
     NORM_EPS,
     DropPath,

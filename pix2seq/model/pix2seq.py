@@ -7,33 +7,28 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pix2seq.data.target import Category
 from pix2seq.errors import InputError
-from pix2seq.model.config import EncoderConfig, ModelConfig
+from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
-from pix2seq.model.encoder import ConvStem, Encoder, ResNetTransformer, TimmEncoder, VisionTransformer
-from pix2seq.model.generate import Generated, GenerationConfig, generate, generate_mixed
-from pix2seq.model.grammar import Grammar
+from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
+from pix2seq.model.decoding.grammar import Grammar
+from pix2seq.model.encoders.build import build_encoder
+from pix2seq.model.encoders.encoder import Encoder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_codes
+from pix2seq.model.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
+from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 CODE_INIT_SCALE = 0.05
 
 
@@ -158,7 +153,7 @@ class Pix2Seq(nn.Module):
     ) -> Generated:
         """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D).
 
-        See `pix2seq.model.generate.generate`.
+        See `pix2seq.model.decoding.generate.generate`.
         """
         with torch.inference_mode():
             memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
@@ -191,7 +186,7 @@ class Pix2Seq(nn.Module):
     ) -> Generated:
         """Continue prompts (P,) of any lengths and tasks side by side, each as its config says.
 
-        There are as many for each image, in the order of images. See `pix2seq.model.generate.generate_mixed`.
+        There are as many for each image, in the order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
         """
         with torch.inference_mode():
             memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
@@ -206,7 +201,7 @@ class Pix2Seq(nn.Module):
     def config_json(self) -> dict[str, Any]:
         """What config.json holds."""
         return {
-            "format": 1,
+            "format": FORMAT,
             "model": dataclasses.asdict(self.config),
             "categories": [category.to_json() for category in self.categories],
             "tasks": self.task_settings,
@@ -223,7 +218,7 @@ class Pix2Seq(nn.Module):
         text = load_text_tokenizer(folder) if has_text_tokenizer(folder) else None
         model = build_model(config, categories, text, load_pretrained=False)
         model.task_settings = task_settings
-        weights = _read_weights(folder / WEIGHTS_FILE)
+        weights = read_weights(folder / WEIGHTS_FILE)
         expected = model.state_dict()
         problems = [f"{name} missing" for name in sorted(expected.keys() - weights.keys())]
         problems += [f"{name} unknown" for name in sorted(weights.keys() - expected.keys())]
@@ -240,15 +235,6 @@ class Pix2Seq(nn.Module):
             )
         model.load_state_dict(weights)
         return model.eval()
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write what `Pix2Seq.from_pretrained` reads; `config` is that of `Pix2Seq.config_json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner may read.
-    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
 
 
 def build_model(
@@ -311,63 +297,3 @@ def _start_from_codes(decoder: Decoder, vocab: Vocab) -> None:
         decoder.position_embedding.copy_(CODE_INIT_SCALE * sequence_codes(decoder.max_seq_len, dim))
     for block in decoder.blocks:
         block.cross_attention.start_as_lookup()
-
-
-def build_encoder(
-    config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
-) -> Encoder:
-    """The encoder that a config names."""
-    if config.name not in ("vit", "resnet"):
-        return TimmEncoder(
-            config.name,
-            image_size=image_size,
-            pretrained=config.pretrained and load_pretrained,
-            drop_path=config.drop_path,
-        )
-    transformer: dict[str, Any] = {
-        "image_size": image_size,
-        "dim": config.dim,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "mlp_dim": config.mlp_dim,
-        "class_token": config.class_token,
-        "positions": positions,
-        "dropout": config.dropout,
-        "drop_path": config.drop_path,
-    }
-    if config.name == "resnet":
-        return ResNetTransformer(config.resnet_depth, config.resnet_stages, config.resnet_width, **transformer)
-    if config.stem == "patch":
-        stem: nn.Module = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
-    elif config.stem == "conv":
-        stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
-    else:
-        raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
-    return VisionTransformer(stem, config.patch_size, **transformer)
-
-
-def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[str, dict[str, Any]]]:
-    """Model settings, categories and task settings in a checkpoint's config.json. Raises `InputError` if unreadable."""
-    path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
-        categories = tuple(Category.from_json(entry) for entry in content["categories"])
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is no checkpoint: it has no {CONFIG_FILE}; give a folder that training or convert wrote"
-        ) from None
-    except (ValueError, KeyError, TypeError, OSError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no config of this project: {reason}; use a folder that training wrote") from error
-    assert isinstance(config, ModelConfig)
-    return config, categories, content.get("tasks", {})
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; give a folder that training or convert wrote") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); the file is damaged: copy or train it again") from error

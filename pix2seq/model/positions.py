@@ -1,9 +1,9 @@
 """Position codes, in one and two dimensions. Two kinds are fixed:
 
 `sincos` is the official one (google-research/pix2seq, `architectures/transformers.py`): one wave across the
-picture at most, and many slower ones. `fourier` has waves from half a cycle to `MAX_CYCLES` across
-the picture, so that neighbouring places differ clearly; from scratch it learns to localise from
-about half as many pictures. Both depend on the place as a share of the picture, not on its size.
+image at most, and many slower ones. `fourier` has waves from half a cycle to `MAX_CYCLES` across
+the image, so that neighbouring places differ clearly; from scratch it learns to localise from
+about half as many images. Both depend on the place as a share of the image, not on its size.
 `learned` ones belong to one grid.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 PositionKind = Literal["sincos", "fourier", "learned"]
-MIN_CYCLES, MAX_CYCLES = 0.5, 16.0  # waves across the picture
+MIN_CYCLES, MAX_CYCLES = 0.5, 16.0  # waves across the image
 
 
 class GridPositions(nn.Module):

@@ -1,4 +1,4 @@
-"""The captioning task: a sentence about the whole picture."""
+"""The captioning task: a sentence about the whole image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.data.target import Target
 from pix2seq.errors import InputError
-from pix2seq.model.generate import Generated, GenerationConfig
-from pix2seq.model.grammar import TextGrammar
-from pix2seq.tasks.example import Example
+from pix2seq.examples import Example
+from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
 from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
+from pix2seq.types import Target
 from pix2seq.vocab import PAD, TASK_IDS, Vocab
 
 

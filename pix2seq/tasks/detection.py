@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.box_ops import box_area, box_xyxy_to_yxyx
-from pix2seq.data.target import Category, Instance, Target
-from pix2seq.model.generate import Generated, GenerationConfig
-from pix2seq.model.grammar import BoxGrammar
-from pix2seq.tasks.example import Example
+from pix2seq.examples import Example
+from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
+from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.model.decoding.grammar import BoxGrammar
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.detection import (
     TOKENS_PER_OBJECT,
@@ -19,6 +18,7 @@ from pix2seq.tokenizers.detection import (
     decode_objects,
     encode_objects,
 )
+from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import CLASS_BASE, EOS, NOISE, TASK_IDS
 
 
@@ -162,10 +162,10 @@ class Detection(Task[DetectionConfig]):
     def instances(
         self, out: Generated, row: int, to_pixels: NDArray[np.floating], limits: tuple[int, int]
     ) -> list[Instance]:
-        """Objects of a row in pixels of the original picture.
+        """Objects of a row in pixels of the original image.
 
         `to_pixels` (2,) is width and height of the model's whole input in original pixels, `limits`
-        the picture's own (width, height), to which boxes are clipped; what lies in the padding goes.
+        the image's own (width, height), to which boxes are clipped; what lies in the padding goes.
         """
         boxes, categories, scores = self.decode(out, row)
         boxes = np.clip(boxes * np.tile(to_pixels, 2), 0, np.tile(limits, 2))

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pix2seq.data.target import Category, Target
-from pix2seq.model.generate import Generated, GenerationConfig
-from pix2seq.model.grammar import KeypointGrammar
-from pix2seq.tasks.example import Example
+from pix2seq.examples import Example
+from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.model.decoding.grammar import KeypointGrammar
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.task import Task, TaskConfig, object_prompt
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
+from pix2seq.types import Category, Target
 from pix2seq.vocab import INVISIBLE
 
 SEEN, GUESSED = 2.0, 1.0  # COCO's flags for visible points and for labelled ones that are hidden
@@ -25,7 +25,7 @@ SEEN, GUESSED = 2.0, 1.0  # COCO's flags for visible points and for labelled one
 class KeypointConfig(TaskConfig):
     """How keypoints are trained and asked."""
 
-    crop: bool = True  # every object is a picture of its own, cut out around its box
+    crop: bool = True  # every object is an image of its own, cut out around its box
     crop_padding: float = 0.5  # share of the box's size kept on each side of it
     max_objects: int = 10  # objects of one image in a training step, where nothing is cropped
     invisible_weight: float = 0.1  # loss weight of the invisible token
@@ -128,7 +128,7 @@ class Keypoint(Task[KeypointConfig]):
     def points(
         self, out: Generated, row: int, category: Category, to_pixels: NDArray[np.floating]
     ) -> NDArray[np.float32]:
-        """Points (K, 3) of a row as x, y in pixels of the (cropped) picture and COCO's visibility.
+        """Points (K, 3) of a row as x, y in pixels of the (cropped) image and COCO's visibility.
 
         Points that the model calls invisible get their likeliest place and visibility 1, or, where
         they are not suppressed, 0, 0, 0.

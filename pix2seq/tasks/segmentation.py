@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from pix2seq.data.target import Target
-from pix2seq.model.generate import Generated, GenerationConfig
-from pix2seq.model.grammar import PolygonGrammar
-from pix2seq.polygon_ops import MIN_POINTS, clip_rings, mask_to_rings, rasterize
-from pix2seq.tasks.example import Example
+from pix2seq.examples import Example
+from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize
+from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.model.decoding.grammar import PolygonGrammar
 from pix2seq.tasks.scores import token_score, weighted_score
 from pix2seq.tasks.task import Task, TaskConfig, object_prompt
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
+from pix2seq.types import Target
 from pix2seq.vocab import EOS, SEPARATOR
 
 
@@ -114,8 +114,8 @@ class Segmentation(Task[SegmentationConfig]):
     ) -> tuple[list[NDArray[np.float32]], dict[str, Any] | None]:
         """The outline, rings (P, 2) x, y in pixels, that the samples in `rows` agree on, and its run lengths if voted.
 
-        `to_pixels` (2,) is width and height of the model's input in pixels of the picture, `limits`
-        the picture's own (width, height). One sample is taken as it is; of several, each pixel goes
+        `to_pixels` (2,) is width and height of the model's input in pixels of the image, `limits`
+        the image's own (width, height). One sample is taken as it is; of several, each pixel goes
         with `threshold` of the votes.
         """
         width, height = limits
@@ -128,7 +128,7 @@ class Segmentation(Task[SegmentationConfig]):
         points = np.concatenate([ring for rings in samples for ring in rings] or [np.zeros((0, 2), np.float32)])
         if not len(points):
             return [], None
-        # Nothing lies outside the points' own box, so only that part of the picture is voted on.
+        # Nothing lies outside the points' own box, so only that part of the image is voted on.
         left, top = np.floor(points.min(axis=0)).astype(int)
         right, bottom = np.ceil(points.max(axis=0)).astype(int)
         size = (max(int(bottom - top), 1), max(int(right - left), 1))

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pix2seq.box_ops import box_xyxy_to_yxyx
-from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
-from pix2seq.model.generate import GenerationConfig
-from pix2seq.tasks.example import Example
+from pix2seq.examples import Example
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.model.decoding.generate import GenerationConfig
 from pix2seq.tokenizers.instance import instance_prompts
 from pix2seq.tokenizers.text import TextTokenizer
+from pix2seq.types import Category, Target
 from pix2seq.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Task(ABC, Generic[Config]):
 
     @property
     def crop_padding(self) -> float | None:
-        """Share of an object's box that is kept around it where every object is a picture of its own; else None."""
+        """Share of an object's box that is kept around it where every object is an image of its own; else None."""
         return None
 
     @abstractmethod

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,17 +32,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pix2seq.errors import InputError
-from pix2seq.model.pix2seq import CONFIG_FILE, WEIGHTS_FILE, Pix2Seq, write_checkpoint
-from pix2seq.output import free_bytes, fsync_folder, writing
+from pix2seq.files import files_in, find_damage, free_bytes, fsync_folder, seal, sync_files, writing
+from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.model.pretrained import (
+    POSITION_FILE,
+    SHARDS_FOLDER,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    existing_folder,
+    list_checkpoints,
+    write_checkpoint,
+)
 from pix2seq.training.distributed import Ranks, local, sharded_like, whole
 from pix2seq.training.ema import Ema
-from pix2seq.training.manifest import files_in, find_damage, seal, sync_files
 from pix2seq.training.sharded_state import load_shards, save_shards, stored_shapes
 
-STATE_FILE = "state.safetensors"
-POSITION_FILE = "state.json"
-SHARDS_FOLDER = "state"
-STATE_FILES = (STATE_FILE, SHARDS_FOLDER, POSITION_FILE)
 BEST = "best"
 BEST_FILE = "best.json"
 SPARE_BYTES = 1 << 20  # room for the JSON files and words beside the tensors
@@ -188,7 +191,7 @@ def is_best(out: Path, metric: str, value: float | None, *, higher_is_better: bo
     if value is None or not math.isfinite(value):
         return False
     best = read_best(out)
-    if best is None or best["metric"] != metric or find_damage(_existing(out / "checkpoints" / BEST), quick=True):
+    if best is None or best["metric"] != metric or find_damage(existing_folder(out / "checkpoints" / BEST), quick=True):
         return True
     return bool(value > best["value"] if higher_is_better else value < best["value"])
 
@@ -196,7 +199,7 @@ def is_best(out: Path, metric: str, value: float | None, *, higher_is_better: bo
 def read_best(out: Path) -> dict[str, Any] | None:
     """`checkpoint`, `metric` and `value` of OUT/checkpoints/best, None where there is none."""
     try:
-        content = json.loads((_existing(out / "checkpoints" / BEST) / BEST_FILE).read_text(encoding="utf-8"))
+        content = json.loads((existing_folder(out / "checkpoints" / BEST) / BEST_FILE).read_text(encoding="utf-8"))
         return {"checkpoint": content["checkpoint"], "metric": content["metric"], "value": float(content["value"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -266,50 +269,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def list_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; whether they are intact, `find_damage` says."""
-    folder = out / "checkpoints"
-    names = {path.name.removeprefix(".old-") for pattern in ("step-*", ".old-step-*") for path in folder.glob(pattern)}
-    places = [_existing(folder / name) for name in sorted(names)]
-    return [place for place in places if (place / CONFIG_FILE).is_file()]
-
-
-def newest_checkpoint(out: Path, *, weights_only: bool = False) -> Path | None:
-    """The newest intact checkpoint of a run, None where it has no checkpoints; damaged ones are named on stderr.
-
-    `weights_only` lets the state to resume from be damaged. Raises `InputError` where all are damaged.
-    """
-    found = list_checkpoints(out)
-    for folder in reversed(found):
-        damage = find_damage(folder, leaving_out=STATE_FILES if weights_only else ())
-        if damage is None:
-            return folder
-        print(f"warning: checkpoint {folder} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
-    if found:
-        raise InputError(f"all {len(found)} checkpoints of {out} are damaged; start afresh with another out=FOLDER")
-    return None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest one of the run in `path`, with intact weights.
-
-    Raises `InputError` if there is none. The state to resume from is left to `load_checkpoint`.
-    """
-    place = _existing(path)
-    if (place / CONFIG_FILE).is_file():
-        damage = find_damage(place, leaving_out=STATE_FILES)
-        if damage is not None:
-            raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
-        return place
-    newest = newest_checkpoint(path, weights_only=True)
-    if newest is None:
-        reason = f"holds neither {CONFIG_FILE} nor checkpoints/step-*"
-        if not path.is_dir():
-            reason = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"checkpoint {path} {reason}; give a folder that training or convert wrote")
-    return newest
-
-
 def _put_in_place(partial: Path, folder: Path) -> None:
     """Give a finished folder its name. The one that had it stays findable until then."""
     old = folder.with_name(f".old-{folder.name}")
@@ -319,12 +278,6 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _existing(folder: Path) -> Path:
-    """A checkpoint's folder, or where `_put_in_place` left the one before it."""
-    old = folder.with_name(f".old-{folder.name}")
-    return old if not folder.exists() and old.exists() else folder
 
 
 def _sweep(checkpoints: Path) -> None:

@@ -14,8 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from pix2seq.data.defects import MAX_BAD_SHARE
 from pix2seq.data.loader import WORKER_TIMEOUT
-from pix2seq.data.table import MAX_BAD_SHARE
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
@@ -66,7 +66,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ("tensorboard",)  # beside log.jsonl: tensorboard, wandb, trackio
     max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
     num_workers: int = 1  # processes that prepare samples; 0 prepares them in between steps
-    max_bad_share: float = MAX_BAD_SHARE  # of pictures, objects or captions; with more unusable, the run stops
+    max_bad_share: float = MAX_BAD_SHARE  # of images, objects or captions; with more unusable, the run stops
     worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from them after which the run stops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     num_processes: int = 0  # that torchrun must have started; 0 takes any number

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError, InputErrorElsewhere
-from pix2seq.model.sync_batch_norm import synchronize_batch_norms
+from pix2seq.training.sync_batch_norm import synchronize_batch_norms
 
 T = TypeVar("T")
 

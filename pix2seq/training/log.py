@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pix2seq.output import output_folder, write_durably, writing
+from pix2seq.files import output_folder, write_durably, writing
 from pix2seq.training.trackers import make_trackers
 
 LOG_FILE = "log.jsonl"

@@ -14,20 +14,12 @@ import torch
 from pix2seq.data.loader import batches
 from pix2seq.errors import InputError, Stopped
 from pix2seq.evaluation import Answers, EvalResult, answer, score
+from pix2seq.files import output_folder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
-from pix2seq.output import output_folder
+from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.training.allocator import keep_freed_memory
-from pix2seq.training.checkpoint import (
-    RunState,
-    find_checkpoint,
-    is_best,
-    list_checkpoints,
-    load_checkpoint,
-    mark_best,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
 from pix2seq.training.compilation import compile_model
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, join_ranks, whole
@@ -183,7 +175,7 @@ class _Trainer:
                 raise InputError(
                     f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, at last in step "
                     f"{self.state.step} (loss {loss}, gradient norm {grad_norm}); {self.out / LOG_FILE} names their "
-                    "pictures; lower lr, and go on from the last checkpoint with --resume auto"
+                    "images; lower lr, and go on from the last checkpoint with --resume auto"
                 )
 
         self.ranks.on_first(record)
@@ -212,7 +204,7 @@ class _Trainer:
         return due and report.evaluated < step
 
     def _evaluate(self, report: Report, stop: StopRequest) -> None:
-        """Score the averaged weights on the validation splits, whose pictures the ranks share out."""
+        """Score the averaged weights on the validation splits, whose images the ranks share out."""
         config, ranks = self.config, self.ranks
         started = time.perf_counter()
         predictor = self._averaged_model()

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pix2seq.data.categories import unite_categories
-from pix2seq.data.folder import labels_by_name, open_dataset
-from pix2seq.data.shards import ShardIndex, is_shards
-from pix2seq.data.target import Category, Dataset
-from pix2seq.data.training_set import TrainingSet
-from pix2seq.data.training_stream import TrainingStream
+from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_categories
+from pix2seq.data.formats.shards import ShardIndex, is_shards
+from pix2seq.data.samples import TrainingSet, TrainingStream
 from pix2seq.errors import InputError
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import make_tokenizer, with_text
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.training.config import TrainConfig
+from pix2seq.types import Category
 from pix2seq.vocab import TASK_IDS, Vocab
 
 SEED_STRIDE = 1_000_003  # between the seeds of two tasks
@@ -88,7 +86,7 @@ def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardInde
     dataset = open_dataset(location, split, max_bad_share=config.max_bad_share)
     if len(dataset.defects):
         print(
-            f"warning: {len(dataset.defects)} annotations or pictures of split {split!r} have defects and "
+            f"warning: {len(dataset.defects)} annotations or images of split {split!r} have defects and "
             f"were dropped or mended; see: pix2seq data check {dataset.root}",
             file=sys.stderr,
         )
@@ -98,7 +96,7 @@ def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardInde
 def _open_val(config: TrainConfig, location: str) -> Dataset:
     if is_shards(location, config.val_split) or is_shards(location, config.train_split):
         raise InputError(
-            f"{location} holds shards, and evaluation reads single pictures; give val_data=FOLDER with a COCO or "
+            f"{location} holds shards, and evaluation reads single images; give val_data=FOLDER with a COCO or "
             "Pascal VOC data set"
         )
     dataset = _open(config, location, config.val_split)

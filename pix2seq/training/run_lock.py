@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pix2seq.errors import InputError
-from pix2seq.output import output_folder, writing
+from pix2seq.files import output_folder, writing
 
 LOCK_FILE = ".lock"
 PID_FILE = ".lock.pid"  # where the file system has no locks

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pix2seq.data.categories import same_name
+from pix2seq.data.dataset import same_name
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
-from pix2seq.model.pix2seq import Pix2Seq, read_config
-from pix2seq.training.checkpoint import find_checkpoint
+from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
 from pix2seq.vocab import CLASS_BASE
 

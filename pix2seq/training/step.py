@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pix2seq.examples import Batch
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
-from pix2seq.tasks.example import Batch
 from pix2seq.training.distributed import Ranks, accumulating, spread, whole
 
 LOGITS_AT_ONCE = 2**24  # of the loss: 64 MiB in float32

@@ -1,6 +1,6 @@
 """Five differently worded English captions of a scene, each of them true.
 
-A caption is made of facts: how many figures of a colour and class there are, where in the picture
+A caption is made of facts: how many figures of a colour and class there are, where in the image
 one stands, and how two stand to each other. A relation is claimed only where the boxes leave no
 doubt.
 """
@@ -15,7 +15,7 @@ from pix2seq.data.shapes.scene import Figure, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 PLURALS = {"person": "people", "cross": "crosses"}
-MARGIN = 0.12  # of the picture's side, between centres, before a relation is claimed
+MARGIN = 0.12  # of the image's side, between centres, before a relation is claimed
 
 
 def captions(scene: Scene, rng: Generator) -> list[str]:
@@ -41,7 +41,7 @@ def phrase(figure: Figure) -> str:
 
 
 def place(figure: Figure, size: int) -> str:
-    """Where the centre of a figure's box lies, in ninths of the picture."""
+    """Where the centre of a figure's box lies, in ninths of the image."""
     x, y = (min(int(value / size * 3), 2) for value in figure.centre)
     if (x, y) == (1, 1):
         return "in the middle"

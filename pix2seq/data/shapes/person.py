@@ -1,7 +1,7 @@
 """A jointed figure with COCO's 17 points: a small skeleton in space, posed, turned and projected.
 
 Space is x to the right, y down and z towards the viewer; one unit is the height of a standing
-person. A figure at turn 0 faces the viewer, so its left side is to the right in the picture.
+person. A figure at turn 0 faces the viewer, so its left side is to the right in the image.
 """
 
 from __future__ import annotations

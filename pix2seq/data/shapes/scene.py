@@ -1,6 +1,6 @@
-"""One picture and everything that is true of it, a function of a random generator.
+"""One image and everything that is true of it, a function of a random generator.
 
-Figures are drawn from back to front on a grid FINE times finer than the picture. A map of which
+Figures are drawn from back to front on a grid FINE times finer than the image. A map of which
 figure owns each fine pixel gives masks, boxes, areas and hidden keypoints exactly as they are seen.
 """
 
@@ -21,7 +21,7 @@ from pix2seq.data.shapes.visible import mask_rings, ring_area
 
 FINE = 3  # fine pixels along a pixel's side
 MAX_FIGURES = 8
-SIDES = (0.12, 0.5)  # longest side of a figure, as a share of the picture's
+SIDES = (0.12, 0.5)  # longest side of a figure, as a share of the image's
 PERSON_SIDES = (0.3, 0.62)
 EASY_SIDES = (0.25, 0.5)
 MIN_VISIBLE = 0.35  # a figure that would leave less than this of another in sight is put elsewhere
@@ -54,7 +54,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (H, W, 3) and its figures, from back to front."""
+    """An image (H, W, 3) and its figures, from back to front."""
 
     image: NDArray[np.uint8]
     figures: list[Figure]
@@ -77,7 +77,7 @@ class _Placed:
 
 
 def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, easy: bool = False) -> Scene:
-    """A picture of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
+    """An image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
 
     An `easy` one has five classes, larger figures, no textures and nothing else in it.
     """

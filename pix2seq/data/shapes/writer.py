@@ -1,6 +1,6 @@
 """A generated data set on disk, in COCO layout with COCO's file names.
 
-Picture i of a split is a function of (seed, split, i), so the number of processes changes nothing.
+Image i of a split is a function of (seed, split, i), so the number of processes changes nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_shapes(
     easy: bool = False,
     workers: int = 1,
 ) -> None:
-    """Write `num_train` and `num_val` pictures of `size` pixels a side into `out`, a new or empty folder.
+    """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
     Each shows 1 to `max_objects` figures; `easy` ones are plain, see `make_scene`.
 
@@ -53,7 +53,7 @@ def write_shapes(
         raise InputError(f"size is {size}; expected 32 to 2048 pixels")
     for name, count in (("train", num_train), ("val", num_val)):
         if not 0 <= count < VAL_IDS_FROM:
-            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} pictures")
+            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} images")
     if not 1 <= max_objects <= MAX_FIGURES:
         raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_FIGURES}")
     if seed < 0:
@@ -65,7 +65,7 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     try:
         for split, count in (("train", num_train), ("val", num_val)):
-            write = partial(write_picture, split=split, size=size, seed=seed, max_objects=max_objects, easy=easy)
+            write = partial(write_image, split=split, size=size, seed=seed, max_objects=max_objects, easy=easy)
             _write_split(partial_folder, split, count, write, seed=seed, workers=workers)
         if out.exists():
             out.rmdir()
@@ -128,10 +128,8 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def write_picture(
-    index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int, easy: bool
-) -> Written:
-    """Draw and save picture `index` of a split; return its COCO entries, the annotations without ids."""
+def write_image(index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int, easy: bool) -> Written:
+    """Draw and save image `index` of a split; return its COCO entries, the annotations without ids."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
     scene = make_scene(rng, size, max_objects, easy=easy)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1

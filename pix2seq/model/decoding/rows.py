@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pix2seq.model.kv_cache import KVCache
+from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.vocab import PAD
 
 # Rows leave once they are this share of those there: moving the cache costs about as much as a step.

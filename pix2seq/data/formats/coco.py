@@ -4,14 +4,14 @@
     train2017/000000000139.jpg
 
 Any of the three files may be missing, but not all. Where a split is asked for as `train`, the file
-may be called `instances_train.json`, `instances_train2017.json` and so on; pictures are looked for in a
+may be called `instances_train.json`, `instances_train2017.json` and so on; images are looked for in a
 folder of the split's name, in `images/` and beside it. Roboflow's `train/_annotations.coco.json` is read too.
 
 What is wrong with an annotation is noted in `defects`, and the annotation is dropped if its id was seen
 before, its image or category is unknown, or its box is not finite, absurd, empty or outside; a box that
 reaches outside is clipped; an empty box is rebuilt from the polygons or the keypoints where there are
 any, as some labelling tools leave it out. Bad mask parts and bad keypoints are left out and the rest
-kept. A picture that is listed twice or has no file is dropped. Where too much is dropped, and where a
+kept. An image that is listed twice or has no file is dropped. Where too much is dropped, and where a
 file is damaged, the data set is refused. Reference of the format: https://cocodataset.org/#format-data.
 """
 
@@ -26,19 +26,19 @@ from typing import Any
 import pandas as pd
 
 from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole
+from pix2seq.data.defects import HUGE, MAX_BAD_SHARE, Defects, defect_frame, label_categories, refuse_bad_share
+from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole
+from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.image import image_size
-from pix2seq.data.json_stream import stream_json
-from pix2seq.data.table import HUGE, MAX_BAD_SHARE, Defects, defect_frame, label_categories, refuse_bad_share
-from pix2seq.data.target import Category, Target
 from pix2seq.errors import InputError
+from pix2seq.types import Category, Target
 
 _CategoryEntry = tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """See `pix2seq.data.target.Dataset`. Pictures and annotations lie in flat arrays, which workers share."""
+    """See `pix2seq.types.Dataset`. Images and annotations lie in flat arrays, which workers share."""
 
     root: Path
     split: str
@@ -64,7 +64,7 @@ class CocoDataset:
         """Read the files of a split.
 
         Raises `InputError` where they are missing or no COCO JSON, and where more than `max_bad_share`
-        (0 to 1) of the pictures, the objects or the captions, and ten of them or more, had to be dropped.
+        (0 to 1) of the images, the objects or the captions, and ten of them or more, had to be dropped.
         """
         root = Path(root)
         files = find_files(root, split)
@@ -98,7 +98,7 @@ class _Reader:
     def __init__(self, root: Path, split: str, files: dict[str, Path], max_bad_share: float) -> None:
         self.root, self.split, self.files, self.max_bad_share = root, split, files, max_bad_share
         self.first_kind = next(iter(files))
-        self.defects = Defects()  # of pictures and categories
+        self.defects = Defects()  # of images and categories
         self.pictures: dict[int, tuple[str, int, int]] = {}  # path below the root, width, height
         self.dropped_images: set[int] = set()
         self.num_listed = self.num_missing = 0
@@ -115,17 +115,17 @@ class _Reader:
         file = self.files[self.first_kind]
         if not self.pictures and self.num_missing:
             raise InputError(
-                f"none of the {self.num_missing} pictures that {file} lists was found under "
+                f"none of the {self.num_missing} images that {file} lists was found under "
                 f"{self.root}; expected them in {self.split}*/ or images/"
             )
         if not self.pictures and self.num_listed:
             image, _, defect, _, detail = self.defects.rows[0]
             raise InputError(
-                f"none of the {self.num_listed} pictures that {file} lists can be used; "
+                f"none of the {self.num_listed} images that {file} lists can be used; "
                 f"the first: image {image}: {defect} ({detail})"
             )
         limit: dict[str, Any] = {"where": file, "max_bad_share": self.max_bad_share}
-        refuse_bad_share("pictures", self.defects.rows, self.num_listed, **limit)
+        refuse_bad_share("images", self.defects.rows, self.num_listed, **limit)
         if not self.categories and "captions" not in self.files:
             raise InputError(f"{file} has no categories; expected a list with id and name each")
         categories = label_categories(list(self.categories.values()))
@@ -149,7 +149,7 @@ class _Reader:
         categories: Any = []
         for name, value in stream_json(path, ("images", "annotations")):
             if name == "images":
-                self._add_picture(kind, value, number[name])
+                self._add_image(kind, value, number[name])
             elif name == "annotations" and kind == "captions":
                 self.captions.add(value)
             elif name == "annotations":
@@ -161,7 +161,7 @@ class _Reader:
         if kind != "captions":
             self._add_categories(path, categories)
 
-    def _add_picture(self, kind: str, entry: Any, position: int) -> None:
+    def _add_image(self, kind: str, entry: Any, position: int) -> None:
         fields = entry if isinstance(entry, dict) else {}
         image_id, name = whole(fields.get("id")), fields.get("file_name")
         again = image_id in self.pictures or image_id in self.dropped_images
@@ -228,7 +228,7 @@ class _Reader:
 
 
 class _FileListing:
-    """Finds pictures with one look into each folder instead of one at each file."""
+    """Finds images with one look into each folder instead of one at each file."""
 
     def __init__(self, root: Path, split: str) -> None:
         folders = sorted(path for path in root.glob(f"{split}*") if path.is_dir())

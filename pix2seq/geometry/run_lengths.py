@@ -15,7 +15,7 @@ def run_lengths(counts: Any) -> NDArray[np.int64] | None:
     """The run lengths of a COCO RLE's `counts`, a list or compressed as str; None where they are unsound.
 
     They are sound if all of them are whole, none is negative, and each fits 31 bits: pycocotools may
-    end the process on others. Their sum must yet be compared with the picture's size.
+    end the process on others. Their sum must yet be compared with the image's size.
     """
     if isinstance(counts, str):
         return _uncompress(counts)

@@ -3,7 +3,7 @@
     Annotations/2007_000027.xml, JPEGImages/2007_000027.jpg, ImageSets/Main/train.txt
 
 VOC counts pixels from 1 and includes the last one, so a box covers xmin - 1 to xmax in edges counted
-from 0. Tools that write 0 for xmin mean the edge; clipping to the picture puts that right.
+from 0. Tools that write 0 for xmin mean the edge; clipping to the image puts that right.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations
-from pix2seq.data.image import image_size
-from pix2seq.data.table import (
+from pix2seq.data.defects import (
     HUGE,
     MAX_BAD_SHARE,
     OBJECT_COLUMNS,
@@ -30,8 +29,9 @@ from pix2seq.data.table import (
     label_categories,
     refuse_bad_share,
 )
-from pix2seq.data.target import Category, Target
+from pix2seq.data.image import image_size
 from pix2seq.errors import InputError
+from pix2seq.types import Category, Target
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
 VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
@@ -39,7 +39,7 @@ VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
 
 @dataclass(frozen=True)
 class VocDataset:
-    """See `pix2seq.data.target.Dataset`. Objects marked difficult count as crowd: neither trained on nor scored."""
+    """See `pix2seq.types.Dataset`. Objects marked difficult count as crowd: neither trained on nor scored."""
 
     root: Path
     split: str
@@ -47,7 +47,7 @@ class VocDataset:
     images: ImageTable
     defects: pd.DataFrame
     annotations: Annotations
-    truncated: NDArray[np.bool_]  # (N,) objects that reach beyond the picture or behind others
+    truncated: NDArray[np.bool_]  # (N,) objects that reach beyond the image or behind others
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,7 +68,7 @@ class VocDataset:
         """Read a split.
 
         Raises `InputError` where its list is missing or an XML file is damaged, and where more than
-        `max_bad_share` (0 to 1) of the pictures or of the objects, and ten of them or more, had to be dropped.
+        `max_bad_share` (0 to 1) of the images or of the objects, and ten of them or more, had to be dropped.
         """
         root = Path(root)
         names = read_split(root, split)
@@ -125,8 +125,8 @@ def _read_objects(
     categories: tuple[Category, ...],
     max_bad_share: float,
 ) -> VocDataset:
-    picture_defects, defects = Defects(), Defects()
-    files = _pictures(root)
+    image_defects, defects = Defects(), Defects()
+    files = _image_files(root)
     category_of = {category.name: category for category in categories}
     images: list[tuple[int, str, int, int]] = []
     first = [0]
@@ -136,12 +136,12 @@ def _read_objects(
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            picture_defects.add(image_ids.get(name, name), None, "duplicate image id", "dropped", name)
+            image_defects.add(image_ids.get(name, name), None, "duplicate image id", "dropped", name)
             continue
         seen.add(name)
         if name not in parsed or name not in files:
             missing = "annotation" if name not in parsed else "image"
-            picture_defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
+            image_defects.add(image_ids.get(name, name), None, f"missing {missing} file", "dropped", name)
             continue
         tree, image_id = parsed[name], image_ids[name]
         width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
@@ -149,9 +149,9 @@ def _read_objects(
             try:
                 width, height = image_size(files[name])
             except InputError as error:
-                picture_defects.add(image_id, None, "unreadable image", "dropped", str(error))
+                image_defects.add(image_id, None, "unreadable image", "dropped", str(error))
                 continue
-            picture_defects.add(image_id, None, "no width and height", "read from the file", name)
+            image_defects.add(image_id, None, "no width and height", "read from the file", name)
         width, height = int(width), int(height)
         images.append((image_id, files[name].relative_to(root).as_posix(), width, height))
         for position, entry in enumerate(tree.findall("object")):
@@ -180,11 +180,9 @@ def _read_objects(
             rows.append((annotation_id, category.label, difficult, truncated))
         first.append(len(rows))
     if not images:
-        raise InputError(
-            f"{root} has none of the {len(names)} pictures of split {split!r}; expected them in JPEGImages/"
-        )
+        raise InputError(f"{root} has none of the {len(names)} images of split {split!r}; expected them in JPEGImages/")
     limit: dict[str, Any] = {"where": root / "Annotations", "max_bad_share": max_bad_share}
-    refuse_bad_share("pictures", picture_defects.rows, len(names), **limit)
+    refuse_bad_share("images", image_defects.rows, len(names), **limit)
     refuse_bad_share("objects", defects.rows, num_objects, **limit)
     corners = np.array(boxes, np.float64).reshape(-1, 4)
     ids, labels, difficult_ones, truncated_ones = np.array(rows, np.int64).reshape(-1, 4).T
@@ -201,20 +199,20 @@ def _read_objects(
         split=split,
         categories=categories,
         images=ImageTable.build(root, images),
-        defects=defect_frame([*picture_defects.rows, *defects.rows]),
+        defects=defect_frame([*image_defects.rows, *defects.rows]),
         annotations=annotations,
         truncated=truncated_ones.astype(np.bool_),
     )
 
 
-def _pictures(root: Path) -> dict[str, Path]:
+def _image_files(root: Path) -> dict[str, Path]:
     """Image files by their name without extension."""
     folder = root / "JPEGImages"
     if not folder.is_dir():
         raise InputError(f"{root} has no folder JPEGImages; expected Pascal VOC layout")
     found: dict[str, Path] = {}
     with os.scandir(folder) as entries:
-        # Sorted, so that of two pictures of one name it is always the same that counts.
+        # Sorted, so that of two images of one name it is always the same that counts.
         for name in sorted(entry.name for entry in entries if entry.is_file()):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pix2seq.model.cpu_step import CpuStep
-    from pix2seq.model.graph_step import GraphStep
+    from pix2seq.model.decoding.cpu_step import CpuStep
+    from pix2seq.model.decoding.graph_step import GraphStep
 
 
 @dataclass

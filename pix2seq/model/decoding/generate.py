@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pix2seq.model.decoder import Decoder
-from pix2seq.model.grammar import Allowed, Grammar
-from pix2seq.model.kv_cache import KVCache
-from pix2seq.model.rows import drop_finished, new_rows, shift, uniform, write_back
-from pix2seq.model.sampling import is_greedy, sample
+from pix2seq.model.decoding.grammar import Allowed, Grammar
+from pix2seq.model.decoding.kv_cache import KVCache
+from pix2seq.model.decoding.rows import drop_finished, new_rows, shift, uniform, write_back
+from pix2seq.model.decoding.sampling import is_greedy, sample
 from pix2seq.vocab import PAD
 
 # Vocabulary ids times width of an output layer that is worth the 30 microseconds to find which part is needed.

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pix2seq.polygon_ops import MIN_POINTS
+from pix2seq.geometry.polygons import MIN_POINTS
 
 NONE = -1  # no single id
 

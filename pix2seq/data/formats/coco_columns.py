@@ -1,8 +1,8 @@
 """COCO annotations from JSON entries to flat arrays: first as written, then checked all at once.
 
 The files are not held as Python objects, and official ones name their categories at the end. So each
-entry goes into columns before anything is known of pictures and categories; `check_objects` and
-`check_captions` then apply the policies of `pix2seq.data.coco`. A row is an entry's number in its columns.
+entry goes into columns before anything is known of images and categories; `check_objects` and
+`check_captions` then apply the policies of `pix2seq.data.formats.coco`. A row is an entry's number in its columns.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations, gather, offsets
-from pix2seq.data.run_lengths import run_lengths
-from pix2seq.data.table import BOX_DEFECTS, HUGE, Defect, clip_box, clip_boxes
-from pix2seq.data.target import Category
+from pix2seq.data.defects import BOX_DEFECTS, HUGE, Defect, clip_box, clip_boxes
+from pix2seq.geometry.run_lengths import run_lengths
+from pix2seq.types import Category
 
 NO_ID = -(2**63)  # in a column of ids, where there is no whole number of 64 bits
 _CHECKED = 1 << 20  # rows or numbers at a time, so that temporary arrays stay small
@@ -279,7 +279,7 @@ def _sound_runs(
     known: NDArray[np.bool_],
     found: list[tuple[int, int, str, str, str]],
 ) -> NDArray[np.bool_]:
-    """Which run-length masks are of their picture's size."""
+    """Which run-length masks are of their image's size."""
     rows = _int64(columns.run_rows)
     sound = known[rows]
     place = places[rows[sound]]
@@ -370,7 +370,7 @@ def _known_box(
     keypoints: NDArray[np.float32],
     keypoint_rows: NDArray[np.int64],
 ) -> tuple[float, float, float, float] | None:
-    """What the polygons or the labelled keypoints of a row cover, inside the picture."""
+    """What the polygons or the labelled keypoints of a row cover, inside the image."""
     corners = list(_rings_of(columns, row, rings))
     if not corners:
         low, high = np.searchsorted(keypoint_rows, (row, row + 1))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.kv_cache import KVCache, LayerCache
+from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock

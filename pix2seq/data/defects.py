@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pix2seq.data.target import Category
 from pix2seq.errors import InputError
+from pix2seq.types import Category
 
 OBJECT_COLUMNS = (
     "image_id",
@@ -29,17 +29,17 @@ OBJECT_COLUMNS = (
     "num_keypoints",  # labelled ones
 )
 DEFECT_COLUMNS = ("image", "annotation_id", "defect", "action", "detail")
-HUGE = 1e7  # pixels; no coordinate of a picture is larger
+HUGE = 1e7  # pixels; no coordinate of an image is larger
 BOX_DEFECTS = (  # by the code that `clip_boxes` gives
     None,
     "box is not four numbers",
     "box is absurdly large",
     "box has no area",
-    "box lies outside the picture",
-    "box reaches outside the picture",
+    "box lies outside the image",
+    "box reaches outside the image",
 )
-MAX_BAD_SHARE = 0.5  # of pictures and of annotations; beyond it the data are not what they seem
-SKIPPED = "skipped in training, refused in evaluation"  # what is done about a picture that proves unusable when read
+MAX_BAD_SHARE = 0.5  # of images and of annotations; beyond it the data are not what they seem
+SKIPPED = "skipped in training, refused in evaluation"  # what is done about an image that proves unusable when read
 MIN_OFFENDERS = 10  # fewer never stop a run: so many can be read one by one, and a small set is soon half bad
 
 
@@ -73,7 +73,7 @@ def defect_frame(rows: Sequence[Defect]) -> pd.DataFrame:
 def clip_box(
     xywh: Sequence[float], width: int, height: int
 ) -> tuple[tuple[float, float, float, float] | None, str | None]:
-    """A box as x0, y0, x1, y1 inside the picture, or None if it cannot be used; and its defect, or None."""
+    """A box as x0, y0, x1, y1 inside the image, or None if it cannot be used; and its defect, or None."""
     xyxy, codes = clip_boxes(np.array([xywh], np.float64), np.array([width]), np.array([height]))
     defect = BOX_DEFECTS[codes[0]]
     if np.isnan(xyxy[0, 0]):
@@ -85,7 +85,7 @@ def clip_box(
 def clip_boxes(
     xywh: NDArray[np.float64], widths: NDArray[np.integer], heights: NDArray[np.integer]
 ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-    """Boxes (N, 4) as x0, y0, x1, y1 inside pictures of such sizes (N,), and the defect of each (N,).
+    """Boxes (N, 4) as x0, y0, x1, y1 inside images of such sizes (N,), and the defect of each (N,).
 
     A box that cannot be used is NaN; a defect is an index into `BOX_DEFECTS`. NaN in a box says that
     it is not four numbers.
@@ -113,7 +113,7 @@ class BadShareError(InputError):
 
 
 def refuse_bad_share(what: str, defects: Sequence[Defect], total: int, *, where: Path, max_bad_share: float) -> None:
-    """Raise `BadShareError` with the first ten offenders if too many of `total` pictures or annotations cannot be used.
+    """Raise `BadShareError` with the first ten offenders if too many of `total` images or annotations cannot be used.
 
     That is more than the share `max_bad_share` (0 to 1), and at least `MIN_OFFENDERS`, of what `where` lists.
     """
@@ -128,7 +128,7 @@ def refuse_bad_share(what: str, defects: Sequence[Defect], total: int, *, where:
 
 
 def describe(image: Any, annotation: Any) -> str:
-    """Name an annotation, or a picture where `annotation` is None, by the ids in the data set."""
+    """Name an annotation, or an image where `annotation` is None, by the ids in the data set."""
     return f"image {image}" + ("" if annotation is None else f" annotation {annotation}")
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.cpu_step import Norm
-from pix2seq.model.kv_cache import KVCache, LayerCache
+from pix2seq.model.decoding.cpu_step import Norm
+from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock

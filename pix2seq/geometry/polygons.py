@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from pix2seq.data.run_lengths import run_lengths
+from pix2seq.geometry.run_lengths import run_lengths
 
 MIN_POINTS = 3  # of a ring; fewer enclose nothing
 
@@ -23,7 +23,7 @@ MIN_POINTS = 3  # of a ring; fewer enclose nothing
 _FR_PY_OBJECTS: Any = mask_utils.frPyObjects
 _MERGE: Any = mask_utils.merge
 _DECODE: Any = mask_utils.decode
-_FAR = 16384.0  # pixels outside the picture
+_FAR = 16384.0  # pixels outside the image
 
 
 def rasterize(rings_xy: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray[np.bool_]:
@@ -31,7 +31,7 @@ def rasterize(rings_xy: Sequence[NDArray[np.floating]], height: int, width: int)
 
     pycocotools takes two points for a box, and ends the process where a coordinate is not finite
     or too large. So points that are not finite are left out, then rings of fewer than 3 points;
-    points more than 16384 pixels outside the picture are moved to that distance.
+    points more than 16384 pixels outside the image are moved to that distance.
     """
     flat = []
     for ring in rings_xy:
@@ -172,9 +172,9 @@ def simplify_rings(
 def clip_rings(rings_xy: Sequence[NDArray[np.floating]], width: float, height: float) -> list[NDArray[np.float64]]:
     """The part of each ring inside [0, width] x [0, height]; rings wholly outside are left out.
 
-    Where a ring enters and leaves the picture, it gets new points (Sutherland and Hodgman, 1974);
+    Where a ring enters and leaves the image, it gets new points (Sutherland and Hodgman, 1974);
     moving the points outside to the border instead would tilt the edges that cross it. Parts that
-    the picture's edge cuts asunder stay one ring, joined along that edge.
+    the image's edge cuts asunder stay one ring, joined along that edge.
     """
     clipped = []
     for ring in rings_xy:

@@ -1,7 +1,7 @@
-"""One map from source pixels to output pixels, applied to pictures, boxes, polygons and keypoints alike.
+"""One map from source pixels to output pixels, applied to images, boxes, polygons and keypoints alike.
 
 Crop, resize and mirror are all of the form x' = scale * x + offset on each axis, so whatever moves
-the picture moves its labels by the same numbers.
+the image moves its labels by the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PAD_VALUE = 0.3  # grey level around pictures that do not fill the output, as published
+PAD_VALUE = 0.3  # grey level around images that do not fill the output, as published
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Affine:
         return Affine(-self.scale_x, self.scale_y, width - self.offset_x, self.offset_y)
 
     def image(self, image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Resample a picture (H, W, 3) into an output of `size` (height, width).
+        """Resample an image (H, W, 3) into an output of `size` (height, width).
 
         Bilinear with antialiasing, only over the part that is visible; the rest is grey.
         """

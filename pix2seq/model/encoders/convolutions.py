@@ -1,7 +1,4 @@
-"""ResNet features, as the official encoder has them (arXiv 1512.03385, stride in the 3x3 convolution).
-
-Reference: google-research/pix2seq, `architectures/resnet.py`.
-"""
+"""Convolutions with batch normalisation, residual blocks, and a stem for a ViT made of them."""
 
 from __future__ import annotations
 
@@ -9,15 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Depth: whether blocks are bottlenecks, and how many each of the four stages has.
-LAYOUTS = {
-    18: (False, (2, 2, 2, 2)),
-    34: (False, (3, 4, 6, 3)),
-    50: (True, (3, 4, 6, 3)),
-    101: (True, (3, 4, 23, 3)),
-    152: (True, (3, 8, 36, 3)),
-    200: (True, (3, 24, 36, 3)),
-}
 EXPANSION = 4  # output channels of a bottleneck for each of its inner ones
 
 
@@ -64,33 +52,31 @@ class ResidualBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """The first three or all four stages of a ResNet, without its classifier."""
+class ConvStem(nn.Module):
+    """Strided 3x3 convolutions, each followed by residual blocks, in place of one large patch convolution.
 
-    def __init__(self, depth: int, num_stages: int, width: float) -> None:
-        """`width` multiplies the usual 64 to 512 inner channels."""
+    Convolutions know from the start that neighbouring pixels belong together; a ViT has to learn it,
+    which takes more images than a small data set has (arXiv 2106.14881).
+    """
+
+    def __init__(self, dim: int, patch_size: int, num_blocks: int) -> None:
+        """`num_blocks` residual blocks follow every halving but the first, the costliest."""
         super().__init__()
-        bottleneck, blocks = LAYOUTS[depth]
-        widths = [int(64 * 2**stage * width) for stage in range(num_stages)]
-        self.stem = ConvNorm(3, widths[0], 7, stride=2)
-        channels = widths[0]
-        stages = []
-        for stage, (inner, num_blocks) in enumerate(zip(widths, blocks, strict=False)):
-            layers = []
-            for index in range(num_blocks):
-                stride = 2 if stage > 0 and index == 0 else 1
-                block = ResidualBlock(channels, inner, stride=stride, bottleneck=bottleneck, projection=index == 0)
-                layers.append(block)
-                channels = block.width_out
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
-        self.width_out = channels
-        self.stride = 2 ** (num_stages + 1)
+        num_halvings = patch_size.bit_length() - 1
+        if 2**num_halvings != patch_size or num_halvings < 2:
+            raise ValueError(f"a convolutional stem needs a patch size of 4, 8, 16 or 32, got {patch_size}")
+        widths = [max(dim // 2 ** (num_halvings - 1 - i), 16) for i in range(num_halvings)]
+        layers: list[nn.Module] = []
+        for stage, (width_in, width_out) in enumerate(zip([3, *widths], widths, strict=False)):
+            layers += [
+                nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(inplace=True),
+            ]
+            if stage > 0:
+                layers += [ResidualBlock(width_out, width_out) for _ in range(num_blocks)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, width_out, H / stride, W / stride), rounded up."""
-        x = F.relu(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        # TensorFlow's `SAME`: an even side is padded at its end alone.
-        pad_y, pad_x = (1 - side % 2 for side in x.shape[-2:])
-        x = F.pad(x, (1 - pad_x, 1, 1 - pad_y, 1), value=-torch.inf)
-        return self.stages(F.max_pool2d(x, 3, stride=2))
+        """(B, 3, H, W) to (B, dim, H / patch, W / patch)."""
+        return self.layers(images.contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""What is known of one image: boxes, masks, keypoints and captions in pixels.
+"""The nouns that everyone shares: categories, images, their annotations and predicted objects, in pixels.
 
 Pixel coordinates are x to the right and y down, the left edge of the first column is 0.0 and the
 right edge of the last is `width`; shapes use N objects and K keypoints.
@@ -6,19 +6,14 @@ right edge of the last is `width`; shapes use N objects and K keypoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pix2seq.data.annotations import Annotations
-
-Segmentation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
+MaskAnnotation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
 """Either the outer rings of a mask, each (P, 2) as x, y with P >= 3, or a COCO RLE with `size` (h, w) and `counts`."""
 
 
@@ -56,7 +51,7 @@ class Category:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Where a picture lies and how large it is once its EXIF orientation is applied."""
+    """Where an image lies and how large it is once its EXIF orientation is applied."""
 
     id: int
     path: Path
@@ -69,54 +64,19 @@ class Target:
     """The annotations of one image that survived the checks of the reader."""
 
     image: ImageRecord
-    boxes_xyxy: NDArray[np.float32]  # (N, 4) in pixels, x1 > x0 and y1 > y0, inside the picture
+    boxes_xyxy: NDArray[np.float32]  # (N, 4) in pixels, x1 > x0 and y1 > y0, inside the image
     labels: NDArray[np.int64]  # (N,) `Category.label`
     areas: NDArray[np.float32]  # (N,) mask area in square pixels, the box's where there is no mask
     iscrowd: NDArray[np.bool_]  # (N,)
     annotation_ids: NDArray[np.int64]  # (N,)
-    segmentations: tuple[Segmentation | None, ...]  # N entries
+    segmentations: tuple[MaskAnnotation | None, ...]  # N entries
     keypoints: NDArray[np.float32]  # (N, K, 3) x, y and COCO visibility 0, 1 or 2; K is 0 without keypoints
     captions: tuple[str, ...] = ()
 
 
-class Dataset(Protocol):
-    """What every reader gives: pictures with targets, and a table of everything that was read."""
-
-    @property
-    def root(self) -> Path: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def categories(self) -> tuple[Category, ...]: ...
-
-    @property
-    def images(self) -> Sequence[ImageRecord]: ...
-
-    @property
-    def annotations(self) -> Annotations: ...
-
-    @property
-    def objects(self) -> pd.DataFrame:
-        """A row for each annotation that is used, with `data.table.OBJECT_COLUMNS`."""
-        ...
-
-    @property
-    def defects(self) -> pd.DataFrame:
-        """A row for each defect, with `data.table.DEFECT_COLUMNS`."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def target(self, index: int) -> Target:
-        """The annotations of image `index`, in the data set's own labels."""
-        ...
-
-
 @dataclass(frozen=True)
 class Caption:
-    """A sentence about a picture."""
+    """A sentence about an image."""
 
     text: str
     score: float  # mean log-probability of its tokens, at most 0
@@ -129,7 +89,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Instance:
-    """One predicted object, in pixels of the original picture."""
+    """One predicted object, in pixels of the original image."""
 
     box_xyxy: tuple[float, float, float, float]
     category: Category

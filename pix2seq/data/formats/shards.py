@@ -1,12 +1,12 @@
-"""A data set as tar files of some thousand pictures each, for data too many or too far away for single files.
+"""A data set as tar files of some thousand images each, for data too many or too far away for single files.
 
     train.json, train-captions.json, train-000000.tar, train-000001.tar, ...
 
-The tar files are webdataset's: 000000000.jpg is the picture as it was, 000000000.json its `Target`.
+The tar files are webdataset's: 000000000.jpg is the image as it was, 000000000.json its `Target`.
 `train.json` says which there are, how many samples and bytes each holds, how many of them a task can learn from,
 and their sha256; all captions lie in a file of their own, for the words of a vocabulary. Shards are read
-from a folder or over http, whole and one after the other, so that the cost of a picture does not
-depend on how many there are. Pictures that cannot be used are left out when shards are written, so
+from a folder or over http, whole and one after the other, so that the cost of an image does not
+depend on how many there are. Images that cannot be used are left out when shards are written, so
 that what each lane of readers gets is known before anything is read.
 """
 
@@ -30,14 +30,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pix2seq.data.picture import read_picture
-from pix2seq.data.places import contents
-from pix2seq.data.table import MAX_BAD_SHARE, Defect, refuse_bad_share
-from pix2seq.data.target import Category, Dataset, ImageRecord, Segmentation, Target
+from pix2seq.data.annotations import contents
+from pix2seq.data.dataset import Dataset
+from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
+from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
+from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
 FORMAT = 2
-CONTENTS = ("object", "mask", "labelled keypoint", "caption")  # what tasks learn from, see `pix2seq.data.places`
+CONTENTS = ("object", "mask", "labelled keypoint", "caption")  # what tasks learn from, see `pix2seq.data.annotations`
 _ATTEMPTS = 4  # at a server that does not answer, waiting twice as long each time
 _TIMEOUT = 60.0  # seconds without a byte from it
 
@@ -64,11 +65,11 @@ class ShardIndex:
     captions_file: Shard
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return sum(shard.num_samples for shard in self.shards)
 
     def num_with(self, learns_from: str) -> int:
-        """Number of pictures that have one of `CONTENTS`."""
+        """Number of images that have one of `CONTENTS`."""
         return sum(shard.num_with[learns_from] for shard in self.shards)
 
     def captions(self) -> list[str]:
@@ -101,7 +102,7 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A picture as it was encoded, and what is known of it; `target.image.path` is its former name only."""
+    """An image as it was encoded, and what is known of it; `target.image.path` is its former name only."""
 
     epoch: int
     number: int  # in the data set that was written
@@ -186,9 +187,9 @@ def write_shards(
 ) -> ShardIndex:
     """Write a data set as shards. The index comes last, so that a folder with one is whole.
 
-    A picture that cannot be read, or is not of the annotations' size, is named in a warning and left out.
+    An image that cannot be read, or is not of the annotations' size, is named in a warning and left out.
     Raises `InputError` where the split is there already, and where more than `max_bad_share` (0 to 1)
-    of the pictures, and ten or more, are such.
+    of the images, and ten or more, are such.
     """
     webdataset = _webdataset()
     folder = Path(folder)
@@ -208,7 +209,7 @@ def write_shards(
             for number in numbers:
                 target = dataset.target(number)
                 try:
-                    read_picture(target.image)
+                    read_record_image(target.image)
                     image = target.image.path.read_bytes()
                 except InputError as error:
                     warnings.warn(f"left out: {error}", stacklevel=2)
@@ -219,7 +220,7 @@ def write_shards(
                 tar.write({"__key__": f"{number:09d}", suffix: image, "json": label})
                 num_with.update(contents(target))
                 num_samples += 1
-        refuse_bad_share("pictures", bad, len(dataset), where=dataset.root, max_bad_share=max_bad_share)
+        refuse_bad_share("images", bad, len(dataset), where=dataset.root, max_bad_share=max_bad_share)
         if num_samples:
             name = f"{dataset.split}-{len(shards):06d}.tar"
             shards.append(_write_part(folder / name, stream.getvalue(), num_samples, dict(num_with)))
@@ -250,7 +251,7 @@ def is_address(location: str) -> bool:
 
 
 def read_shard(location: str, shard: Shard) -> list[tuple[int, bytes, bytes]]:
-    """Number, picture and JSON of each sample, in their order.
+    """Number, image and JSON of each sample, in their order.
 
     Raises `InputError` where the file is not as it was written.
     """
@@ -354,11 +355,11 @@ def _target_from_json(value: dict[str, Any]) -> Target:
     )
 
 
-def _plain_mask(segmentation: Segmentation | None) -> Any:
+def _plain_mask(segmentation: MaskAnnotation | None) -> Any:
     return [ring.ravel().tolist() for ring in segmentation] if isinstance(segmentation, list) else segmentation
 
 
-def _mask(value: Any) -> Segmentation | None:
+def _mask(value: Any) -> MaskAnnotation | None:
     return [_ring(numbers) for numbers in value] if isinstance(value, list) else value
 
 

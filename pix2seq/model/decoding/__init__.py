@@ -1,0 +1,1 @@
+"""Autoregressive generation: cache, steps, grammar and sampling."""

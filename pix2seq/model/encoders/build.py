@@ -1,0 +1,49 @@
+"""From an encoder's settings to the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pix2seq.errors import InputError
+from pix2seq.model.config import EncoderConfig
+from pix2seq.model.encoders.convolutions import ConvStem
+from pix2seq.model.encoders.encoder import Encoder
+from pix2seq.model.encoders.resnet import ResNetTransformer
+from pix2seq.model.encoders.timm import TimmEncoder
+from pix2seq.model.encoders.vit import VisionTransformer
+from pix2seq.model.positions import PositionKind
+
+
+def build_encoder(
+    config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
+) -> Encoder:
+    """The encoder that a config names."""
+    if config.name not in ("vit", "resnet"):
+        return TimmEncoder(
+            config.name,
+            image_size=image_size,
+            pretrained=config.pretrained and load_pretrained,
+            drop_path=config.drop_path,
+        )
+    transformer: dict[str, Any] = {
+        "image_size": image_size,
+        "dim": config.dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "mlp_dim": config.mlp_dim,
+        "class_token": config.class_token,
+        "positions": positions,
+        "dropout": config.dropout,
+        "drop_path": config.drop_path,
+    }
+    if config.name == "resnet":
+        return ResNetTransformer(config.resnet_depth, config.resnet_stages, config.resnet_width, **transformer)
+    if config.stem == "patch":
+        stem: nn.Module = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+    elif config.stem == "conv":
+        stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
+    else:
+        raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
+    return VisionTransformer(stem, config.patch_size, **transformer)

@@ -1,0 +1,68 @@
+"""A pre-norm Vision Transformer with the official patch stem, or a convolutional one that learns faster from scratch.
+
+Reference: google-research/pix2seq, `architectures/transformers.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pix2seq.model.encoders.convolutions import ResidualBlock
+from pix2seq.model.encoders.encoder import Encoder
+from pix2seq.model.layers import NORM_EPS, EncoderBlock, LayerStack, init_weights
+from pix2seq.model.positions import GridPositions, PositionKind
+
+
+class VisionTransformer(Encoder):
+    """A pre-norm ViT; with fixed positions at home on any rectangle of patches."""
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stride: int,
+        *,
+        image_size: tuple[int, int],
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        class_token: bool = False,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        positions: PositionKind = "sincos",
+    ) -> None:
+        """`stem` maps images to (B, dim, H / stride, W / stride); learned positions are for `image_size`."""
+        super().__init__()
+        self.dim = dim
+        self.stride = stride
+        self.stem = stem
+        self.stem_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim), std=0.02)) if class_token else None
+        self.positions = GridPositions(positions, dim, self.grid(*image_size))
+        self.blocks: LayerStack[EncoderBlock] = LayerStack(
+            EncoderBlock(dim, num_heads, mlp_dim, dropout, drop_path) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.apply(init_weights)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.start_as_shortcut()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim), the class token first, and the grid."""
+        features = self.stem(images)
+        grid = (features.shape[-2], features.shape[-1])
+        x = self.stem_norm(features.flatten(2).transpose(1, 2))
+        x = x + self.positions(*grid).to(x)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
+        return self.norm(self.blocks.run(x)), grid
+
+    def units(self) -> list[nn.Module]:
+        """The Transformer's blocks."""
+        return list(self.blocks)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """For the Transformer's blocks; convolutions in front keep what they compute."""
+        self.blocks.checkpointing = enabled
