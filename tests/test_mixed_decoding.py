@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import pix2seq.model.decoding.generate as generation
 from pix2seq import Pix2Seq, Predictor, convert_checkpoint
@@ -14,6 +16,7 @@ from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.generate import GenerationConfig, generate_mixed
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
+from pix2seq.model.decoding.rows import arrange_rows
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -193,6 +196,91 @@ def test_only_the_part_of_the_output_layer_that_some_task_needs_gives_the_same_t
     torch.testing.assert_close(part.tokens, full.tokens, rtol=0, atol=0)
 
 
+def alone(model, memory, prompt, config, num_samples, generator):
+    return generate_mixed(
+        model.decoder, memory[None], [prompt], [config], num_samples=num_samples, generator=[generator]
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=14),
+    num_samples=st.integers(1, 2),
+    compact=st.booleans(),
+)
+@example(asked=[(4, 1), *[(place, 2) for place in range(5)], (0, 1), *[(4, 2)] * 5], num_samples=1, compact=True)
+def test_prompts_of_any_images_in_any_order_get_what_each_gets_alone(model, asked, num_samples, compact):
+    configs = sampling("as each task draws")
+    found = generate_mixed(
+        model.decoder,
+        MEMORY,
+        [PROMPTS[which] for which, _ in asked],
+        [configs[which] for which, _ in asked],
+        memory_index=[image for _, image in asked],
+        num_samples=num_samples,
+        generator=seeded(len(asked)),
+        compact=compact,
+    )
+    assert len(found.tokens) == len(asked) * num_samples
+    for number, ((which, image), generator) in enumerate(zip(asked, seeded(len(asked)), strict=True)):
+        expected = alone(model, MEMORY[image], PROMPTS[which], configs[which], num_samples, generator)
+        assert_equals_alone(found, number * num_samples, expected)
+
+
+def test_an_image_draws_the_same_for_its_prompts_however_they_are_mixed_with_others(model):
+    config = GenerationConfig(6, eos_id=None)
+    prompts = [torch.tensor([10 + i]) for i in range(6)]
+    in_order = generate_mixed(model.decoder, MEMORY, prompts, [config] * 6, generator=seeded(3)).tokens
+    order = [4, 0, 5, 2, 1, 3]
+    mixed = generate_mixed(
+        model.decoder,
+        MEMORY,
+        [prompts[i] for i in order],
+        [config] * 6,
+        memory_index=[i // 2 for i in order],
+        generator=seeded(3),
+    ).tokens
+    assert torch.equal(mixed, in_order[order])
+
+
+@pytest.mark.parametrize(
+    ("counts", "images", "size"),
+    [
+        ([3, 3, 3], [0, 1, 2], 3),
+        ([0, 2, 0], [1], 2),
+        ([4, 4, 3, 2], [0, 1, 2, 3], 4),  # 3 fillers of 16
+        ([1, 1, 1, 10], [0, 1, 2, *[3] * 5], 2),  # 3 of 16; slots of 3 would need 8 of 21
+        ([5, 1], [0, 0, 0, 1], 2),
+        ([40], [0], 40),
+    ],
+)
+def test_at_most_a_quarter_of_the_rows_fill_up(counts, images, size):
+    memory_index = [image for image, count in enumerate(counts) for _ in range(count)][::-1]
+    found, order = arrange_rows(memory_index, 2)
+    assert found == images
+    assert len(order) == 2 * size * len(images)
+    assert sorted(order[order >= 0].tolist()) == list(range(2 * len(memory_index)))
+    assert int((order < 0).sum()) <= len(order) / 4
+    for image, rows in zip(found, order.view(len(images), -1), strict=True):
+        assert {memory_index[row // 2] for row in rows.tolist() if row >= 0} == {image}
+
+
+def test_completions_are_the_rows_of_each_prompt_as_arrays(model):
+    for scored in (True, False):
+        configs = [replace(config, score_range=config.score_range if scored else None) for config in CONFIGS]
+        found = model.generate_mixed(MEMORY[:1], PROMPTS, configs, num_samples=3, generator=seeded(1))
+        completions = found.completions(3)
+        assert len(completions) == len(PROMPTS)
+        assert (completions[0].best_tokens is not None) == scored
+        for number, completion in enumerate(completions):
+            for name, array in vars(completion).items():
+                expected = getattr(found, name)
+                if expected is not None:
+                    np.testing.assert_array_equal(array, expected[3 * number : 3 * number + 3].numpy())
+    with pytest.raises(ValueError, match="equal division"):
+        found.completions(2)
+
+
 def test_prompts_and_configs_must_fit_the_images(model):
     config = GenerationConfig(3)
     with pytest.raises(ValueError, match="3 prompts were given for 2 images"):
@@ -203,6 +291,9 @@ def test_prompts_and_configs_must_fit_the_images(model):
         GenerationConfig(0)
     with pytest.raises(ValueError, match="3 generators were given for 1 images and 2 prompts"):
         model.generate_mixed(MEMORY[:1], [torch.tensor([10])] * 2, [config] * 2, generator=seeded(3))
+    for wrong in ([0], [0, 1, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="memory_index needs one of 0 to 1 for each of 2 prompts"):
+            model.generate_mixed(MEMORY[:2], [torch.tensor([10])] * 2, [config] * 2, memory_index=wrong)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "resnet-c"])

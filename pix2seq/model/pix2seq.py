@@ -181,16 +181,26 @@ class Pix2Seq(nn.Module):
         prompts: Sequence[Tensor],
         configs: Sequence[GenerationConfig],
         *,
+        memory_index: Sequence[int] | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Generated:
-        """Continue prompts (P,) of any lengths and tasks side by side, each as its config says.
+        """Continue prompts (P,) of any lengths and tasks side by side, each by its own config.
 
-        There are as many for each image, in the order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
+        Prompt i reads image or memory `memory_index[i]`. Without it there are as many prompts for each image, in the
+        order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
         """
         with torch.inference_mode():
             memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
-        return generate_mixed(self.decoder, memory, prompts, configs, num_samples=num_samples, generator=generator)
+        return generate_mixed(
+            self.decoder,
+            memory,
+            prompts,
+            configs,
+            memory_index=memory_index,
+            num_samples=num_samples,
+            generator=generator,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the text tokenizer if there is one, making the folder."""

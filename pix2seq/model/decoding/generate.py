@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.grammar import Allowed, Grammar
 from pix2seq.model.decoding.kv_cache import KVCache
-from pix2seq.model.decoding.rows import drop_finished, new_rows, shift, uniform, write_back
+from pix2seq.model.decoding.rows import arrange_rows, drop_finished, new_rows, shift, uniform, write_back
 from pix2seq.model.decoding.sampling import is_greedy, sample
 from pix2seq.vocab import PAD
 
@@ -56,6 +59,20 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """The S continuations of one prompt on the host, padded to the T' tokens of the longest in its batch.
+
+    The fields are those of `Generated`.
+    """
+
+    tokens: NDArray[np.int64]  # (S, T')
+    logprobs: NDArray[np.float32]  # (S, T')
+    best_tokens: NDArray[np.int64] | None  # (S, T')
+    best_logprobs: NDArray[np.float32] | None  # (S, T')
+    truncated: NDArray[np.bool_]  # (S,)
+
+
+@dataclass(frozen=True)
 class Generated:
     """New tokens, without the prompt. After a row's end token, or its last, everything is padding."""
 
@@ -66,6 +83,19 @@ class Generated:
     best_tokens: Tensor | None  # (R, T') likeliest id inside `score_range`, if one was given
     best_logprobs: Tensor | None  # (R, T') its log-probability; minus infinity in steps that were not asked for
     truncated: Tensor  # (R,) bool: cut by length, or ended because nothing else fitted; never with `eos_id` None
+
+    def completions(self, num_samples: int) -> list[Completion]:
+        """Return the results of each prompt as NumPy arrays, with one transfer per tensor for the whole batch."""
+
+        def split(x: Tensor) -> list[NDArray[Any]]:
+            return np.split(x.cpu().numpy(), len(x) // num_samples)
+
+        tokens, truncated = split(self.tokens), split(self.truncated)
+        none = [None] * len(tokens)
+        best_tokens = none if self.best_tokens is None else split(self.best_tokens)
+        best_logprobs = none if self.best_logprobs is None else split(self.best_logprobs)
+        fields = zip(tokens, split(self.logprobs), best_tokens, best_logprobs, truncated, strict=True)
+        return [Completion(*each) for each in fields]
 
 
 def generate(
@@ -119,35 +149,44 @@ def generate_mixed(
     prompts: Sequence[Tensor],
     configs: Sequence[GenerationConfig],
     *,
+    memory_index: Sequence[int] | None = None,
     num_samples: int = 1,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compact: bool = True,
 ) -> Generated:
-    """Continue prompts (P,), of any lengths, each as its own config says: what each would get alone.
+    """Continue prompts (P,) of any lengths, each by its own config. Each gets what it would get alone.
 
-    `memory` is (B, N, D); the B * I prompts are in the order of images, as many for each. Rows come out
-    in the order of prompts, the `num_samples` continuations of one side by side, and each begins with
-    its first new token.
+    `memory` is (B, N, D), and prompt i reads `memory[memory_index[i]]`. Without `memory_index` there are
+    B * I prompts in the order of images, I for each. Rows come out in the order of the prompts, the
+    `num_samples` continuations of a prompt side by side. Each row begins with its first new token.
 
-    Rows draw from numbers that are fixed at the start, R rows of T', from `generator`. Given one
-    generator for each image, what an image's rows draw does not depend on the images beside it; given
-    one for each prompt, not on any other prompt. Finished rows leave the batch; `compact` False keeps
-    them to the end.
+    `generator` fixes the random numbers of all rows, (R, T'), at the start. With one generator per image,
+    the numbers of an image do not depend on other images; with one per prompt, not on other prompts.
+    Finished rows leave the batch; `compact` False keeps them to the end.
     """
     num_images, device = len(memory), memory.device
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if not prompts or len(prompts) % num_images:
-        raise ValueError(f"{len(prompts)} prompts were given for {num_images} images; give as many for each")
+    if memory_index is None:
+        if not prompts or len(prompts) % num_images:
+            raise ValueError(f"{len(prompts)} prompts were given for {num_images} images; give as many for each")
+        memory_index = [i * num_images // len(prompts) for i in range(len(prompts))]
     if len(configs) != len(prompts):
         raise ValueError(f"{len(configs)} configs were given for {len(prompts)} prompts")
+    if not prompts or len(memory_index) != len(prompts) or not set(memory_index) <= set(range(num_images)):
+        raise ValueError(
+            f"memory_index needs one of 0 to {num_images - 1} for each of {len(prompts)} prompts, got "
+            f"{len(memory_index)} values: {sorted(set(memory_index))}"
+        )
+    images, order = arrange_rows(memory_index, num_samples)
+    order = order.to(device)
     shortest = min(len(prompt) for prompt in prompts)
     kinds = [(config, len(prompt) - shortest) for config, prompt in zip(configs, prompts, strict=True)]
     number_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     groups = [Group(config, start, number, slice(None)) for (config, start), number in number_of.items()]
     cache = decoder.new_cache(
-        memory,
-        rows_per_image=len(prompts) // num_images * num_samples,
+        memory if images == list(range(num_images)) else memory[images],
+        rows_per_image=len(order) // len(images),
         num_slots=shortest + max(group.end for group in groups),
     )
     real = cache if isinstance(cache, KVCache) else None  # a decoder without one can neither drop rows nor ids
@@ -157,6 +196,7 @@ def generate_mixed(
     read, rows = new_rows(
         [prompt.to(device) for prompt in prompts],
         [number_of[kind] for kind in kinds],
+        order,
         num_samples=num_samples,
         num_columns=num_columns,
         with_scores=any(config.score_range for config in configs),
@@ -164,8 +204,8 @@ def generate_mixed(
     starts = torch.tensor([group.start for group in groups], device=device)[rows["group"]]
     if not all(group.is_greedy for group in groups):
         lengths = [config.max_new_tokens for config in configs]
-        numbers = uniform(lengths, num_images, num_samples, generator, device)
-        rows["noise"] = shift(numbers, -starts, num_columns)
+        numbers = uniform(lengths, memory_index, num_images, num_samples, generator, device)
+        rows["noise"] = shift(numbers[order], -starts, num_columns)
     results = rows  # all rows; `rows` becomes a copy of those that are left once some have gone
 
     present = _find_rows(groups, rows)
@@ -190,13 +230,14 @@ def generate_mixed(
 
     write_back(rows, results)
     width = max(min(column, group.end) - group.start for group in groups)
-    found = {name: shift(values, starts, width) for name, values in results.items() if values.ndim == 2}
+    back = order.argsort()[-len(prompts) * num_samples :]  # to the order of prompts, without fillers
+    found = {name: shift(values, starts, width)[back] for name, values in results.items() if values.ndim == 2}
     return Generated(
         found["tokens"],
         found["logprobs"],
         found.get("best_tokens"),
         found.get("best_logprobs"),
-        results["truncated"],
+        results["truncated"][back],
     )
 
 
