@@ -59,8 +59,8 @@ from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.examples import collate
 from pix2seq.geometry.affine import Affine
-from pix2seq.tasks import TASKS
-from pix2seq.tasks.captioning import CaptioningConfig, make_tokenizer, with_text
+from pix2seq.tasks import BUILT_IN, get_task
+from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.types import Category
 from pix2seq.vocab import Vocab
@@ -173,12 +173,12 @@ def one_turn(samples: TrainingSet, count: int, batch_size: int) -> dict[str, flo
 
 def measure_samples(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     dataset = CocoDataset.read(root, "train")
-    text = make_tokenizer(CaptioningConfig(), dataset.annotations.all_captions())
-    vocab = with_text(Vocab(), text)
+    text = Captioning.make_text_tokenizer(CaptioningConfig(), list(dataset.annotations.all_captions()))
+    vocab = Vocab().with_text(text.size)
     turbo = image_module._turbo()
     decoders = {"pillow": None} | ({"simplejpeg": turbo} if turbo is not None else {})
     rows = []
-    for name, kind in TASKS.items():
+    for name, kind in ((name, get_task(name)) for name in BUILT_IN):
         task = kind(kind.config_type(), vocab, dataset.categories, text)
         samples = TrainingSet(dataset, task, size=SIZE, augment=AUGMENT, seed=0)
         turns: dict[str, list[dict[str, float]]] = {who: [] for who in decoders}

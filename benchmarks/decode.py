@@ -363,7 +363,7 @@ def predict_overhead(turns: int) -> dict[str, Any]:
     model = build_model(config.model).eval()
     model.task_settings = {"detection": asdict(config.detection)}
     predictor = Predictor(model)
-    predictor.set_num_objects(config.detection.max_objects)  # a fixed number, with random weights too
+    predictor.configure(num_objects=config.detection.max_objects)  # a fixed number, with random weights too
     tokens = TOKENS_PER_OBJECT * config.detection.max_objects
     height, width = config.model.image_size
     inputs = torch.rand(1, 3, height, width)

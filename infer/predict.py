@@ -9,19 +9,18 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
-from pix2seq.drawing import draw_instances
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder
 from pix2seq.predictor import EncodedImage, Prediction, Predictor
-from pix2seq.types import Instance
+from pix2seq.tasks.objects import Boxes
 
 
 def predict_files(
@@ -31,19 +30,20 @@ def predict_files(
     out: Path,
     tasks: Sequence[str] | None = None,
     boxes: Path | None = None,
-    num_objects: int | None = None,
-    num_samples: int | None = None,
+    about: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     min_score: float = 0.3,
     batch_size: int = 16,
     seed: int = 0,
     device: str = "auto",
     bf16: bool = False,
 ) -> None:
-    """Do `tasks`, all that the checkpoint knows by default, on image files; write NAME.json and NAME.png into `out`.
+    """Run `tasks`, by default all that the checkpoint knows, on image files; write NAME.json and NAME.png into `out`.
 
-    An image that cannot be read stops nothing: the others are done first, then an `InputError`
-    names it. Objects are detected, or taken from `boxes`: a file as this writes it, or a folder of
-    such files. `min_score` applies to the drawing alone.
+    An image that cannot be read stops nothing: the others are done first, then an `InputError` names it. Tasks about
+    objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such files. `about` is
+    text for the tasks that take some, see `Task.parse_about`; `settings` are those of `Predictor.configure`.
+    `min_score` applies to the drawing alone.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -55,22 +55,28 @@ def predict_files(
     tasks = tuple(predictor.tasks) if tasks is None else tasks
     for name in tasks:
         predictor.require(name)
-    predictor.ask_for(num_objects=num_objects, num_samples=num_samples)
+    predictor.configure(**(settings or {}))
+    asked = {name: predictor.tasks[name] for name in tasks}
+    texts = {} if about is None else {name: t.parse_about(about) for name, t in asked.items() if t.about_format}
+    if about is not None and not texts:
+        raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
+    with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]
+    if boxes is not None and not with_boxes:
+        raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
     unreadable: list[InputError] = []
-    one_by_one = {"segmentation", "keypoint"} & set(tasks)  # these take long even for a few images
-    with tqdm(total=len(images), unit="image", disable=len(images) <= (1 if one_by_one else batch_size)) as bar:
+    with tqdm(total=len(images), unit="image", disable=len(images) <= batch_size) as bar:
         for start in range(0, len(images), batch_size):
             some = images[start : start + batch_size]
             readable, encoded = _encode(predictor, some, unreadable)
-            bar.update(len(some) - len(readable))
-            given = None
+            given: dict[str, list[Any]] = {name: [value] * len(encoded) for name, value in texts.items()}
             if boxes is not None:
-                given = [read_boxes(boxes, p, e.size, predictor) for p, e in zip(readable, encoded, strict=True)]
+                read = [read_boxes(boxes, path) for path in readable]
+                given |= dict.fromkeys(with_boxes, read)
             predictions = predictor.predict_batch(encoded, tasks, given, seed=seed)
-            for path, image, prediction in zip(readable, encoded, predictions, strict=True):
-                write_result(out / path.stem, path, image, prediction, min_score=min_score)
-                bar.update()
+            for path, prediction in zip(readable, predictions, strict=True):
+                write_result(out / path.stem, path, prediction, min_score=min_score)
+            bar.update(len(some))
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise InputError(f"{unreadable[0]}{more}")
@@ -79,25 +85,25 @@ def predict_files(
 def _encode(
     predictor: Predictor, paths: Sequence[Path], unreadable: list[InputError]
 ) -> tuple[list[Path], list[EncodedImage]]:
-    readable, pictures = [], []
+    readable, pixels = [], []
     for path in paths:
         try:
-            pictures.append(read_image(path))
+            pixels.append(read_image(path))
             readable.append(path)
         except InputError as error:
             unreadable.append(error)
-    return readable, predictor.encode_batch(pictures) if pictures else []
+    return readable, predictor.encode_batch(pixels) if pixels else []
 
 
-def read_boxes(boxes: Path, image: Path, size: tuple[int, int], predictor: Predictor) -> list[Instance]:
-    """The objects in NAME.json, or in a folder's NAME.json, of an image of `size` (width, height)."""
+def read_boxes(boxes: Path, image: Path) -> Boxes:
+    """Read the objects of an image from a NAME.json, or from the file of its name in a folder."""
     path = boxes / f"{image.stem}.json" if boxes.is_dir() else boxes
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["instances"]
         sides = [[float(value) for value in entry["bbox"]] for entry in entries]
         corners = [(x, y, x + width, y + height) for x, y, width, height in sides]
         names = [str(entry["category"]) for entry in entries]
-        scores = [float(entry.get("score", 1.0)) for entry in entries]
+        return Boxes(corners, names, [float(entry.get("score", 1.0)) for entry in entries])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a NAME.json for each image, as predict writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,24 +111,13 @@ def read_boxes(boxes: Path, image: Path, size: tuple[int, int], predictor: Predi
             f"{path} is no file of boxes ({type(error).__name__}: {error}); expected "
             '{"instances": [{"bbox": [x, y, width, height], "category": NAME, "score": 0 to 1}]}'
         ) from None
-    found = predictor.objects((size[1], size[0]), corners, names)
-    return [replace(instance, score=score) for instance, score in zip(found, scores, strict=True)]
 
 
-def write_result(stem: Path, source: Path, image: EncodedImage, prediction: Prediction, *, min_score: float) -> None:
+def write_result(stem: Path, source: Path, prediction: Prediction, *, min_score: float) -> None:
     """Write `stem`.json and `stem`.png."""
-    width, height = image.size
-    content = {
-        "image": source.name,
-        "width": width,
-        "height": height,
-        "instances": [instance.to_json() for instance in prediction.instances],
-        "captions": [caption.to_json() for caption in prediction.captions],
-    }
+    content = {"image": source.name} | prediction.to_json()
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    caption = prediction.captions[0].text if prediction.captions else None
-    drawing = draw_instances(image.pixels, prediction.instances, min_score=min_score, caption=caption)
-    drawing.save(stem.with_name(f"{stem.name}.png"))
+    prediction.draw(min_score=min_score).save(stem.with_name(f"{stem.name}.png"))
 
 
 def _main(argv: Sequence[str]) -> None:

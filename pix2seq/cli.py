@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pix2seq.errors import InputError, InputErrorElsewhere, Stopped, unknown_name
-
-TASK_NAMES = ("detection", "segmentation", "keypoint", "captioning")
+from pix2seq.tasks import DEFAULT_TASK, task_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,27 +81,29 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     """`a,b` to task names. Raises `InputError` for an unknown one."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in TASK_NAMES:
-            raise unknown_name("task", name, TASK_NAMES)
+        if name not in task_names():
+            raise unknown_name("task", name, task_names())
     if not names:
-        raise InputError(f"no task was named; expected some of {', '.join(TASK_NAMES)}")
+        raise InputError(f"no task was named; expected some of {', '.join(task_names())}")
     return tuple(dict.fromkeys(names))
 
 
 def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> None:
     """Options of training; `task` fixes it, as the scripts in train/ do."""
     if task is None:
-        parser.add_argument("--task", default="detection", help="tasks to train, separated by commas")
+        help_task = f"tasks to train, separated by commas: {', '.join(task_names())}; by default those of --config"
+        parser.add_argument("--task", help=help_task)
     parser.add_argument("--config", help="YAML file of settings, see configs/")
     parser.add_argument("--resume", default="never", help="never, auto (newest checkpoint of the run) or a checkpoint")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:
-        tasks = parse_tasks(task or args.task)
+        named = task or args.task
+        fixed = {"tasks": list(parse_tasks(named))} if named is not None else {}
         from pix2seq.training.config import load_config
         from pix2seq.training.loop import run as train
 
-        config = load_config(args.config, args.settings, tasks=list(tasks))
+        config = load_config(args.config, args.settings, **fixed)
         checkpoint = train(config, resume=args.resume)
         if _rank() == 0:
             print(f"checkpoint: {checkpoint}")
@@ -114,7 +115,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     """Options of evaluation."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--data", required=True, type=Path, help="COCO or Pascal VOC folder")
-    parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
+    _add_task(parser)
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
@@ -132,12 +133,12 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         if args.out:
             output_file(args.out)
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
-        predictor.ask_for(num_objects=args.num_objects, num_samples=args.num_samples)
+        predictor.configure(**_settings(args))
         dataset = open_dataset(args.data, args.split)
         result = evaluate(
             predictor,
             dataset,
-            tasks or tuple(predictor.tasks),
+            tasks,
             batch_size=args.batch_size,
             limit=args.limit,
             seed=args.seed,
@@ -156,9 +157,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
     parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name an image")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
-    parser.add_argument("--task", help="tasks, separated by commas; by default all that the checkpoint knows")
+    _add_task(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
+    parser.add_argument("--about", metavar="TEXT", help="what to ask about: see the README for each task's form")
     parser.add_argument("--min-score", type=float, default=0.3, help="least score of a drawn box; JSON has them all")
     parser.add_argument("--batch-size", type=_positive, default=16)
     _add_asking(parser)
@@ -174,8 +176,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             tasks=tasks,
             boxes=args.boxes,
             out=args.out,
-            num_objects=args.num_objects,
-            num_samples=args.num_samples,
+            about=args.about,
+            settings=_settings(args),
             min_score=args.min_score,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -273,7 +275,7 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
 def add_sequences(parser: argparse.ArgumentParser) -> None:
     """Options of the look at training sequences."""
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", default="detection", help="one task")
+    parser.add_argument("--task", default=DEFAULT_TASK, help=f"one task: {', '.join(task_names())}")
     parser.add_argument("--index", type=int, default=0, help="number of the sample, from 0")
     parser.add_argument("--epoch", type=int, default=0, help="augmentation and noise differ from epoch to epoch")
     parser.add_argument("--split", default="train")
@@ -310,9 +312,20 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(task_names())
+    parser.add_argument("--task", help=f"tasks, separated by commas: {names}; by default all that the checkpoint knows")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, int]:
+    """Settings of tasks that were given as options."""
+    given = {"num_objects": args.num_objects, "num_samples": args.num_samples}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
-    parser.add_argument("--num-samples", type=_positive, help="outlines that vote on each mask; 1 for speed")
+    parser.add_argument("--num-samples", type=_positive, help="masks drawn for each object, which vote; 1 for speed")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
-from pix2seq.drawing import draw_instances, tile
+from pix2seq.drawing import tile
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.infer.predict import predict_files
@@ -58,11 +58,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     print("4/4  what it sees")
     shown = [image.path for image in dataset.images[:NUM_SHOWN]]
     predict_files(shown, checkpoint=checkpoint, out=out / "predictions", min_score=MIN_SCORE, device=config.device)
-    encoded = predictor.encode_batch(shown)
-    drawn = [
-        draw_instances(image.pixels, instances, min_score=MIN_SCORE)
-        for image, instances in zip(encoded, predictor.detect_batch(encoded), strict=True)
-    ]
+    drawn = [found.draw(min_score=MIN_SCORE) for found in predictor.predict_batch(shown, tuple(predictor.tasks))]
     tile(drawn, columns=4).save(out / "demo.png")
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")

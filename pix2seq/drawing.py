@@ -1,4 +1,4 @@
-"""Images for people: boxes, masks, keypoints and captions drawn by Pillow."""
+"""Draw boxes, masks, keypoints and text on images, with Pillow."""
 
 from __future__ import annotations
 
@@ -17,6 +17,50 @@ Color = tuple[int, int, int]
 MIN_SIDE = 512  # the longer side of what is drawn on: labels on a thumbnail could not be read
 
 
+class Canvas:
+    """An image to draw answers on, with text below it.
+
+    Small images are enlarged to a longer side of 512 pixels first. Line widths and letters grow with the image, and a
+    class has the same colour in every image.
+    """
+
+    def __init__(
+        self, image: NDArray[np.uint8], *, min_score: float = 0.0, scores: bool = True, mask_opacity: float = 0.35
+    ) -> None:
+        """Start with an image (H, W, 3); `scores` writes them beside class names, `min_score` leaves objects out."""
+        self.image, self.scale = _enlarged(image)
+        self.min_score, self.scores, self.mask_opacity = min_score, scores, mask_opacity
+        self._lines: list[str] = []
+
+    def instances(self, instances: Sequence[Instance]) -> None:
+        """Draw masks, boxes, skeletons and class names of objects, the best on top; coordinates are the image's."""
+        shown = sorted((i for i in instances if i.score >= self.min_score), key=lambda i: i.score)
+        colors = [category_color(instance.category.name) for instance in shown]
+        boxes = [np.array(instance.box_xyxy) * self.scale for instance in shown]
+        for instance, color in zip(shown, colors, strict=True):
+            _mask(self.image, [ring * self.scale for ring in instance.polygons], color, self.mask_opacity)
+        draw = ImageDraw.Draw(self.image)
+        for instance, color, box in zip(shown, colors, boxes, strict=True):
+            _box(draw, box, color, self.image.size, width=_line_width(self.image.size))
+            if instance.keypoints is not None:
+                _skeleton(draw, instance.keypoints * [self.scale, self.scale, 1], instance.category, self.image.size)
+        for instance, color, box in zip(shown, colors, boxes, strict=True):  # labels last, so that no box crosses them
+            name = instance.category.name
+            _label(draw, f"{name} {instance.score:.2f}" if self.scores else name, box, color, self.image.size)
+
+    def thin_box(self, box_xyxy: Sequence[float], color: Color = (255, 255, 255)) -> None:
+        """Draw a box one pixel wide, without a name."""
+        _box(ImageDraw.Draw(self.image), np.array(box_xyxy) * self.scale, color, self.image.size, width=1)
+
+    def text(self, line: str) -> None:
+        """Add a line of text below the image; long lines wrap."""
+        self._lines.append(line)
+
+    def finish(self) -> Image.Image:
+        """Return the image with all that was drawn and written."""
+        return _with_text(self.image, self._lines) if self._lines else self.image
+
+
 def draw_instances(
     image: NDArray[np.uint8],
     instances: Sequence[Instance],
@@ -26,30 +70,16 @@ def draw_instances(
     scores: bool = True,
     mask_opacity: float = 0.35,
 ) -> Image.Image:
-    """Draw instances of at least `min_score` on an image (H, W, 3), the best on top.
-
-    Small images are enlarged to a longer side of 512 pixels first. Line widths and letters grow
-    with the image, and a class has the same colour in every image. `scores` writes them beside
-    the class names.
-    """
-    canvas, scale = _enlarged(image)
-    shown = sorted((i for i in instances if i.score >= min_score), key=lambda i: i.score)
-    for instance in shown:
-        rings = [ring * scale for ring in instance.polygons]
-        _mask(canvas, rings, category_color(instance.category.name), mask_opacity)
-    draw = ImageDraw.Draw(canvas)
-    for instance in shown:
-        _box(draw, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
-        if instance.keypoints is not None:
-            _skeleton(draw, instance.keypoints * [scale, scale, 1], instance.category, canvas.size)
-    for instance in shown:  # labels last, so that no box crosses them
-        text = f"{instance.category.name} {instance.score:.2f}" if scores else instance.category.name
-        _label(draw, text, np.array(instance.box_xyxy) * scale, category_color(instance.category.name), canvas.size)
-    return canvas if caption is None else _with_caption(canvas, caption)
+    """Draw instances of at least `min_score` on an image (H, W, 3), with a caption below; see `Canvas`."""
+    canvas = Canvas(image, min_score=min_score, scores=scores, mask_opacity=mask_opacity)
+    canvas.instances(instances)
+    if caption is not None:
+        canvas.text(caption)
+    return canvas.finish()
 
 
 def draw_target(image: NDArray[np.uint8], target: Target, categories: Sequence[Category]) -> Image.Image:
-    """Draw what is annotated, with the first caption beneath."""
+    """Draw the annotations of an image, with the first caption below."""
     by_label = {category.label: category for category in categories}
     instances = [
         Instance(
@@ -64,26 +94,26 @@ def draw_target(image: NDArray[np.uint8], target: Target, categories: Sequence[C
         )
     ]
     caption = target.captions[0] if target.captions else None
-    # Masks as outlines: a tint would hide the very colours that captions speak of.
+    # Without a tint, which would hide the colours that captions name.
     return draw_instances(image, instances, caption=caption, scores=False, mask_opacity=0)
 
 
-def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
-    """Images side by side and row by row on white, each row as high as its tallest."""
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    cell = max(picture.width for picture in pictures)
-    heights = [max(picture.height for picture in row) for row in rows]
+def tile(images: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.Image:
+    """Put images side by side and row by row on white; each row is as high as its tallest image."""
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    cell = max(image.width for image in images)
+    heights = [max(image.height for image in row) for row in rows]
     sheet = Image.new("RGB", (columns * (cell + gap) - gap, sum(heights) + gap * (len(rows) - 1)), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (column * (cell + gap), top))
+        for column, image in enumerate(row):
+            sheet.paste(image, (column * (cell + gap), top))
         top += height + gap
     return sheet
 
 
 def category_color(name: str) -> Color:
-    """A strong colour that depends on the name alone."""
+    """Return a strong colour that depends on the name alone."""
     digest = zlib.crc32(name.encode("utf-8"))
     hue, value = digest % 360 / 360, 0.75 + 0.25 * (digest >> 12 & 1)
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
@@ -108,7 +138,7 @@ def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _mask(canvas: Image.Image, rings: Sequence[NDArray[np.floating]], color: Color, opacity: float) -> None:
-    """Outline the rings of a mask, and tint what they enclose."""
+    """Draw the rings of a mask, and tint what they enclose."""
     usable = [[tuple(point) for point in ring.tolist()] for ring in rings if len(ring) >= 3 and np.isfinite(ring).all()]
     if opacity and usable:
         tint = Image.new("L", canvas.size, 0)
@@ -119,9 +149,10 @@ def _mask(canvas: Image.Image, rings: Sequence[NDArray[np.floating]], color: Col
         ImageDraw.Draw(canvas).line([*ring, ring[0]], fill=color, width=max(_line_width(canvas.size) // 2, 1))
 
 
-def _box(draw: ImageDraw.ImageDraw, xyxy: NDArray[np.floating], color: Color, size: tuple[int, int]) -> None:
-    x0, y0, x1, y1 = _inside(xyxy, size)
-    draw.rectangle((x0, y0, x1, y1), outline=color, width=_line_width(size))
+def _box(
+    draw: ImageDraw.ImageDraw, xyxy: NDArray[np.floating], color: Color, size: tuple[int, int], *, width: int
+) -> None:
+    draw.rectangle(_inside(xyxy, size), outline=color, width=width)
 
 
 def _label(
@@ -155,22 +186,25 @@ def _skeleton(
             draw.ellipse((x - width, y - width, x + width, y + width), fill=fill, outline=color)
 
 
-def _with_caption(canvas: Image.Image, caption: str) -> Image.Image:
+def _with_text(canvas: Image.Image, texts: Sequence[str]) -> Image.Image:
     font = _font(canvas.size)
     draw = ImageDraw.Draw(canvas)
-    lines, line = [], ""
-    for word in caption.split():
-        longer = f"{line} {word}".strip()
-        if line and draw.textlength(longer, font=font) > canvas.width - 16:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    text = "\n".join([*lines, line])
-    _, _, _, bottom = draw.multiline_textbbox((0, 0), text, font=font)
+    lines = []
+    for text in texts:
+        line = ""
+        for word in text.split():
+            longer = f"{line} {word}".strip()
+            if line and draw.textlength(longer, font=font) > canvas.width - 16:
+                lines.append(line)
+                line = word
+            else:
+                line = longer
+        lines.append(line)
+    block = "\n".join(lines)
+    _, _, _, bottom = draw.multiline_textbbox((0, 0), block, font=font)
     sheet = Image.new("RGB", (canvas.width, canvas.height + round(bottom) + 16), "white")
     sheet.paste(canvas)
-    ImageDraw.Draw(sheet).multiline_text((8, canvas.height + 6), text, font=font, fill="black")
+    ImageDraw.Draw(sheet).multiline_text((8, canvas.height + 6), block, font=font, fill="black")
     return sheet
 
 

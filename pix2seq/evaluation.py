@@ -1,87 +1,68 @@
-"""Score a model on a data set, in pixels of the original images."""
+"""Score a model on a data set: every task asks its questions, and its metric scores the answers."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pix2seq.data.dataset import Dataset, labels_by_name
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
-from pix2seq.metrics.captions import CaptionScores, caption_scores
-from pix2seq.metrics.coco_ap import ApResult, Kind, average_precision
-from pix2seq.predictor import EncodedImage, Predictor
-from pix2seq.types import Category, Instance, Target
+from pix2seq.metrics.metric import Metric, Scores
+from pix2seq.predictor import Predictor
+from pix2seq.tasks import get_task
+from pix2seq.types import Category, Target
 
-KINDS: dict[str, Kind] = {"detection": "box", "segmentation": "mask", "keypoint": "keypoint"}
-TRUE_BOXES, FOUND_BOXES = "true_boxes", "found_boxes"  # what masks and keypoints were asked for
+Measured = dict[tuple[str, str], Metric]
+"""The metric of each question of each task."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found.
+    """What an evaluation found."""
 
-    `scores` by name: `detection`, `captioning`, and `segmentation/found_boxes`,
-    `segmentation/true_boxes` and alike for keypoints, which are asked for about boxes that the model
-    found and, apart from that, about those that were annotated.
-    """
-
-    scores: dict[str, ApResult | CaptionScores]
+    scores: dict[str, Scores]  # by task and question: `detection`, `segmentation/true_boxes`, `captioning`
+    metrics: dict[str, float | None]  # all numbers by full name: `AP`, `segmentation/true_boxes/AP50`
     num_images: int
-    num_detections: int
     seconds: float
 
-    @property
-    def metrics(self) -> dict[str, float | None]:
-        """All numbers by name: `AP` for boxes, else as in `segmentation/true_boxes/AP50`."""
-        return {
-            metric if name == "detection" else f"{name}/{metric}": value
-            for name, score in self.scores.items()
-            for metric, value in score.metrics.items()
-        }
-
     @classmethod
-    def joined(cls, results: Sequence[EvalResult]) -> EvalResult:
-        """Evaluations of different tasks as one."""
-        scores = {name: score for result in results for name, score in result.scores.items()}
-        return cls(
-            scores,
-            max(result.num_images for result in results),
-            sum(result.num_detections for result in results),
-            sum(result.seconds for result in results),
-        )
+    def of(cls, measured: Measured, *, num_images: int, seconds: float) -> EvalResult:
+        """Compute the scores of what was measured."""
+        scores, metrics = {}, {}
+        for (name, question), metric in measured.items():
+            found = metric.result()
+            scores[f"{name}/{question}" if question else name] = found
+            task = get_task(name)
+            metrics |= {task.metric_name(key, question): value for key, value in found.metrics.items()}
+        return cls(scores, metrics, num_images, seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `metrics` by name, `scores` in full, and how many images they rest on."""
+        """Return plain values: `metrics` by name, `scores` in full, and how many images they rest on."""
         return {
             "metrics": self.metrics,
             "scores": {name: score.to_json() for name, score in self.scores.items()},
             "num_images": self.num_images,
-            "num_detections": self.num_detections,
             "seconds": round(self.seconds, 3),
         }
 
     def text(self) -> str:
-        """Tables for the terminal."""
-        if list(self.scores) == ["detection"]:
-            return self.scores["detection"].text()
+        """Return tables for the terminal."""
+        if len(self.scores) == 1:
+            return next(iter(self.scores.values())).text()
         return "\n\n".join(f"{name}\n{score.text()}" for name, score in self.scores.items())
 
     def summary(self) -> str:
-        """One line."""
-        show = lambda value: "undefined" if value is None else f"{value:.3f}"  # noqa: E731
-        parts = []
-        for name, score in self.scores.items():
-            chosen = ["BLEU-4"] if isinstance(score, CaptionScores) else ["AP", "AP50"]
-            chosen += ["AR100"] if name == "detection" else []
-            prefix = "" if name == "detection" else f"{name} "
-            parts.append(prefix + ", ".join(f"{metric} {show(score.metrics[metric])}" for metric in chosen))
+        """Return the main numbers in one line."""
+        alone = len(self.scores) == 1
+        parts = [score.summary() if alone else f"{name} {score.summary()}" for name, score in self.scores.items()]
         return f"{'; '.join(parts)} on {self.num_images} images in {self.seconds:.0f} s"
 
     def save(self, path: Path) -> None:
@@ -89,47 +70,29 @@ class EvalResult:
         path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model said about some images, by image id."""
-
-    instances: dict[str, dict[int, list[Instance]]]  # under the names of `EvalResult.scores`
-    captions: dict[int, str]
-
-    @classmethod
-    def joined(cls, parts: Sequence[Answers]) -> Answers:
-        """Those about different images as one."""
-        names = dict.fromkeys(name for part in parts for name in part.instances)
-        instances = {
-            name: {image_id: found for part in parts for image_id, found in part.instances.get(name, {}).items()}
-            for name in names
-        }
-        return cls(instances, {image_id: text for part in parts for image_id, text in part.captions.items()})
-
-
 def evaluate(
     predictor: Predictor,
     dataset: Dataset,
-    tasks: Sequence[str] = ("detection",),
+    tasks: Sequence[str] | None = None,
     *,
     batch_size: int = 16,
     limit: int = 0,
     seed: int = 0,
     progress: bool = False,
 ) -> EvalResult:
-    """COCO AP of boxes, masks and keypoints, and caption scores, on the first `limit` images (0: all).
+    """Score `tasks`, by default all that the model knows, on the first `limit` images (0: all).
 
-    Classes are matched by name, and every class of the data set must be known to the model. Images
-    without captions are left out of the caption scores, and a data set without any has none. Raises
-    `InputError` where the model does not know a task or a class, and where there is no image.
+    Classes are matched by name, and every class of the data set must be known to the model. Raises `InputError` if
+    the model does not know a task or a class, and if there is no image.
     """
     started = time.perf_counter()
     images = range(min(limit or len(dataset), len(dataset)))
-    answers = answer(predictor, dataset, tasks, images, batch_size=batch_size, seed=seed, progress=progress)
-    return score(dataset, answers, images, seconds=time.perf_counter() - started)
+    names = tuple(predictor.tasks) if tasks is None else tasks
+    measured = measure(predictor, dataset, names, images, batch_size=batch_size, seed=seed, progress=progress)
+    return EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
 
 
-def answer(
+def measure(
     predictor: Predictor,
     dataset: Dataset,
     tasks: Sequence[str],
@@ -138,72 +101,69 @@ def answer(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
-) -> Answers:
-    """The part of `evaluate` that several processes can share: ask about the images of these numbers."""
+) -> Measured:
+    """Ask all questions about the images of these numbers; several processes can share the images.
+
+    A question that no image has an answer for, such as captions of a data set without any, is left out.
+    """
     for name in tasks:
         predictor.require(name)
     if not len(dataset):
         raise InputError(f"{dataset.root} has no image in split {dataset.split!r} to evaluate on")
-    instance_tasks = [name for name in ("segmentation", "keypoint") if name in tasks]
-    categories = {}
-    if "detection" in tasks or instance_tasks:
-        known = {category.label: category for category in predictor.model.categories}
-        found = labels_by_name(dataset.categories, predictor.model.categories)
-        categories = {label: known[model_label] for label, model_label in found.items()}
-    instances: dict[str, dict[int, list[Instance]]] = {}
-    captions: dict[int, str] = {}
+    classes = _Classes(dataset, predictor) if any(predictor.tasks[name].uses_classes for name in tasks) else None
+    categories = predictor.model.categories if classes is None else classes.categories
+    measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
-            some = [dataset.target(index) for index in images[start : start + batch_size]]
-            encoded = predictor.encode_batch([read_record_image(target.image) for target in some])
-            found_boxes: list[list[Instance]] = [[] for _ in some]
-            if "detection" in tasks or (instance_tasks and "detection" in predictor.tasks):
-                found_boxes = predictor.detect_batch(encoded, seed=seed)
-            described = [i for i, target in enumerate(some) if target.captions and "captioning" in tasks]
-            if described:
-                texts = predictor.caption_batch([encoded[i] for i in described], seed=seed)
-                captions |= {some[i].image.id: text.text for i, text in zip(described, texts, strict=True)}
-            for target, image, boxes in zip(some, encoded, found_boxes, strict=True):
-                by_name = {"detection": boxes} if "detection" in tasks else {}
-                for name in instance_tasks:
-                    by_name |= _about_boxes(predictor, name, image, boxes, target, categories, seed)
-                for name, asked in by_name.items():
-                    instances.setdefault(name, {})[target.image.id] = asked
-                bar.update()
-    return Answers(instances, captions)
+            targets = [dataset.target(index) for index in images[start : start + batch_size]]
+            encoded = predictor.encode_batch([read_record_image(target.image) for target in targets])
+            if classes is not None:
+                targets = [classes.to_model(target) for target in targets]
+            needed = {need for name in tasks for need in predictor.tasks[name].needs if need in predictor.tasks}
+            found = {name: predictor.ask(name, encoded, seed=seed) for name in sorted(needed)}
+            for name in tasks:
+                task = predictor.tasks[name]
+                supply = found.get(task.needs[0]) if task.needs else None
+                asked = [
+                    (i, question, about)
+                    for i, target in enumerate(targets)
+                    for question, about in task.questions(target, None if supply is None else supply[i]).items()
+                ]
+                if name in found and all(about is None for _, _, about in asked):
+                    answers = [found[name][i] for i, _, _ in asked]
+                else:
+                    abouts = [about for _, _, about in asked]
+                    answers = predictor.ask(name, [encoded[i] for i, _, _ in asked], abouts, seed=seed)
+                for (i, question, _), answer in zip(asked, answers, strict=True):
+                    if (name, question) not in measured:
+                        measured[name, question] = task.metric(categories)
+                    measured[name, question].add(targets[i], answer)
+            bar.update(len(targets))
+    return measured
 
 
-def score(dataset: Dataset, answers: Answers, images: range, *, seconds: float) -> EvalResult:
-    """Compare answers about the images of these numbers, all of them, with what is annotated."""
-    targets = [dataset.target(index) for index in images]
-    scores: dict[str, ApResult | CaptionScores] = {
-        name: average_precision(targets, dataset.categories, found, kind=KINDS[name.partition("/")[0]])
-        for name, found in sorted(answers.instances.items())
-    }
-    if answers.captions:
-        described = {target.image.id: target.captions for target in targets if target.captions}
-        scores["captioning"] = caption_scores(described, answers.captions)
-    num_detections = sum(len(found) for found in answers.instances.get("detection", {}).values())
-    return EvalResult(scores, len(images), num_detections, seconds)
+def merge_measured(parts: Sequence[Mapping[tuple[str, str], Metric]]) -> Measured:
+    """Join what several processes measured on different images."""
+    merged: Measured = {}
+    for part in parts:
+        for key, metric in part.items():
+            if key in merged:
+                merged[key].merge(metric)
+            else:
+                merged[key] = metric
+    return merged
 
 
-def _about_boxes(
-    predictor: Predictor,
-    task: str,
-    image: EncodedImage,
-    found: Sequence[Instance],
-    target: Target,
-    categories: Mapping[int, Category],
-    seed: int,
-) -> dict[str, list[Instance]]:
-    """Masks or keypoints of boxes that were found and of those that were annotated."""
-    ask = predictor.segment if task == "segmentation" else predictor.keypoints
-    true = [
-        Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), categories[int(label)], 1.0)
-        for b, label, crowd in zip(target.boxes_xyxy, target.labels, target.iscrowd, strict=True)
-        if not crowd
-    ]
-    answers = {f"{task}/{TRUE_BOXES}": ask(image, true, seed=seed)}
-    if "detection" in predictor.tasks:
-        answers[f"{task}/{FOUND_BOXES}"] = ask(image, predictor.worth_asking(task, found), seed=seed)
-    return answers
+class _Classes:
+    """The classes of a data set as the model knows them."""
+
+    def __init__(self, dataset: Dataset, predictor: Predictor) -> None:
+        known = {category.label: category for category in predictor.model.categories}
+        labels = labels_by_name(dataset.categories, predictor.model.categories)
+        self.categories: tuple[Category, ...] = tuple(known[label] for label in labels.values())
+        self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
+        self._labels[list(labels)] = list(labels.values())
+
+    def to_model(self, target: Target) -> Target:
+        """Return a target of the data set in the model's labels."""
+        return replace(target, labels=self._labels[target.labels])

@@ -17,7 +17,7 @@ PLACES = {
     "waiting for data": (pix2seq.training.loop, "TaskBatches"),
     "between micro-batches": (pix2seq.training.step, "sequence_loss"),
     "updating weights": (pix2seq.training.loop, "learning_rate"),
-    "evaluating": (Predictor, "detect_batch"),
+    "evaluating": (Predictor, "ask"),
     "saving": (pix2seq.training.checkpoint, "save_file"),
 }
 

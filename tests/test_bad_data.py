@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.geometry.polygons import rle_to_mask
+from pix2seq.tasks.captioning import Captioning
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.vocab import Vocab
 
@@ -287,6 +289,9 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
             read_record_image(image)
 
     class Encoder:
+        tasks = {"captioning": Captioning}
+        model = SimpleNamespace(categories=())
+
         def require(self, name): ...
 
         def encode_batch(self, images):

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.transforms import transform_target
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.geometry.polygons import rasterize, rle_to_mask
 from pix2seq.metrics.coco_ap import average_precision
-from pix2seq.model.decoding.generate import Generated
+from pix2seq.model.decoding.generate import Completion
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
+from pix2seq.tasks.request import Frame
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.types import Instance
 from pix2seq.vocab import Vocab
@@ -28,9 +28,13 @@ def dataset(shared):
 
 
 def written(tokens):
-    tokens = torch.as_tensor(tokens)[None]
-    zeros = torch.zeros(tokens.shape)
-    return Generated(tokens, zeros, tokens, zeros, torch.zeros(1, dtype=torch.bool))
+    zeros = np.zeros((1, len(tokens)), np.float32)
+    return Completion(tokens[None], zeros, tokens[None], zeros, np.zeros(1, bool))
+
+
+def frame_of(affine):
+    """What an input of SIZE shows under an affine map from image to input."""
+    return Frame(np.zeros(2), np.array([SIZE[1] / affine.scale_x, SIZE[0] / affine.scale_y]))
 
 
 def answers(dataset, kind):
@@ -50,21 +54,21 @@ def answers(dataset, kind):
         target = dataset.target(index)
         image = target.image
         affine = fit_affine((image.height, image.width), SIZE)
-        canvas = np.array([SIZE[1] / affine.scale_x, SIZE[0] / affine.scale_y])
+        frame = frame_of(affine)
         limits = (image.width, image.height)
         found[image.id] = []
         for example in task.examples(transform_target(target, affine, SIZE), SIZE, rng):
             out = written(example.targets)
             if kind == "box":
-                found[image.id] += task.instances(out, 0, canvas, limits)
+                found[image.id] += task.instances(out, frame, limits)
                 continue
             # The prompt's own box: COCO's scores of masks and points do not look at it.
-            y0, x0, y1, x1 = (vocab.coords(example.prompt[1:5]) * np.tile(canvas[::-1], 2)).tolist()
+            y0, x0, y1, x1 = (vocab.coords(example.prompt[1:5]) * np.tile(frame.size[::-1], 2)).tolist()
             instance = Instance((x0, y0, x1, y1), task.categories[int(example.prompt[5]) - 100], 1.0)
             if kind == "mask":
-                instance = replace(instance, polygons=task.mask(out, slice(0, 1), canvas, limits)[0])
+                instance = replace(instance, polygons=task.mask(out.tokens, frame, limits)[0])
             else:
-                instance = replace(instance, keypoints=task.points(out, 0, instance.category, canvas))
+                instance = replace(instance, keypoints=task.points(out, instance.category, frame))
             found[image.id].append(instance)
     return found
 
@@ -87,13 +91,13 @@ def test_masks_come_back(dataset):
         target = dataset.target(index)
         image = target.image
         affine = fit_affine((image.height, image.width), SIZE)
-        canvas = np.array([SIZE[1] / affine.scale_x, SIZE[0] / affine.scale_y])
+        frame = frame_of(affine)
         for i, (segmentation, crowd) in enumerate(zip(target.segmentations, target.iscrowd, strict=True)):
             if crowd or not segmentation:
                 continue
             one = replace(target, **{name: getattr(target, name)[i : i + 1] for name in BY_OBJECT})
             (example,) = task.examples(transform_target(one, affine, SIZE), SIZE, np.random.default_rng(0))
-            rings, _ = task.mask(written(example.targets), slice(0, 1), canvas, (image.width, image.height))
+            rings, _ = task.mask(example.targets[None], frame, (image.width, image.height))
             ours = rasterize(rings, image.height, image.width)
             if isinstance(segmentation, dict):
                 truth = rle_to_mask(segmentation)

@@ -24,6 +24,7 @@ from pix2seq.convert.presets import PRESETS, preset_config
 from pix2seq.convert.tf_bundle import TensorBundle
 from pix2seq.convert.weight_map import canonical_name
 from pix2seq.errors import InputError
+from pix2seq.tasks.request import Frame
 
 MODEL = {
     "name": "encoder_ar_decoder",
@@ -248,21 +249,22 @@ def test_keypoint_scores_are_the_official_ones(shared, tmp_path):
     task = Predictor(model).tasks["keypoint"]
     arrays = np.load(folder / "model_vit_multitask.npz")
     person = task.categories[1]
+    config, frame = task.generation(person), Frame(np.zeros(2), np.ones(2))
     expected, classes = arrays["keypoint_detection/post/scores"], arrays["keypoint_detection/post/pred_classes"]
     out = model.generate(
         torch.from_numpy(arrays["image"]).permute(0, 3, 1, 2),
         torch.from_numpy(arrays["keypoint_detection/call0/prompt_seq"]),
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         top_k=1,
-        score_range=task.score_range,
-        score_without=task.score_without,
+        score_range=config.score_range,
+        score_without=config.score_without,
         eos_id=None,
-    )
+    ).completions(1)
     checked = 0
     for row, label in enumerate(classes):
         if label == 1:  # the official code gives all others a score of 0
-            assert task.scores(out, row, 0.5)[1] == pytest.approx(float(expected[row]), abs=1e-5)
-            points = task.points(out, row, person, np.array([1.0, 1.0]))
+            assert task.scores(out[row], 0.5)[1] == pytest.approx(float(expected[row]), abs=1e-5)
+            points = task.points(out[row], person, frame)
             theirs = arrays["keypoint_detection/post/pred_points"][row].reshape(-1, 2)[:, ::-1]
             # Random weights say ids that are no coordinates too; those the official code reads all the same.
             inside = ((theirs >= 0) & (theirs <= 1)).all(axis=1) & (points[:, 2] > 0)

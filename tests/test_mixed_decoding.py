@@ -21,7 +21,9 @@ from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
+from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
+from pix2seq.tokenizers.instance import instance_prompts
 from pix2seq.tokenizers.text import SPECIAL_TOKENS, WordTokenizer
 from pix2seq.types import Category
 from pix2seq.vocab import EOS, Vocab
@@ -39,14 +41,21 @@ TASKS = {
 }
 BOX = np.array([[0.1, 0.2, 0.7, 0.9]])
 FIELDS = ("tokens", "logprobs", "best_tokens", "best_logprobs")
-# A list of objects, an outline, three points, two points, a sentence.
+
+
+def prompt(task, boxes, category):
+    """The prompt about one object."""
+    return instance_prompts(task, boxes, np.array([category.label]), VOCAB)[0]
+
+
+# A list of objects, a mask, three points, two points, a sentence.
 PROMPTS = [
     torch.from_numpy(prompt)
     for prompt in (
         TASKS["detection"].prompt(),
-        TASKS["segmentation"].prompts(BOX, [PERSON])[0],
-        TASKS["keypoint"].prompts(BOX, [PERSON])[0],
-        TASKS["keypoint"].prompts(BOX / 2, [ARROW])[0],
+        prompt("segmentation", BOX, PERSON),
+        prompt("keypoint", BOX, PERSON),
+        prompt("keypoint", BOX / 2, ARROW),
         TASKS["captioning"].prompt(),
     )
 ]
@@ -327,7 +336,7 @@ def test_a_predictor_says_what_was_cut(model):
     captioning = predictor.tasks["captioning"]
     predictor.tasks["captioning"] = captioning.with_settings(max_tokens=2)  # a word and the end, which is forced
     with pytest.warns(UserWarning, match=r"captioning: .* cut; .* captioning.max_tokens ends answers after 2 tokens"):
-        (caption,) = predictor.caption_batch([image])
+        caption = predictor.caption(image)
     assert caption.truncated
     assert set(caption.to_json()) == {"text", "score"}  # the file's format is fixed
 
@@ -337,7 +346,7 @@ def test_a_predictor_says_what_was_cut(model):
     predictor = Predictor(endless)
     with pytest.warns(UserWarning, match="detection: .* full after 4 objects: ask for more with --num-objects"):
         assert len(predictor.detect(image)) == 4
-    predictor.set_num_objects(6)
+    predictor.configure(num_objects=6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(predictor.detect(image)) == 6
@@ -349,12 +358,11 @@ def test_a_small_skeleton_beside_a_large_one_is_scored_by_its_own_points(model):
     image = predictor.encode(IMAGE)
     boxes = np.array([[4, 8, 40, 44], [10, 10, 30, 20]])
     found = predictor.keypoints(image, boxes, categories=["person", "arrow"])
-    relative = (boxes / 48)[:, [1, 0, 3, 2]]
-    for box, category in zip(relative, (PERSON, ARROW), strict=True):
-        config = task.generation(category)
-        assert config.max_new_tokens == 2 * len(category.keypoints)
-        alone = model.generate_mixed(
-            image.memory[None], list(torch.from_numpy(task.prompts(box, [category]))), [config]
-        )
+    subjects = task.check_about(image, Boxes(boxes, ["person", "arrow"]))
+    for request, category in zip(task.requests(image, subjects), (PERSON, ARROW), strict=True):
+        assert request.generation.max_new_tokens == 2 * len(category.keypoints)
+        (alone,) = model.generate_mixed(
+            image.memory[None], [torch.from_numpy(request.prompt)], [request.generation]
+        ).completions(1)
         (instance,) = (each for each in found if each.category.name == category.name)
-        assert instance.keypoint_score == pytest.approx(task.scores(alone, 0, 1.0)[0], abs=1e-5)
+        assert instance.keypoint_score == pytest.approx(task.scores(alone, 1.0)[0], abs=1e-5)

@@ -25,13 +25,14 @@ from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.geometry.polygons import rasterize
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
-from pix2seq.model.decoding.generate import Generated
+from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks import TASKS
-from pix2seq.tasks.captioning import CaptioningConfig, with_text
+from pix2seq.tasks import BUILT_IN, get_task
+from pix2seq.tasks.captioning import CaptioningConfig
 from pix2seq.tasks.detection import DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
-from pix2seq.tasks.scores import token_score, weighted_score
+from pix2seq.tasks.objects import token_score, weighted_score
+from pix2seq.tasks.request import Frame
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer
@@ -63,12 +64,12 @@ def text(shapes):
 
 @pytest.fixture(scope="module")
 def vocab(text):
-    return with_text(Vocab(num_bins=64, text_base=1100, size=1100), text)
+    return Vocab(num_bins=64, text_base=1100, size=1100).with_text(text.size)
 
 
 @pytest.fixture(scope="module")
 def tasks(shapes, text, vocab):
-    return {name: kind(CONFIGS[name], vocab, shapes.categories, text) for name, kind in TASKS.items()}
+    return {name: get_task(name)(CONFIGS[name], vocab, shapes.categories, text) for name in BUILT_IN}
 
 
 def new_model(shapes, text, vocab, tasks):
@@ -156,7 +157,7 @@ def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):
     assert task.places(target) == [None]
     moved = transform_target(target, Affine(1.26, 1.575), (63, 63))
     (example,) = task.examples(moved, (63, 63), np.random.default_rng(0))
-    ((ring,), _) = task.mask(generated([example.targets.tolist()]), slice(0, 1), np.array([50.0, 40.0]), (50, 40))
+    ((ring,), _) = task.mask(example.targets[None], frame(50, 40), (50, 40))
     found = rasterize([ring], 40, 50)
     assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.9
     alone = replace(target, iscrowd=np.array([True, True]))
@@ -263,46 +264,50 @@ def test_crops_are_the_official_ones(shared):
     assert checked >= 5
 
 
-def generated(tokens, best=None):
-    tokens = torch.as_tensor(tokens)
-    zeros = torch.zeros(tokens.shape)
-    best = tokens if best is None else torch.as_tensor(best)
-    return Generated(tokens, zeros, best, zeros, torch.zeros(len(tokens), dtype=torch.bool))
+def completion(tokens, best=None):
+    tokens = np.asarray(tokens)
+    zeros = np.zeros(tokens.shape, np.float32)
+    return Completion(tokens, zeros, tokens if best is None else np.asarray(best), zeros, np.zeros(len(tokens), bool))
+
+
+def frame(width, height):
+    """An input that shows an image of this size and nothing else."""
+    return Frame(np.zeros(2), np.array([width, height], float))
 
 
 @given(data=st.data())
 def test_no_answer_makes_decoding_raise(tasks, data):
     vocab = tasks["detection"].vocab
     ids = data.draw(hnp.arrays(np.int64, (3, 24), elements=st.integers(0, vocab.size - 1)))
-    out = generated(ids, data.draw(hnp.arrays(np.int64, (3, 24), elements=st.integers(0, vocab.size - 1))))
-    pixels, limits = np.array([80.0, 70.0]), (75, 70)
-    for instance in tasks["detection"].instances(out, 0, pixels, limits):
+    out = completion(ids, data.draw(hnp.arrays(np.int64, (3, 24), elements=st.integers(0, vocab.size - 1))))
+    padded, limits = frame(80, 70), (75, 70)
+    for instance in tasks["detection"].instances(out, padded, limits):
         x0, y0, x1, y1 = instance.box_xyxy
         assert 0 <= x0 < x1 <= 75
         assert 0 <= y0 < y1 <= 70
-    for ring in tasks["segmentation"].mask(out, slice(0, 3), pixels, limits)[0]:
+    for ring in tasks["segmentation"].mask(ids, padded, limits)[0]:
         assert len(ring) >= 3
         assert (ring >= 0).all()
         assert (ring <= limits).all()
     category = next(c for c in tasks["keypoint"].categories.values() if c.keypoints)
-    points = tasks["keypoint"].points(out, 0, category, pixels)
+    points = tasks["keypoint"].points(out, category, padded)
     assert points.shape == (len(category.keypoints), 3)
     assert np.isfinite(points).all()
-    caption, score = tasks["captioning"].caption(out, 0)
-    assert isinstance(caption, str)
-    assert score <= 0
+    caption = tasks["captioning"].caption(out)
+    assert isinstance(caption.text, str)
+    assert caption.score <= 0
 
 
-def test_outlines_vote(vocab, shapes):
+def test_masks_vote(vocab, shapes):
     task = Segmentation(SegmentationConfig(num_samples=4, threshold=0.5), vocab, shapes.categories)
     base = vocab.coord_base
 
     def square(side):
         return [base, base, base, base + side, base + side, base + side, base + side, base, EOS]
 
-    # In a picture of 63 pixels a bin is a pixel. Sides 10, 20, 20 and 40: half of the votes reach 20.
-    out = generated([square(10), square(20), square(20), square(40)])
-    (ring,), rle = task.mask(out, slice(0, 4), np.array([63.0, 63.0]), (63, 63))
+    # In an image of 63 pixels a bin is a pixel. Sides 10, 20, 20 and 40: half of the votes reach 20.
+    samples = np.array([square(10), square(20), square(20), square(40)])
+    (ring,), rle = task.mask(samples, frame(63, 63), (63, 63))
     assert mask_utils.decode(rle).sum() == 20 * 20
     assert ring.min() == 0
     assert ring.max() == 20
@@ -311,11 +316,10 @@ def test_outlines_vote(vocab, shapes):
 def test_points_called_invisible_get_their_likeliest_place(vocab):
     category = Category(1, 1, "cat", ("nose", "tail"))
     base = vocab.coord_base
-    out = generated([[base + 63, base, 41, 41]], [[base + 1, base + 1, base + 21, base + 42]])
-    pixels = np.array([63.0, 126.0])
-    points = Keypoint(KeypointConfig(), vocab, (category,)).points(out, 0, category, pixels)
+    out = completion([[base + 63, base, 41, 41]], [[base + 1, base + 1, base + 21, base + 42]])
+    points = Keypoint(KeypointConfig(), vocab, (category,)).points(out, category, frame(63, 126))
     np.testing.assert_allclose(points, [[0, 126, 2], [42, 42, 1]], atol=1e-4)
-    kept = Keypoint(KeypointConfig(suppress_invisible=False), vocab, (category,)).points(out, 0, category, pixels)
+    kept = Keypoint(KeypointConfig(suppress_invisible=False), vocab, (category,)).points(out, category, frame(63, 126))
     np.testing.assert_allclose(kept, [[0, 126, 2], [0, 0, 0]], atol=1e-4)
 
 
@@ -417,8 +421,8 @@ def test_voted_masks_keep_their_holes(vocab, shapes):
     inner = [base + 10, base + 10, base + 20, base + 10, base + 20, base + 20, base + 10, base + 20]
     # The second sample goes around the hole by a bridge.
     bridged = [*outer, base, base, *inner, *inner[:2]]
-    out = generated([[*outer, EOS] + [0] * (len(bridged) - len(outer)), [*bridged, EOS]])
-    _, rle = task.mask(out, slice(0, 2), np.array([63.0, 63.0]), (63, 63))
+    samples = np.array([[*outer, EOS] + [0] * (len(bridged) - len(outer)), [*bridged, EOS]])
+    _, rle = task.mask(samples, frame(63, 63), (63, 63))
     assert mask_utils.decode(rle)[15, 15] == 0
     assert mask_utils.decode(rle)[5, 5] == 1
 

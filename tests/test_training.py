@@ -18,7 +18,7 @@ from pix2seq.geometry.affine import Affine, fit_affine
 from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks import TASKS
+from pix2seq.tasks import get_task
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
@@ -327,6 +327,6 @@ def test_every_config_builds_its_model():
         with torch.device("meta"):
             model = build_model(config.model, CATEGORIES)
         for name in config.tasks:
-            task = TASKS[name](config.task(name), config.model.vocab, CATEGORIES)
+            task = get_task(name)(config.task(name), config.model.vocab, CATEGORIES)
             assert task.max_seq_len <= model.decoder.max_seq_len, (file.name, name)
         assert config.model.image_size[0] % model.encoder.stride == 0, file.name

@@ -19,7 +19,7 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_checkpoint
-from pix2seq.tasks import TASKS
+from pix2seq.tasks import get_task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
 UNCONVERTED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
@@ -57,7 +57,7 @@ def convert_checkpoint(
 
     model.text = tokenizer
     for name in model.task_settings:
-        TASKS[name].from_model(model)  # refuses settings that nobody could use
+        get_task(name).from_model(model)  # refuses settings that nobody could use
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and moved there when all is well, so that a broken conversion leaves nothing.

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pix2seq.errors import InputError
+from pix2seq.metrics.metric import Metric, Scores
+from pix2seq.types import Caption, Target
 
 TOKENIZATION = "lower case, nltk's TreebankWordTokenizer, punctuation removed"
 
@@ -25,10 +27,9 @@ _STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 
 @dataclass(frozen=True)
-class CaptionScores:
-    """Scores of a corpus. None stands for what is undefined, or cannot be computed here."""
+class CaptionScores(Scores):
+    """BLEU-1 to BLEU-4 and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10; None for what cannot be computed here."""
 
-    metrics: dict[str, float | None]  # BLEU-1 to BLEU-4 and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10
     num_images: int  # scored: those with a reference
     num_without_prediction: int  # of these; they count as empty captions
     tokenization: str = TOKENIZATION  # of references and predictions alike
@@ -43,11 +44,9 @@ class CaptionScores:
         }
 
     def summary(self) -> str:
-        """One line."""
-        show = lambda value: "undefined" if value is None else f"{value:.3f}"  # noqa: E731
+        """Return BLEU-4 and, where they are defined, CIDEr-D and ROUGE-L in one line."""
         names = ["BLEU-4", *(name for name in ("CIDEr-D", "ROUGE-L") if self.metrics[name] is not None)]
-        scores = ", ".join(f"{name} {show(self.metrics[name])}" for name in names)
-        return f"{scores} on {self.num_images} images"
+        return Scores({name: self.metrics[name] for name in names}).summary()
 
     def text(self) -> str:
         """A table for the terminal."""
@@ -56,6 +55,28 @@ class CaptionScores:
         lines.append(f"{self.num_images} images, {self.num_without_prediction} of them without a prediction")
         lines.append(f"words: {self.tokenization}")
         return "\n".join(lines)
+
+
+class CaptionMetric(Metric):
+    """Scores of one caption an image."""
+
+    def __init__(self) -> None:
+        self.references: dict[int, tuple[str, ...]] = {}
+        self.predictions: dict[int, str] = {}
+
+    def add(self, target: Target, answers: Sequence[Caption]) -> None:
+        """See `Metric`."""
+        self.references[target.image.id] = target.captions
+        self.predictions |= {target.image.id: caption.text for caption in answers}
+
+    def merge(self, other: CaptionMetric) -> None:
+        """See `Metric`."""
+        self.references |= other.references
+        self.predictions |= other.predictions
+
+    def result(self) -> CaptionScores:
+        """See `Metric`."""
+        return caption_scores(self.references, self.predictions)
 
 
 def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:

@@ -20,6 +20,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target
 
 Kind = Literal["box", "mask", "keypoint"]
@@ -33,10 +34,11 @@ _NUM_COCO_KEYPOINTS = 17
 
 
 @dataclass(frozen=True)
-class ApResult:
-    """COCO's numbers. None stands for what is undefined: nothing of that kind was there to be found."""
+class ApResult(Scores):
+    """COCO's numbers, 0 to 1. None stands for what is undefined: there was nothing of that kind to be found."""
 
-    metrics: dict[str, float | None]  # under COCO's names, 0 to 1
+    headline = ("AP", "AP50")
+
     per_class: pd.DataFrame  # category, num_ground_truth, num_detections, AP, AP50
     num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
 
@@ -60,6 +62,29 @@ class ApResult:
         ]
         lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
         return "\n".join(lines)
+
+
+class ApMetric(Metric):
+    """Average precision of objects found in the images of a data set with these categories."""
+
+    def __init__(self, categories: Sequence[Category], kind: Kind) -> None:
+        self.categories, self.kind = tuple(categories), kind
+        self.targets: list[Target] = []
+        self.predictions: dict[int, list[Instance]] = {}
+
+    def add(self, target: Target, answers: Sequence[Instance]) -> None:
+        """See `Metric`."""
+        self.targets.append(target)
+        self.predictions[target.image.id] = list(answers)
+
+    def merge(self, other: ApMetric) -> None:
+        """See `Metric`."""
+        self.targets += other.targets
+        self.predictions |= other.predictions
+
+    def result(self) -> ApResult:
+        """See `Metric`."""
+        return average_precision(self.targets, self.categories, self.predictions, kind=self.kind)
 
 
 def average_precision(

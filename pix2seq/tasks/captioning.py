@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
-from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.metrics.captions import CaptionMetric
+from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
+from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
 from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
-from pix2seq.types import Target
-from pix2seq.vocab import PAD, TASK_IDS, Vocab
+from pix2seq.types import Caption, Category, Target
+from pix2seq.vocab import PAD
+
+if TYPE_CHECKING:
+    from pix2seq.drawing import Canvas
 
 
 @dataclass(frozen=True)
@@ -40,40 +45,16 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(f"captioning.input_drop must lie in [0, 1), got {self.input_drop}")
 
 
-def make_tokenizer(config: CaptioningConfig, captions: Iterable[str]) -> TextTokenizer:
-    """The tokenizer that a config asks for, made from training captions or read from a file."""
-    if config.tokenizer == "words":
-        return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size)
-    if config.tokenizer == "sentencepiece":
-        return SentencePieceTokenizer.train(captions, config.text_size)
-    path = Path(config.tokenizer)
-    if not path.is_file():
-        raise InputError(
-            f"captioning.tokenizer is {config.tokenizer!r}; expected words, sentencepiece or a sentencepiece model file"
-        )
-    return SentencePieceTokenizer.from_file(path)
-
-
-def with_text(vocab: Vocab, text: TextTokenizer) -> Vocab:
-    """The vocabulary, made large enough for a tokenizer's ids."""
-    if vocab.num_text:
-        if text.size > vocab.num_text:
-            raise InputError(
-                f"the captions need {text.size} text ids, but model.vocab.num_text is {vocab.num_text}; raise it, "
-                "or lower captioning.text_size"
-            )
-        return vocab
-    return replace(vocab, num_text=text.size, size=max(vocab.size, vocab.text_base + text.size))
-
-
 class Captioning(Task[CaptioningConfig]):
     """Sentences."""
 
     name = "captioning"
     config_type = CaptioningConfig
-    scale_range = (0.3, 2.0)
+    main_metric = "BLEU-4"
     learns_from = "caption"
     length_setting = "captioning.max_tokens"
+    uses_classes = False
+    reads_text = True
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -82,17 +63,29 @@ class Captioning(Task[CaptioningConfig]):
             raise ValueError("captioning needs a text tokenizer")
         return self.text
 
+    @classmethod
+    def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
+        """Make the tokenizer that the config asks for from captions, or read it from a file."""
+        assert isinstance(config, CaptioningConfig)
+        if config.tokenizer == "words":
+            return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size)
+        if config.tokenizer == "sentencepiece":
+            return SentencePieceTokenizer.train(captions, config.text_size)
+        path = Path(config.tokenizer)
+        if not path.is_file():
+            raise InputError(
+                f"captioning.tokenizer is {config.tokenizer!r}; expected words, sentencepiece or a sentencepiece "
+                "model file"
+            )
+        return SentencePieceTokenizer.from_file(path)
+
     @property
     def max_seq_len(self) -> int:
-        """Tokens of the longest sequence, prompt and end included."""
+        """See `Task`."""
         return 1 + self.config.max_tokens
 
-    def places(self, target: Target) -> list[int | None]:
-        """Whole images with a caption."""
-        return [None] if target.captions else []
-
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
-        """A sequence for each of up to `captions_per_image` captions, drawn at random."""
+        """Return a sequence for each of up to `captions_per_image` captions, drawn at random."""
         found = []
         for i in rng.permutation(len(target.captions))[: self.config.captions_per_image]:
             ids = encode_caption(target.captions[i], self.tokenizer, self.vocab, max_tokens=self.config.max_tokens)
@@ -102,37 +95,57 @@ class Captioning(Task[CaptioningConfig]):
             found.append(Example(self.prompt(), inputs, ids, weights))
         return found
 
-    def prompt(self) -> NDArray[np.int64]:
-        """The task's id, (1,)."""
-        return np.array([TASK_IDS[self.name]], np.int64)
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Length of the longest response."""
-        return self.config.max_tokens
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a caption."""
-        return self.vocab.text_base + self.tokenizer.eos_id
-
     def grammar(self) -> TextGrammar:
-        """Text, and an end after at least one token of it."""
+        """Return the grammar: text, and an end after at least one token of it."""
         return TextGrammar(
             first_piece=self.vocab.text_base + self.tokenizer.first_piece,
             text_end=self.vocab.text_base + self.tokenizer.size,
-            eos_id=self.eos_id,
-            max_tokens=self.max_new_tokens,
+            eos_id=self.vocab.text_base + self.tokenizer.eos_id,
+            max_tokens=self.config.max_tokens,
         )
 
     def generation(self) -> GenerationConfig:
-        """See `Task`."""
-        return GenerationConfig(self.max_new_tokens, grammar=self.grammar(), eos_id=self.eos_id, **self.sampling)
+        """Return how a caption is generated."""
+        grammar = self.grammar()
+        return GenerationConfig(self.config.max_tokens, grammar=grammar, eos_id=grammar.eos_id, **self.sampling)
 
-    def caption(self, out: Generated, row: int) -> tuple[str, float]:
-        """Text of a row and its score, the mean log-probability of its tokens, end included."""
-        ids = out.tokens[row].cpu().numpy()
-        counted = ids != PAD
-        logprobs = out.logprobs[row].double().cpu().numpy()[counted]
+    def requests(self, image: EncodedImage, about: Any) -> list[Request]:
+        """See `Task`."""
+        return [Request(self.prompt(), self.generation())]
+
+    def answers(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Caption]:
+        """Return one caption."""
+        return [self.caption(completion) for completion in completions]
+
+    def caption(self, completion: Completion) -> Caption:
+        """Read a caption, and score it by the mean log-probability of its tokens, end included."""
+        ids = completion.tokens[0]
+        logprobs = completion.logprobs[0][ids != PAD].astype(np.float64)
         score = float(logprobs.mean()) if len(logprobs) else float("-inf")
-        return decode_caption(ids, self.tokenizer, self.vocab), score
+        return Caption(decode_caption(ids, self.tokenizer, self.vocab), score, bool(completion.truncated[0]))
+
+    def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Any]:
+        """Leave out images without captions."""
+        return {"": None} if target.captions else {}
+
+    def metric(self, categories: Sequence[Category]) -> CaptionMetric:
+        """See `Task`."""
+        return CaptionMetric()
+
+    def draw(self, canvas: Canvas, answers: Sequence[Caption]) -> None:
+        """Write the captions below the image."""
+        canvas.text(" / ".join(caption.text for caption in answers))
+
+    def to_json(self, answers: Sequence[Caption]) -> dict[str, Any]:
+        """See `Task`."""
+        return {"captions": [caption.to_json() for caption in answers]}
+
+    def summary(self, example: Example) -> str:
+        """Return the caption itself."""
+        return decode_caption(example.targets, self.tokenizer, self.vocab)
+
+    def shown(self, example: Example, size: tuple[int, int]) -> list[Caption]:
+        """See `Task`."""
+        return [Caption(self.summary(example), 0.0)]

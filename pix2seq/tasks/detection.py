@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
-from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
+from pix2seq.tasks.objects import instance_at
+from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.detection import (
-    TOKENS_PER_OBJECT,
-    add_noise_objects,
-    decode_objects,
-    encode_objects,
-)
+from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, decode_objects, encode_objects
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import CLASS_BASE, EOS, NOISE, TASK_IDS
+from pix2seq.vocab import CLASS_BASE, EOS, NOISE
+
+if TYPE_CHECKING:
+    from pix2seq.drawing import Canvas
+
+NOISE_CATEGORY = Category(NOISE, NOISE, "noise")  # of invented objects, where training sequences are shown
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,14 @@ class Detection(Task[DetectionConfig]):
 
     name = "detection"
     config_type = DetectionConfig
-    scale_range = (0.3, 2.0)
-    learns_from = "object"
+    main_metric = "AP"
+    metric_prefix = ""
     length_setting = "detection.max_objects"
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence, prompt and end included."""
         return 2 + TOKENS_PER_OBJECT * max(self.config.max_objects, self.config.num_objects or 0)
-
-    def places(self, target: Target) -> list[int | None]:
-        """Whole images with an object that is no crowd."""
-        return [None] if (~target.iscrowd).any() else []
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Training sequences of a target in pixels of an input of `size` (height, width)."""
@@ -93,17 +94,13 @@ class Detection(Task[DetectionConfig]):
         )
         return Example(self.prompt(), response.inputs, response.targets, response.weights)
 
-    def prompt(self) -> NDArray[np.int64]:
-        """The task's id, (1,)."""
-        return np.array([TASK_IDS[self.name]], np.int64)
-
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a list of objects, or None where its length is given."""
+        """The id that ends a list of objects, or None if its length is given."""
         return EOS if self.config.ends and self.config.num_objects is None else None
 
     def grammar(self) -> BoxGrammar:
-        """Boxes with area, real or noise classes, and an end where the model was taught one."""
+        """Return the grammar: boxes with area, real or noise classes, and an end if the model was taught one."""
         return BoxGrammar(
             coord_base=self.vocab.coord_base,
             num_bins=self.vocab.num_bins,
@@ -113,67 +110,81 @@ class Detection(Task[DetectionConfig]):
             eos_id=self.eos_id,
         )
 
-    @property
-    def cut_hint(self) -> str:
-        """See `Task`."""
-        return f"the list was full after {self.config.max_objects} objects: ask for more with --num-objects"
-
     def generation(self) -> GenerationConfig:
-        """See `Task`; the best real class is asked for wherever a class comes next."""
+        """Return how a list of objects is generated, with the best real class wherever a class comes next."""
         return GenerationConfig(
-            self.max_new_tokens,
+            TOKENS_PER_OBJECT * (self.config.num_objects or self.config.max_objects),
             grammar=self.grammar(),
             eos_id=self.eos_id,
-            score_range=self.score_range,
+            score_range=(CLASS_BASE + 1, CLASS_BASE + 1 + self.max_label),
             score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
             with_logprobs=False,
             **self.sampling,
         )
 
-    @property
-    def max_new_tokens(self) -> int:
-        """Length of a full response."""
-        return TOKENS_PER_OBJECT * (self.config.num_objects or self.config.max_objects)
+    def cut_hint(self, num_tokens: int) -> str:
+        """See `Task`."""
+        return f"the list was full after {self.config.max_objects} objects: ask for more with --num-objects"
 
-    @property
-    def score_range(self) -> tuple[int, int]:
-        """Ids of the real classes, as [first, past the last)."""
-        return CLASS_BASE + 1, CLASS_BASE + 1 + self.max_label
+    def requests(self, image: EncodedImage, about: Any) -> list[Request]:
+        """See `Task`."""
+        return [Request(self.prompt(), self.generation())]
 
-    def decode(self, out: Generated, row: int) -> tuple[NDArray[np.float32], list[Category], NDArray[np.float32]]:
-        """Boxes (N, 4) `xyxy` in [0, 1], categories and scores (N,) of a generated row, best first."""
-        assert out.best_tokens is not None
-        assert out.best_logprobs is not None
+    def answers(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Instance]:
+        """Return the objects of an image, best first."""
+        return self.instances(completions[0], image.frame(), image.size)
+
+    def instances(self, completion: Completion, frame: Frame, size: tuple[int, int]) -> list[Instance]:
+        """Read objects, best first, in pixels of an image of `size` (width, height).
+
+        Boxes are clipped to the image; those that lie in the padding are left out.
+        """
+        assert completion.best_tokens is not None
+        assert completion.best_logprobs is not None
         objects = decode_objects(
-            out.tokens[row].cpu().numpy(),
-            out.best_tokens[row].cpu().numpy(),
-            out.best_logprobs[row].float().cpu().numpy(),
-            self.vocab,
+            completion.tokens[0], completion.best_tokens[0], completion.best_logprobs[0], self.vocab
         )
         known = np.array([label in self.categories for label in objects.labels.tolist()], bool)
         order = np.argsort(-objects.scores, kind="stable")
         order = order[(objects.readable & known)[order]] if len(order) else order
-        return (
-            box_xyxy_to_yxyx(objects.boxes_yxyx[order]),
-            [self.categories[label] for label in objects.labels[order].tolist()],
-            objects.scores[order],
-        )
-
-    def instances(
-        self, out: Generated, row: int, to_pixels: NDArray[np.floating], limits: tuple[int, int]
-    ) -> list[Instance]:
-        """Objects of a row in pixels of the original image.
-
-        `to_pixels` (2,) is width and height of the model's whole input in original pixels, `limits`
-        the image's own (width, height), to which boxes are clipped; what lies in the padding goes.
-        """
-        boxes, categories, scores = self.decode(out, row)
-        boxes = np.clip(boxes * np.tile(to_pixels, 2), 0, np.tile(limits, 2))
+        corners = frame.to_image_xy(objects.boxes_yxyx[order].reshape(-1, 2, 2)).reshape(-1, 4)
+        boxes = np.clip(corners, 0, np.tile(size, 2))
         return [
-            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), category, float(score))
-            for b, category, score in zip(boxes, categories, scores, strict=True)
+            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self.categories[label], float(score))
+            for b, label, score in zip(boxes, objects.labels[order].tolist(), objects.scores[order], strict=True)
             if b[2] > b[0] and b[3] > b[1]
         ]
+
+    def metric(self, categories: Sequence[Category]) -> ApMetric:
+        """See `Task`."""
+        return ApMetric(categories, "box")
+
+    def draw(self, canvas: Canvas, answers: Sequence[Instance]) -> None:
+        """Draw boxes with class names; noise boxes are thin and white, without a name."""
+        canvas.instances([instance for instance in answers if instance.category != NOISE_CATEGORY])
+        for instance in answers:
+            if instance.category == NOISE_CATEGORY:
+                canvas.thin_box(instance.box_xyxy)
+
+    def to_json(self, answers: Sequence[Instance]) -> dict[str, Any]:
+        """See `Task`."""
+        return {"instances": [instance.to_json() for instance in answers]}
+
+    def summary(self, example: Example) -> str:
+        """Count real and noise objects."""
+        classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
+        return f"{int((classes > NOISE).sum())} objects and {int((classes == NOISE).sum())} noise objects"
+
+    def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
+        """Return real and noise objects."""
+        frame = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        ids = example.targets[example.targets != EOS]
+        groups = ids[: len(ids) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT].reshape(-1, TOKENS_PER_OBJECT)
+        categories = {CLASS_BASE + label: category for label, category in self.categories.items()}
+        categories[NOISE] = NOISE_CATEGORY
+        return [instance_at(group[:4], categories[int(group[4])], frame, self.vocab) for group in groups]
 
 
 def object_order(boxes_yxyx: NDArray[np.float32], order: str, rng: np.random.Generator) -> NDArray[np.int64]:

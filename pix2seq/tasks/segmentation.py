@@ -1,8 +1,9 @@
-"""The segmentation task: the outline of an object whose box and class are given."""
+"""The segmentation task: the mask, as polygons, of an object of given box and class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,92 +12,82 @@ from pycocotools import mask as mask_utils
 
 from pix2seq.examples import Example
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize
-from pix2seq.model.decoding.generate import Generated, GenerationConfig
+from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
-from pix2seq.tasks.scores import token_score, weighted_score
-from pix2seq.tasks.task import Task, TaskConfig, object_prompt
+from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
+from pix2seq.tasks.request import Frame
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
-from pix2seq.types import Target
+from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import EOS, SEPARATOR
 
 
 @dataclass(frozen=True)
-class SegmentationConfig(TaskConfig):
+class SegmentationConfig(ObjectTaskConfig):
     """How segmentation is trained and asked."""
 
-    max_objects: int = 10  # objects of one image in a training step
-    max_points: int = 128  # of an outline, separators included
+    max_points: int = 128  # of a mask's polygons, separators included
     random_start: bool = True  # each ring starts at another of its points every time
     eos_weight: float = 1.0  # loss weight of the end token
-    num_samples: int = 8  # outlines drawn for each object, whose masks vote; 1 for speed
+    num_samples: int = 8  # masks drawn for each object, which vote; 1 for speed
     threshold: float = 0.5  # share of the votes that makes a pixel part of the mask
-    min_box_score: float = 0.05  # predicted boxes below it are not asked about
-    score_weight: float = 0.0  # of the outline's likelihood in the score; the rest is the box's
     top_p: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_points < MIN_POINTS:
             raise ValueError(f"segmentation.max_points must be at least {MIN_POINTS}, got {self.max_points}")
-        if self.num_samples < 1 or self.max_objects < 1:
-            raise ValueError("segmentation.num_samples and segmentation.max_objects must be at least 1")
+        if self.num_samples < 1:
+            raise ValueError(f"segmentation.num_samples must be at least 1, got {self.num_samples}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"segmentation.threshold must lie in (0, 1], got {self.threshold}")
 
 
-class Segmentation(Task[SegmentationConfig]):
+class Segmentation(ObjectTask[SegmentationConfig]):
     """Polygons of objects."""
 
     name = "segmentation"
     config_type = SegmentationConfig
-    scale_range = (0.3, 1.0)
     learns_from = "mask"
     length_setting = "segmentation.max_points"
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens of the longest sequence, prompt and end included."""
-        return PROMPT_LENGTH + self.max_new_tokens
 
     @property
     def max_new_tokens(self) -> int:
         """Length of the longest response."""
         return 2 * self.config.max_points + 1
 
-    def places(self, target: Target) -> list[int | None]:
-        """Whole images with a mask that is no crowd's."""
-        return [None] if any(self._usable(target, i) for i in range(len(target.labels))) else []
+    @property
+    def max_seq_len(self) -> int:
+        """See `Task`."""
+        return PROMPT_LENGTH + self.max_new_tokens
 
-    def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
-        """A sequence for each of up to `max_objects` objects, drawn at random."""
-        height, width = size
-        scale = np.array([height, width], np.float32)
-        found: list[Example] = []
-        for i in rng.permutation([i for i in range(len(target.labels)) if self._usable(target, i)]):
-            if len(found) == self.config.max_objects:
-                break
-            rings = target.segmentations[i]
-            assert isinstance(rings, list)
-            inside = [ring[:, ::-1] / scale for ring in clip_rings(rings, width, height)]
-            ids = encode_polygons(
-                inside, self.vocab, max_points=self.config.max_points, rng=rng if self.config.random_start else None
-            )
-            if not len(ids):
-                continue
-            prompt = object_prompt(self.name, target, int(i), size, self.vocab)
-            response = np.append(ids, EOS)
-            weights = np.ones(len(response), np.float32)
-            weights[-1] = self.config.eos_weight
-            found.append(Example(prompt, response, response, weights))
-        return found
+    @property
+    def num_samples(self) -> int:
+        """See `ObjectTask`."""
+        return self.config.num_samples
 
-    @staticmethod
-    def _usable(target: Target, i: int) -> bool:
+    def usable(self, target: Target, i: int) -> bool:
+        """Whether object `i` has a mask and is no crowd."""
         return bool(target.segmentations[i]) and not target.iscrowd[i]
 
+    def example(self, target: Target, i: int, size: tuple[int, int], rng: np.random.Generator) -> Example | None:
+        """See `ObjectTask`."""
+        height, width = size
+        rings = target.segmentations[i]
+        assert isinstance(rings, list)
+        inside = [ring[:, ::-1] / np.array([height, width], np.float32) for ring in clip_rings(rings, width, height)]
+        start = rng if self.config.random_start else None
+        ids = encode_polygons(inside, self.vocab, max_points=self.config.max_points, rng=start)
+        if not len(ids):
+            return None
+        response = np.append(ids, EOS)
+        weights = np.ones(len(response), np.float32)
+        weights[-1] = self.config.eos_weight
+        return Example(self.object_prompt(target, i, size), response, response, weights)
+
     def grammar(self) -> PolygonGrammar:
-        """Rings of three points or more, and an end."""
+        """Return the grammar: rings of three points or more, then an end."""
         return PolygonGrammar(
             coord_base=self.vocab.coord_base,
             num_bins=self.vocab.num_bins,
@@ -105,41 +96,56 @@ class Segmentation(Task[SegmentationConfig]):
             max_points=self.config.max_points,
         )
 
-    def generation(self) -> GenerationConfig:
-        """See `Task`."""
+    def generation(self, category: Category | None = None) -> GenerationConfig:
+        """See `ObjectTask`."""
         return GenerationConfig(self.max_new_tokens, grammar=self.grammar(), eos_id=EOS, **self.sampling)
 
-    def mask(
-        self, out: Generated, rows: slice, to_pixels: NDArray[np.floating], limits: tuple[int, int]
-    ) -> tuple[list[NDArray[np.float32]], dict[str, Any] | None]:
-        """The outline, rings (P, 2) x, y in pixels, that the samples in `rows` agree on, and its run lengths if voted.
+    def expected_tokens(self, instance: Instance, frame: Frame) -> int:
+        """Take the longest answer for a box as large as the input, and less in proportion to the box's perimeter."""
+        x0, y0, x1, y1 = instance.box_xyxy
+        share = (x1 - x0 + y1 - y0) / float(frame.size.sum())
+        return round(self.max_new_tokens * min(share, 1.0))
 
-        `to_pixels` (2,) is width and height of the model's input in pixels of the image, `limits`
-        the image's own (width, height). One sample is taken as it is; of several, each pixel goes
-        with `threshold` of the votes.
+    def answer(self, instance: Instance, completion: Completion, frame: Frame, size: tuple[int, int]) -> Instance:
+        """See `ObjectTask`."""
+        likelihood, score = self.scores(completion, instance.score)
+        rings, rle = self.mask(completion.tokens, frame, size)
+        return replace(instance, score=score, polygons=rings, rle=rle, mask_score=likelihood)
+
+    def mask(
+        self, samples: NDArray[np.integer], frame: Frame, size: tuple[int, int]
+    ) -> tuple[list[NDArray[np.float32]], dict[str, Any] | None]:
+        """Return the mask that samples (S, T) of an object agree on: rings (P, 2) x, y in pixels, and run lengths.
+
+        `size` is width and height of the image. One sample is taken as it is, without run lengths; of several, each
+        pixel goes with `threshold` of the votes.
         """
-        width, height = limits
-        samples = []
-        for ids in out.tokens[rows].cpu().numpy():
-            rings = [ring[:, ::-1] * to_pixels for ring in decode_polygons(ids, self.vocab)]
-            samples.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
-        if len(samples) == 1:
-            return samples[0], None
-        points = np.concatenate([ring for rings in samples for ring in rings] or [np.zeros((0, 2), np.float32)])
+        width, height = size
+        polygons = []
+        for ids in samples:
+            rings = [frame.to_image_xy(ring) for ring in decode_polygons(ids, self.vocab)]
+            polygons.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
+        if len(polygons) == 1:
+            return polygons[0], None
+        points = np.concatenate([ring for rings in polygons for ring in rings] or [np.zeros((0, 2), np.float32)])
         if not len(points):
             return [], None
         # Nothing lies outside the points' own box, so only that part of the image is voted on.
         left, top = np.floor(points.min(axis=0)).astype(int)
         right, bottom = np.ceil(points.max(axis=0)).astype(int)
-        size = (max(int(bottom - top), 1), max(int(right - left), 1))
+        part = (max(int(bottom - top), 1), max(int(right - left), 1))
         corner = np.array([left, top], np.float32)
-        votes = np.mean([rasterize([ring - corner for ring in rings], *size) for rings in samples], axis=0)
+        votes = np.mean([rasterize([ring - corner for ring in rings], *part) for rings in polygons], axis=0)
         voted = votes >= self.config.threshold
-        whole = np.zeros((height, width), np.uint8, order="F")
-        whole[top:bottom, left:right] = voted[: height - top, : width - left]
-        return [ring + corner for ring in mask_to_rings(voted)], dict(mask_utils.encode(whole))
+        full = np.zeros((height, width), np.uint8, order="F")
+        full[top:bottom, left:right] = voted[: height - top, : width - left]
+        return [ring + corner for ring in mask_to_rings(voted)], dict(mask_utils.encode(full))
 
-    def scores(self, out: Generated, rows: slice, box_score: float) -> tuple[float, float]:
-        """Likelihood of the outline, and the object's score."""
-        likelihood = float(token_score(out.tokens[rows], out.logprobs[rows]).mean())
+    def scores(self, completion: Completion, box_score: float) -> tuple[float, float]:
+        """Return the likelihood of the mask, and the object's score."""
+        likelihood = float(token_score(completion.tokens, completion.logprobs).mean())
         return likelihood, weighted_score(box_score, likelihood, self.config.score_weight)
+
+    def metric(self, categories: Sequence[Category]) -> ApMetric:
+        """See `Task`."""
+        return ApMetric(categories, "mask")

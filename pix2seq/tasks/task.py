@@ -1,30 +1,34 @@
-"""What every task is: sequences to learn from, and a way to ask."""
+"""The seam: everything that the rest of the project needs to know of a task.
+
+A task makes the sequences that training learns from, asks the model, reads its answers, names the metric that scores
+them, draws them and writes them as JSON. A new task is a subclass of `Task` in one file; see examples/counting.py.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pix2seq.data.annotations import contents
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
-from pix2seq.geometry.boxes import box_xyxy_to_yxyx
-from pix2seq.model.decoding.generate import GenerationConfig
-from pix2seq.tokenizers.instance import instance_prompts
+from pix2seq.metrics.metric import Metric
+from pix2seq.model.decoding.generate import Completion
+from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.types import Category, Target
 from pix2seq.vocab import Vocab
 
 if TYPE_CHECKING:
+    from pix2seq.drawing import Canvas
     from pix2seq.model.pix2seq import Pix2Seq
-
-TaskName = Literal["detection", "segmentation", "keypoint", "captioning"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TaskConfig:
     """Settings that all tasks have."""
 
     loss_weight: float = 1.0  # of this task's loss in the sum of all
-    batch_size: int | None = None  # images of this task a step; none given: the run's batch_size
+    batch_size: int | None = None  # images of this task a step; None: the run's batch_size
     temperature: float = 1.0
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 1 keeps all
@@ -50,13 +54,20 @@ Config = TypeVar("Config", bound=TaskConfig)
 
 
 class Task(ABC, Generic[Config]):
-    """Joins a tokenizer with prompts, a grammar and the results people see."""
+    """One language over the shared vocabulary. An answer is a value of the task's own type."""
 
-    name: ClassVar[TaskName]
-    config_type: ClassVar[type[TaskConfig]]
-    scale_range: ClassVar[tuple[float, float]]  # of the resizing jitter in training, as published
-    learns_from: ClassVar[str]  # what an image must have, in a word
-    length_setting: ClassVar[str]  # what to lower where sequences are too long
+    name: ClassVar[str]
+    config_type: ClassVar[type[TaskConfig]] = TaskConfig
+    needs: ClassVar[tuple[str, ...]] = ()  # the task whose answers supply `about` where nobody gave it
+    main_metric: ClassVar[str]  # chooses the best checkpoint: QUESTION/METRIC, or METRIC for the question ""
+    metric_prefix: ClassVar[str | None] = None  # of metric names; None: the task's name
+
+    learns_from: ClassVar[str] = "object"  # what an image must have: object, mask, labelled keypoint or caption
+    scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
+    length_setting: ClassVar[str]  # the setting to lower if sequences are too long
+    uses_classes: ClassVar[bool] = True  # whether the model must know the classes of the data
+    reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
+    about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
 
     def __init__(
         self,
@@ -76,9 +87,103 @@ class Task(ABC, Generic[Config]):
             )
         self.text = text
 
+    @property
+    @abstractmethod
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence, prompt and end included."""
+
+    @property
+    def crop_padding(self) -> float | None:
+        """Share of an object's box kept on each side if every object is cropped and encoded alone; else None."""
+        return None
+
+    def samples(self, target: Target) -> list[int | None]:
+        """Return the training samples of an image: None for all of it, an index for a crop around that object."""
+        return [None] if self.learns_from in contents(target) else []
+
+    @abstractmethod
+    def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
+        """Return the training sequences, maybe none, of a target in pixels of an input of `size` (height, width)."""
+
+    @classmethod
+    def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
+        """Make the tokenizer of a task that `reads_text` from the captions of its training data."""
+        raise NotImplementedError(f"{cls.name} reads text; it must say how text becomes tokens")
+
+    def summary(self, example: Example) -> str:
+        """Describe a training sequence in a few words, for `pix2seq data sequences`."""
+        return f"{len(example.targets)} tokens"
+
+    def shown(self, example: Example, size: tuple[int, int]) -> list[Any]:
+        """Return what a training sequence says as answers in pixels of an input of `size` (height, width)."""
+        return []
+
+    def prompt(self) -> NDArray[np.int64]:
+        """Return the prompt that is the task's id alone, (1,)."""
+        return np.array([self.vocab.task_id(self.name)], np.int64)
+
+    @abstractmethod
+    def requests(self, image: EncodedImage, about: Any) -> list[Request]:
+        """Return the questions to ask about an image; `about` went through `check_about`."""
+
+    @abstractmethod
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
+        """Read what the model said to each request, in pixels of the original image."""
+
+    def parse_about(self, text: str) -> Any:
+        """Read the text of `predict --about`. Raises `InputError` if it is not of the `about_format`."""
+        raise InputError(f"{self.name} takes no --about; it is asked about whole images")
+
+    def check_about(self, image: EncodedImage, about: Any) -> Any:
+        """Bring what a user asks about into the form that `requests` takes. Raises `InputError` if it cannot be."""
+        return about
+
+    def subjects(self, found: Sequence[Any]) -> Any:
+        """Choose what to ask about from the answers of the task that this one `needs`."""
+        return list(found)
+
+    def merge(self, found: Sequence[Any], answers: Sequence[Any]) -> list[Any]:
+        """Put this task's answers onto the answers of the task that it `needs`."""
+        return [*found, *answers]
+
+    def cut_hint(self, num_tokens: int) -> str:
+        """Say why an answer was cut after `num_tokens`, and what helps."""
+        return f"this checkpoint's {self.length_setting} ends answers after {num_tokens} tokens"
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """How tokens are drawn, as settings of `GenerationConfig`."""
+        return {"temperature": self.config.temperature, "top_k": self.config.top_k, "top_p": self.config.top_p}
+
+    def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Any]:
+        """Return what evaluation asks about an image: `about` by a name that goes into the metric's.
+
+        `target` has the model's labels. `found` are the answers of the task that this one `needs`, None if the
+        checkpoint does not know it.
+        """
+        return {"": None}
+
+    @abstractmethod
+    def metric(self, categories: Sequence[Category]) -> Metric:
+        """Return a new metric for one question over a data set with these `categories`."""
+
+    @classmethod
+    def metric_name(cls, metric: str, question: str = "") -> str:
+        """Return the full name of a metric: `AP`, `segmentation/true_boxes/AP50`."""
+        prefix = cls.name if cls.metric_prefix is None else cls.metric_prefix
+        return "/".join(part for part in (prefix, question, metric) if part)
+
+    @abstractmethod
+    def draw(self, canvas: Canvas, answers: Sequence[Any]) -> None:
+        """Draw answers about one image."""
+
+    def to_json(self, answers: Sequence[Any]) -> dict[str, Any]:
+        """Return the entries of NAME.json: under the task's own name, what each answer's `to_json` gives."""
+        return {self.name: [answer.to_json() for answer in answers]}
+
     @classmethod
     def from_model(cls, model: Pix2Seq) -> Self:
-        """The task as a checkpoint's config.json describes it."""
+        """Return the task as a checkpoint's config.json describes it."""
         structure = OmegaConf.structured(cls.config_type)
         try:
             config = OmegaConf.to_object(OmegaConf.merge(structure, model.task_settings[cls.name]))
@@ -88,62 +193,14 @@ class Task(ABC, Generic[Config]):
         return cls(config, model.config.vocab, model.categories, model.text)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must remember, for `from_model`."""
+        """Return what a checkpoint must remember, for `from_model`."""
         return asdict(self.config)
 
     def with_settings(self, **changes: Any) -> Self:
-        """The same task, asked or trained otherwise."""
+        """Return the same task with other settings."""
         return type(self)(replace(self.config, **changes), self.vocab, tuple(self.categories.values()), self.text)
-
-    @property
-    def sampling(self) -> Mapping[str, Any]:
-        """How this task draws its tokens."""
-        return {"temperature": self.config.temperature, "top_k": self.config.top_k, "top_p": self.config.top_p}
-
-    @property
-    @abstractmethod
-    def max_seq_len(self) -> int:
-        """Tokens of the longest sequence, prompt and end included."""
-
-    @property
-    @abstractmethod
-    def max_new_tokens(self) -> int:
-        """Length of the longest response."""
-
-    @property
-    def cut_hint(self) -> str:
-        """Why an answer was cut at its length, and what helps."""
-        return f"this checkpoint's {self.length_setting} ends answers after {self.max_new_tokens} tokens"
-
-    @abstractmethod
-    def generation(self) -> GenerationConfig:
-        """How a prompt of this task is answered, for `Pix2Seq.generate_mixed`."""
-
-    def prompts(self, boxes_yxyx: NDArray[np.floating], categories: Sequence[Category]) -> NDArray[np.int64]:
-        """Prompts (I, 6) about objects with boxes (I, 4) in [0, 1] of the model's input."""
-        labels = np.array([category.label for category in categories], np.int64)
-        return instance_prompts(self.name, boxes_yxyx, labels, self.vocab)
-
-    @property
-    def crop_padding(self) -> float | None:
-        """Share of an object's box that is kept around it where every object is an image of its own; else None."""
-        return None
-
-    @abstractmethod
-    def places(self, target: Target) -> list[int | None]:
-        """What of an image is a training sample: None for all of it, a number for a crop around that object."""
-
-    @abstractmethod
-    def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
-        """Training sequences of a target in pixels of an input of `size` (height, width); maybe none."""
-
-
-def object_prompt(task: str, target: Target, i: int, size: tuple[int, int], vocab: Vocab) -> NDArray[np.int64]:
-    """The prompt (6,) about object `i` of a target in pixels of an input of `size` (height, width)."""
-    box = (box_xyxy_to_yxyx(target.boxes_xyxy[i : i + 1]) / np.array([*size, *size])).astype(np.float32)
-    return instance_prompts(task, box, target.labels[i : i + 1], vocab)[0]
 
 
 def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:
-    """A class for every label, for models that came without names."""
+    """Return a class for every label, for models without class names."""
     return tuple(Category(label, label, f"class {label}") for label in range(1, vocab.max_label + 1))

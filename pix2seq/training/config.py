@@ -19,11 +19,7 @@ from pix2seq.data.loader import WORKER_TIMEOUT
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
-from pix2seq.tasks import TASKS
-from pix2seq.tasks.captioning import CaptioningConfig
-from pix2seq.tasks.detection import DetectionConfig
-from pix2seq.tasks.keypoint import KeypointConfig
-from pix2seq.tasks.segmentation import SegmentationConfig
+from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.schedule import ScheduleConfig
 
@@ -42,13 +38,16 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on; saved beside its checkpoints and enough to repeat it."""
+    """Everything that a run depends on; saved beside its checkpoints and enough to repeat it.
+
+    `load_config` gives it a field of its own for each task, with that task's settings: `detection.top_p=0.4`.
+    """
 
     data: Any = None  # folder, or folder or http address of shards, or a mapping of task names to them
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
     shard_mix: int = 4  # shards that each worker holds in memory and draws from
-    out: str = "runs/detection"  # folder of checkpoints and logs
-    tasks: tuple[str, ...] = ("detection",)
+    out: str = "runs/train"  # folder of checkpoints and logs
+    tasks: tuple[str, ...] = (DEFAULT_TASK,)
     train_split: str = "train"
     val_split: str = "val"
     steps: int = 10_000  # optimiser steps
@@ -83,15 +82,8 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    detection: DetectionConfig = field(default_factory=DetectionConfig)
-    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
-    keypoint: KeypointConfig = field(default_factory=KeypointConfig)
-    captioning: CaptioningConfig = field(default_factory=CaptioningConfig)
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise unknown_name("task", task, TASKS)
         if self.parallel not in PARALLEL:
             raise unknown_name("parallel", self.parallel, PARALLEL)
         for name in COUNTS:
@@ -162,10 +154,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
             raise InputError(f"the value of setting {override!r} cannot be read as YAML; quote it") from None
         sources.append(_nested(key, _number(parsed)))
     sources.append(fixed)
+    schema = _schema(sources)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), *sources))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *sources))
     except ConfigKeyError as error:
-        raise _unknown_key(str(error.full_key or error.key)) from None
+        raise _unknown_key(str(error.full_key or error.key), schema) from None
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
         key = f" ({error.full_key})" if getattr(error, "full_key", None) else ""
@@ -174,6 +167,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
         raise InputError(f"setting cannot be used: {error}") from None
     assert isinstance(config, TrainConfig)
     return config
+
+
+def _schema(sources: Sequence[Mapping[str, Any]]) -> type[TrainConfig]:
+    """`TrainConfig` with a field for each task that is built in, registered, trained or set. Others are not imported."""
+    trained = next((source["tasks"] for source in reversed(sources) if source.get("tasks")), [DEFAULT_TASK])
+    trained = [trained] if isinstance(trained, str) else list(trained)
+    own = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    keys = [key for source in sources for key in source if key not in own and key in task_names()]
+    names = list(dict.fromkeys([*loaded_task_names(), *trained, *keys]))
+    taken = sorted(own & set(names))
+    if taken:
+        raise InputError(f"a task cannot be called {taken[0]!r}, which is a setting of every run; rename the task")
+    kinds = {name: get_task(name).config_type for name in names}
+    fields: list[Any] = [(name, kind, field(default_factory=kind)) for name, kind in kinds.items()]
+    return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True)
 
 
 def config_file(name: str) -> Path:
@@ -222,8 +230,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _unknown_key(key: str) -> InputError:
-    known = _known_keys(TrainConfig)
+def _unknown_key(key: str, schema: type[TrainConfig]) -> InputError:
+    known = _known_keys(schema)
     last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # of equal last parts, the first name
     if key in last:  # top_p for detection.top_p
         near = [last[key]]

@@ -13,11 +13,12 @@ import torch
 
 from pix2seq.data.loader import batches
 from pix2seq.errors import InputError, Stopped
-from pix2seq.evaluation import Answers, EvalResult, answer, score
+from pix2seq.evaluation import EvalResult, Measured, measure, merge_measured
 from pix2seq.files import output_folder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
+from pix2seq.tasks import get_task
 from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
 from pix2seq.training.compilation import compile_model
@@ -32,13 +33,6 @@ from pix2seq.training.schedule import learning_rate
 from pix2seq.training.start import start_from, with_model_of_start
 from pix2seq.training.step import Learner, StepResult, TaskBatches, build_optimizer, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
-
-BEST_METRICS = {
-    "detection": "AP",
-    "segmentation": "segmentation/true_boxes/AP",
-    "keypoint": "keypoint/true_boxes/AP",
-    "captioning": "captioning/BLEU-4",
-}  # what the best checkpoint is chosen by, by first task
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
@@ -189,7 +183,8 @@ class _Trainer:
 
     def _keep_if_best(self, metrics: Mapping[str, float | None]) -> None:
         """Keep this step's checkpoint as OUT/checkpoints/best where its metric beats all before."""
-        name = self.config.best_metric or BEST_METRICS[self.config.tasks[0]]
+        first = get_task(self.config.tasks[0])
+        name = self.config.best_metric or first.metric_name(first.main_metric)
         if name not in metrics:
             self._save()
             raise InputError(f"best_metric={name} is none of this run's metrics; it has {', '.join(metrics)}")
@@ -204,34 +199,31 @@ class _Trainer:
         return due and report.evaluated < step
 
     def _evaluate(self, report: Report, stop: StopRequest) -> None:
-        """Score the averaged weights on the validation splits, whose images the ranks share out."""
+        """Score the averaged weights on the validation splits; the ranks share the images."""
         config, ranks = self.config, self.ranks
         started = time.perf_counter()
         predictor = self._averaged_model()
-        evaluations = []
+        measured: Measured = {}
+        num_images = 0
         try:
             with stop.interruptible():
                 for dataset, names in self.recipe.evaluations():
                     images = range(min(config.eval_images or len(dataset), len(dataset)))
                     mine = images[ranks.rank :: ranks.size]
-                    answers = answer(predictor, dataset, names, mine, batch_size=config.eval_batch_size)
-                    evaluations.append((dataset, images, answers))
+                    measured |= measure(predictor, dataset, names, mine, batch_size=config.eval_batch_size)
+                    num_images = max(num_images, len(images))
         except Interrupted:
             pass
         self._leave_if_asked(stop)
-        gathered = [ranks.gather(answers) for _, _, answers in evaluations]
+        parts = ranks.gather(measured)
         seconds = time.perf_counter() - started
 
-        def score_all() -> dict[str, float | None]:
-            results = [
-                score(dataset, Answers.joined(parts), images, seconds=seconds)
-                for (dataset, images, _), parts in zip(evaluations, gathered, strict=True)
-            ]
-            result = EvalResult.joined(results)
+        def score() -> dict[str, float | None]:
+            result = EvalResult.of(merge_measured(parts), num_images=num_images, seconds=seconds)
             report.evaluation(self.state, result)
             return result.metrics
 
-        metrics = ranks.on_first(score_all)
+        metrics = ranks.on_first(score)
         report.evaluated = self.state.step
         self._keep_if_best(metrics)
 

@@ -1,9 +1,9 @@
-"""What a run learns from: the data of every task, and the classes and words they share."""
+"""What a run learns from: the data of every task, and the classes and words that they share."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_ca
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import TrainingSet, TrainingStream
 from pix2seq.errors import InputError
-from pix2seq.tasks import TASKS
-from pix2seq.tasks.captioning import make_tokenizer, with_text
+from pix2seq.model.pretrained import read_config
+from pix2seq.tasks import get_task
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import Category
@@ -32,7 +32,7 @@ class Recipe:
     vocab: Vocab
 
     def evaluations(self) -> list[tuple[Dataset, list[str]]]:
-        """Validation splits, each with all the tasks that are scored on it."""
+        """Return the validation splits, each with all tasks that are scored on it."""
         datasets = {id(dataset): dataset for dataset in self.val_data.values()}.values()
         return [(dataset, [name for name, data in self.val_data.items() if data is dataset]) for dataset in datasets]
 
@@ -40,8 +40,9 @@ class Recipe:
 def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     """Open the data of every task, and join their classes and words in one vocabulary.
 
-    A run that is `resumed` keeps its words.
+    A run that is `resumed` keeps its words and the ids of its tasks.
     """
+    kinds = {name: get_task(name) for name in config.tasks}
     folders = {name: config.data_of(name) for name in config.tasks}
     val_folders = {name: config.val_data_of(name) for name in config.tasks}
     opened = {folder: _open(config, folder, config.train_split) for folder in dict.fromkeys(folders.values())}
@@ -49,14 +50,18 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     opened_val = {folder: _open_val(config, folder) for folder in dict.fromkeys(val_folders.values())}
     val_data = {name: opened_val[folder] for name, folder in val_folders.items()}
     categories = unite_categories([dataset.categories for dataset in train_data.values()])
-    vocab, text = config.model.vocab, None
-    if "captioning" in config.tasks:
-        text = _text_tokenizer(config, train_data["captioning"], resumed)
-        vocab = with_text(vocab, text)
+    vocab = config.model.vocab
+    if resumed is not None:
+        vocab = replace(vocab, other_tasks=read_config(resumed)[0].vocab.other_tasks)
+    vocab, text = vocab.with_tasks(config.tasks), None
+    for name, kind in kinds.items():
+        if kind.reads_text and text is None:
+            text = _text_tokenizer(config, name, train_data[name], resumed)
+            vocab = vocab.with_text(text.size)
 
     samples: list[TrainingSet | TrainingStream] = []
     for name, dataset in train_data.items():
-        task = TASKS[name](config.task(name), vocab, categories, text)
+        task = kinds[name](config.task(name), vocab, categories, text)
         if task.max_seq_len > config.model.decoder.max_seq_len:
             raise InputError(
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
@@ -65,7 +70,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
         options: dict[str, Any] = {
             "size": config.model.image_size,
             "augment": config.augment,
-            "seed": task_seed(config, name),
+            "seed": task_seed(config, vocab.task_id(name)),
             "labels": labels_by_name(dataset.categories, categories),
         }
         if isinstance(dataset, ShardIndex):
@@ -75,8 +80,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
         if not len(samples[-1]):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
     for name, dataset in val_data.items():
-        if name != "captioning":
-            labels_by_name(dataset.categories, categories)  # what only validation has, training cannot teach
+        if kinds[name].uses_classes:
+            labels_by_name(dataset.categories, categories)  # training cannot teach what only validation has
     return Recipe(tuple(samples), val_data, categories, text, vocab)
 
 
@@ -104,7 +109,9 @@ def _open_val(config: TrainConfig, location: str) -> Dataset:
     return dataset
 
 
-def _text_tokenizer(config: TrainConfig, dataset: Dataset | ShardIndex, resumed: Path | None) -> TextTokenizer:
+def _text_tokenizer(
+    config: TrainConfig, task: str, dataset: Dataset | ShardIndex, resumed: Path | None
+) -> TextTokenizer:
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
     if isinstance(dataset, ShardIndex):
@@ -113,9 +120,9 @@ def _text_tokenizer(config: TrainConfig, dataset: Dataset | ShardIndex, resumed:
         where, captions = str(dataset.root), list(dataset.annotations.all_captions())
     if not captions:
         raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
-    return make_tokenizer(config.captioning, captions)
+    return get_task(task).make_text_tokenizer(config.task(task), captions)
 
 
-def task_seed(config: TrainConfig, task: str) -> int:
-    """A seed of its own for every task, the same alone and in a mix."""
-    return config.seed + SEED_STRIDE * (TASK_IDS[task] - min(TASK_IDS.values()))
+def task_seed(config: TrainConfig, task_id: int) -> int:
+    """Return a seed of its own for every task, the same alone and in a mix."""
+    return config.seed + SEED_STRIDE * (task_id - min(TASK_IDS.values()))

@@ -1,0 +1,71 @@
+"""What a task asks the model, and which part of an image a question shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pix2seq.geometry.affine import fit_affine
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.model.decoding.generate import GenerationConfig
+
+Region = tuple[int, int, int, int]
+"""A part of an image: x0, y0, x1, y1 in whole pixels, the last ones excluded."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The rectangle of an image that the model's whole input covers, padding included, in pixels of the image."""
+
+    origin: NDArray[np.float64]  # (2,) x, y of the top left corner
+    size: NDArray[np.float64]  # (2,) width, height
+
+    def to_input_yxyx(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Convert boxes (N, 4) in pixels of the image to `yxyx` in [0, 1] of the model's input."""
+        return box_xyxy_to_yxyx((boxes_xyxy - np.tile(self.origin, 2)) / np.tile(self.size, 2))
+
+    def to_image_xy(self, points_yx: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Convert points (N, 2), `yx` in [0, 1] of the model's input, to x, y in pixels of the image."""
+        return points_yx[..., ::-1] * self.size + self.origin
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image that was encoded once, to be asked about many times. The caller holds it."""
+
+    memory: Tensor  # (N, D)
+    pixels: NDArray[np.uint8]  # (H, W, 3)
+    input_size: tuple[int, int]  # height, width of the model's input
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+    def frame(self, region: Region | None = None) -> Frame:
+        """Return what the model's input covers when it shows the image, or a region of it."""
+        x0, y0, x1, y1 = region or (0, 0, *self.size)
+        affine = fit_affine((y1 - y0, x1 - x0), self.input_size)
+        height, width = self.input_size
+        return Frame(np.array([x0, y0], np.float64), np.array([width / affine.scale_x, height / affine.scale_y]))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one image. Its answer depends on nothing else that is asked."""
+
+    prompt: NDArray[np.int64]  # (P,) of any length
+    generation: GenerationConfig  # grammar, sampling and length of the answer
+    subject: Any = None  # what the question is about, for `Task.answers`
+    region: Region | None = None  # cropped and encoded for this question; None: the whole image
+    num_samples: int = 1  # answers to draw
+    expected_tokens: int | None = None  # likely length of the answer; None: `generation.max_new_tokens`
+
+    @property
+    def length(self) -> int:
+        """Tokens to expect, by which requests are batched."""
+        return self.generation.max_new_tokens if self.expected_tokens is None else self.expected_tokens
