@@ -17,6 +17,7 @@ from pix2seq.model.decoding.generate import generate
 from pix2seq.model.decoding.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.sampling import sample, truncate_logits
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.model.pix2seq import build_model
 from pix2seq.vocab import Vocab
 
@@ -373,14 +374,14 @@ def test_only_the_allowed_part_of_the_output_layer_gives_the_same_tokens(model, 
 
     full = run()
     parts = []
-    logits = type(model.decoder).logits
+    logits = DecoderStep.logits
 
-    def spy(self, hidden, *, cache=None, ids=None):
+    def spy(self, hidden, ids=None):
         parts.append(ids)
-        return logits(self, hidden, cache=cache, ids=ids)
+        return logits(self, hidden, ids)
 
     monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
-    monkeypatch.setattr(type(model.decoder), "logits", spy)
+    monkeypatch.setattr(DecoderStep, "logits", spy)
     part = run(with_logprobs=False, score_steps=(5, 4))
     # A corner or the end, the other coordinate of the corner, ..., and all of the vocabulary where a score is due.
     assert parts[:2] == [slice(0, 1031), slice(1000, 1031)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_decoding import MEMORY, PROMPTS, SHORT, expected_logprobs, tiny_model
 
-import pix2seq.model.decoder
+import pix2seq.model.decoding.step
 from pix2seq.model.decoding.generate import generate
 from pix2seq.model.decoding.graph_step import GraphStep
 from pix2seq.model.decoding.kv_cache import KVCache
@@ -19,7 +19,9 @@ def model():
 def made(monkeypatch):
     """Graph steps that were made, for they take the place of the CPU's own."""
     steps = []
-    monkeypatch.setattr(pix2seq.model.decoder, "CpuStep", lambda *args: steps.append(GraphStep(*args)) or steps[-1])
+    monkeypatch.setattr(
+        pix2seq.model.decoding.step, "CpuStep", lambda *args: steps.append(GraphStep(*args)) or steps[-1]
+    )
     return steps
 
 

@@ -17,6 +17,7 @@ from pix2seq.model.decoding.generate import GenerationConfig, generate_mixed
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.rows import arrange_rows
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -182,14 +183,14 @@ def test_only_the_part_of_the_output_layer_that_some_task_needs_gives_the_same_t
     configs = [replace(config, with_logprobs=False, score_range=None) for config in CONFIGS]
     full = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
     parts = []
-    logits = type(model.decoder).logits
+    logits = DecoderStep.logits
 
-    def spy(self, hidden, *, cache=None, ids=None):
+    def spy(self, hidden, ids=None):
         parts.append(ids)
-        return logits(self, hidden, cache=cache, ids=ids)
+        return logits(self, hidden, ids)
 
     monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
-    monkeypatch.setattr(type(model.decoder), "logits", spy)
+    monkeypatch.setattr(DecoderStep, "logits", spy)
     part = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
     # First an object's corner or the end of the list, beside a word; the others read their prompts.
     assert parts[0] == slice(0, 1028)

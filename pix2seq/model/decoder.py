@@ -9,15 +9,10 @@ Reference: google-research/pix2seq, `architectures/transformers.py` (`Autoregres
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.decoding.cpu_step import CpuStep
-from pix2seq.model.decoding.graph_step import GraphStep
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
 from pix2seq.model.layers import (
     NORM_EPS,
@@ -163,14 +158,8 @@ class Decoder(nn.Module):
         """Rows (V, D) that hidden states are compared with."""
         return (self.output_embedding or self.token_embedding).weight
 
-    def logits(self, hidden: Tensor, *, cache: KVCache | None = None, ids: slice | None = None) -> Tensor:
-        """Hidden states (..., D) to logits (..., V), or only to those of `ids`.
-
-        With the `cache` of the step that gave them, in that step's fast form.
-        """
-        if cache is not None and cache.fast_step is not None:
-            with _no_autocast(cache.device.type):
-                return cache.fast_step.logits(hidden, ids)
+    def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
+        """Map hidden states (..., D) to logits (..., V), or only to those of `ids`."""
         if ids is None:
             return F.linear(hidden, self.output_weight, self.output_bias)
         return F.linear(hidden, self.output_weight[ids], None if self.output_bias is None else self.output_bias[ids])
@@ -181,44 +170,22 @@ class Decoder(nn.Module):
         return KVCache.allocate(projected, num_rows=len(memory) * rows_per_image, num_slots=num_slots)
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read the next tokens (R, t) of every row, and give the hidden state (R, D) after the last."""
-        if tokens.shape[1] == 1 and not self.training and not torch.is_grad_enabled() and _has_fast_step(cache):
-            self._check_length(cache.length + 1)
-            with _no_autocast(cache.device.type):
-                if cache.fast_step is None:
-                    cache.fast_step = (GraphStep if cache.device.type == "cuda" else CpuStep)(self, cache)
-                hidden = cache.fast_step.hidden(tokens[:, 0], cache.length)
-            cache.length += 1
-            return hidden
+        """Read the next tokens (R, t) of every row. Return the hidden states (R, D) after the last."""
         x = self._embed(tokens, cache.length)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, layer, cache.length)
         cache.length += tokens.shape[1]
         return self.norm(x[:, -1])
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
-        end = start + tokens.shape[1]
-        self._check_length(end)
-        return self.token_embedding(tokens) + self.position_embedding[start:end]
-
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise `ValueError` if a sequence of `length` tokens has more than `max_seq_len`."""
         if length > self.max_seq_len:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the decoder's {self.max_seq_len} positions; "
                 "raise model.decoder.max_seq_len or ask for fewer tokens"
             )
 
-
-def _has_fast_step(cache: KVCache) -> bool:
-    return cache.device.type in ("cpu", "cuda") and cache.dtype in (torch.float32, torch.bfloat16)
-
-
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """The fast step chooses its own types; autocast would convert all weights again at every step."""
-    enabled = torch.is_autocast_enabled(device_type)
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device_type, enabled)
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        end = start + tokens.shape[1]
+        self.check_length(end)
+        return self.token_embedding(tokens) + self.position_embedding[start:end]

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, H heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -41,6 +42,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Te
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         return cast("Tensor", attend_on_cpu(q, k, v, mask, is_causal))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+@dataclass(frozen=True)
+class Float32Norm:
+    """A layer norm in float32 for inference."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> Float32Norm:
+        """Return the float32 form of `module`."""
+        return cls(module.weight.float(), module.bias.float(), module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class LayerStack(nn.ModuleList, Generic[Layer]):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
+from pix2seq.model.layers import Float32Norm
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock
@@ -62,7 +63,7 @@ class CpuStep:
         self.num_rows = cache.num_rows
         self.tokens = decoder.token_embedding.weight
         self.positions = decoder.position_embedding
-        self.norm = Norm.of(decoder.norm)
+        self.norm = Float32Norm.of(decoder.norm)
         self.layers = [
             Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16)
             for block, layer in zip(decoder.blocks, cache.layers, strict=True)
@@ -89,34 +90,16 @@ class CpuStep:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A layer norm in float32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.LayerNorm) -> Norm:
-        """The same as `module`."""
-        return cls(module.weight.float(), module.bias.float(), module.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(R, D) to (R, D)."""
-        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
 class Layer:
     """One block: packed weights, and views of its cache with rows or images and heads in one dimension."""
 
-    self_norm: Norm
+    self_norm: Float32Norm
     qkv: Linear
     self_out: Linear
-    cross_norm: Norm
+    cross_norm: Float32Norm
     query: Linear
     cross_out: Linear
-    mlp_norm: Norm
+    mlp_norm: Float32Norm
     expand: Linear  # GELU included
     contract: Linear
     num_heads: int
@@ -134,13 +117,13 @@ class Layer:
             return pack_linear(linear.weight, linear.bias, num_rows=num_rows, bf16=bf16, gelu=gelu)
 
         return cls(
-            Norm.of(block.self_norm),
+            Float32Norm.of(block.self_norm),
             pack(block.self_attention.qkv),
             pack(block.self_attention.out),
-            Norm.of(block.cross_norm),
+            Float32Norm.of(block.cross_norm),
             pack(block.cross_attention.query),
             pack(block.cross_attention.out),
-            Norm.of(block.mlp_norm),
+            Float32Norm.of(block.mlp_norm),
             pack(block.mlp.expand, gelu=True),
             pack(block.mlp.contract),
             block.self_attention.num_heads,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.grammar import Allowed, Grammar
-from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.rows import arrange_rows, drop_finished, new_rows, shift, uniform, write_back
 from pix2seq.model.decoding.sampling import is_greedy, sample
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.vocab import PAD
 
 # Vocabulary ids times width of an output layer that is worth the 30 microseconds to find which part is needed.
@@ -189,7 +189,7 @@ def generate_mixed(
         rows_per_image=len(order) // len(images),
         num_slots=shortest + max(group.end for group in groups),
     )
-    real = cache if isinstance(cache, KVCache) else None  # a decoder without one can neither drop rows nor ids
+    step = DecoderStep(decoder, cache)
 
     # Wide enough for each row's tokens wherever it starts.
     num_columns = max(group.start for group in groups) + max(config.max_new_tokens for config in configs)
@@ -210,23 +210,23 @@ def generate_mixed(
 
     present = _find_rows(groups, rows)
     column = 0
-    hidden = decoder.step(read, cache)
+    hidden = step.read(read)
     while True:
         answering = [group for group in present if group.start <= column < group.end]
         allowed = [group.allowed(rows, column) for group in answering]
         any_ended = False
         if answering:
-            first, logits = _logits(decoder, hidden, real, answering, allowed, column)
+            first, logits = _logits(step, hidden, answering, allowed, column)
             for group, may_come in zip(answering, allowed, strict=True):
                 any_ended |= _answer(group, rows, column, logits, first, may_come)
         column += 1
         if any_ended:
             if bool(rows["finished"].all()):
                 break
-            if compact and real is not None:
-                rows = drop_finished(rows, results, real)
+            if compact and step.has_kv_cache:
+                rows = drop_finished(rows, results, step)
                 present = _find_rows(groups, rows)
-        hidden = decoder.step(rows["tokens"][:, column - 1 : column], cache)
+        hidden = step.read(rows["tokens"][:, column - 1 : column])
 
     write_back(rows, results)
     width = max(min(column, group.end) - group.start for group in groups)
@@ -280,21 +280,18 @@ def _find_rows(groups: Sequence[Group], rows: dict[str, Tensor]) -> list[Group]:
 
 
 def _logits(
-    decoder: Decoder,
+    step: DecoderStep,
     hidden: Tensor,
-    cache: KVCache | None,
     groups: Sequence[Group],
     allowed: Sequence[Allowed | None],
     column: int,
 ) -> tuple[int, Tensor]:
-    """An id, and the logits (R, v) of as many from it on as the groups need."""
-    if cache is None:
-        return 0, decoder.logits(hidden).float()
-    if not _is_worth_part(decoder) or any(group.needs_all_logits(column) for group in groups):
-        return 0, decoder.logits(hidden, cache=cache).float()
+    """Return an id, and the logits (R, v) of as many ids from it on as the groups need."""
+    if not _is_worth_part(step) or any(group.needs_all_logits(column) for group in groups):
+        return 0, step.logits(hidden).float()
     spans = [each.span() for each in allowed if each is not None]
     first, past = min(span[0] for span in spans), max(span[1] for span in spans)
-    return first, decoder.logits(hidden, cache=cache, ids=slice(first, past)).float()
+    return first, step.logits(hidden, slice(first, past)).float()
 
 
 def _answer(
@@ -349,9 +346,11 @@ def _log(logits: Tensor, log_total: Tensor) -> Tensor:
     return (logits - log_total).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _is_worth_part(decoder: Decoder) -> bool:
-    """Whether finding out which ids are needed takes less time than computing them all."""
-    return decoder.output_weight.device.type == "cpu" and decoder.output_weight.numel() >= MIN_PARTIAL_OUTPUT
+def _is_worth_part(step: DecoderStep) -> bool:
+    """Return whether finding the ids that are needed takes less time than computing the logits of all."""
+    if not step.has_kv_cache or step.cache.device.type != "cpu":
+        return False
+    return step.decoder.output_weight.numel() >= MIN_PARTIAL_OUTPUT
 
 
 def _forbidden(allowed: Allowed, first: int, logits: Tensor) -> Tensor:

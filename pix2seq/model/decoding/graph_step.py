@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.decoding.cpu_step import Norm
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
+from pix2seq.model.layers import Float32Norm
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock
@@ -39,7 +39,7 @@ class GraphStep:
         self.slots = torch.arange(cache.num_slots, device=device)
         self.embeddings, self.positions = decoder.token_embedding.weight, decoder.position_embedding
         self.layers = [_Layer(block, layer, dtype) for block, layer in zip(decoder.blocks, cache.layers, strict=True)]
-        self.norm = Norm.of(decoder.norm)
+        self.norm = Float32Norm.of(decoder.norm)
         self.output = _Linear(decoder.output_weight, decoder.output_bias, dtype)
         for layer in cache.layers:
             # A masked value counts zero times, and zero times what happens to lie there may be NaN.
@@ -107,7 +107,7 @@ class _Layer:
     def __init__(self, block: DecoderBlock, cache: LayerCache, dtype: torch.dtype) -> None:
         self.cache, self.num_heads = cache, block.self_attention.num_heads
         self.self_norm, self.cross_norm, self.mlp_norm = map(
-            Norm.of, (block.self_norm, block.cross_norm, block.mlp_norm)
+            Float32Norm.of, (block.self_norm, block.cross_norm, block.mlp_norm)
         )
         self.qkv, self.self_out, self.query, self.cross_out, self.expand, self.contract = (
             _Linear.of(linear, dtype)

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pix2seq.model.decoding.cpu_step import CpuStep
-    from pix2seq.model.decoding.graph_step import GraphStep
 
 
 @dataclass
@@ -37,7 +32,6 @@ class KVCache:
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
         self.length = 0
-        self.fast_step: CpuStep | GraphStep | None = None  # made when first of use, for the rows there are
 
     @classmethod
     def allocate(cls, memory_keys_values: Iterable[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
@@ -83,7 +77,6 @@ class KVCache:
             if not all_images:
                 layer.memory_keys = _select(layer.memory_keys, images)
                 layer.memory_values = _select(layer.memory_values, images)
-        self.fast_step = None
 
 
 def is_keys_first(x: Tensor) -> bool:

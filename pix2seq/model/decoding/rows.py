@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pix2seq.model.decoding.kv_cache import KVCache
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.vocab import PAD
 
 MAX_FILLERS = 0.25  # share of all rows
@@ -118,24 +118,24 @@ def shift(values: Tensor, by: Tensor, width: int) -> Tensor:
     return values.gather(1, columns.clamp_(0, values.shape[1] - 1))
 
 
-def drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], cache: KVCache) -> dict[str, Tensor]:
+def drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], step: DecoderStep) -> dict[str, Tensor]:
     """Rows without most that are finished, and the cache likewise.
 
     Every image that is left keeps as many rows as the one with the most unfinished ones, so that its
     rows can go on sharing its memory; some finished rows may stay to fill up.
     """
-    num_images = cache.layers[0].memory_keys.shape[0]
+    num_images = step.cache.layers[0].memory_keys.shape[0]
     finished = rows["finished"].view(num_images, -1)
     unfinished = (~finished).sum(1)
     per_image = int(unfinished.max())
     images = unfinished.nonzero()[:, 0]
-    share = MAX_SHARE_LEFT_ON_GPU if cache.device.type == "cuda" else MAX_SHARE_LEFT
+    share = MAX_SHARE_LEFT_ON_GPU if step.cache.device.type == "cuda" else MAX_SHARE_LEFT
     if len(images) * per_image > share * finished.numel():
         return rows
     places = finished[images].byte().argsort(dim=1, stable=True)[:, :per_image].sort(dim=1).values
     keep = (images[:, None] * finished.shape[1] + places).flatten()
     write_back(rows, results)
-    cache.keep(images, keep)
+    step.keep(images, keep)
     return {name: values[keep] for name, values in rows.items()}
 
 
