@@ -101,9 +101,9 @@ class Pix2Seq(nn.Module):
         """Where the weights are."""
         return self.decoder.token_embedding.weight.device
 
-    def units(self) -> list[nn.Module]:
-        """Parts of encoder and decoder, such as blocks, that are compiled and sharded one by one."""
-        return [*self.encoder.units(), *self.decoder.blocks]
+    def block_list(self) -> list[nn.Module]:
+        """Return the blocks of encoder and decoder, which are compiled and sharded one by one."""
+        return [*self.encoder.block_list(), *self.decoder.blocks]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether Transformer blocks keep only their inputs in training and compute the rest again for the gradient.

@@ -22,8 +22,8 @@ class Encoder(nn.Module, ABC):
         """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid of N places."""
 
     @abstractmethod
-    def units(self) -> list[nn.Module]:
-        """Parts of about equal size, such as blocks, that are compiled and sharded one by one."""
+    def block_list(self) -> list[nn.Module]:
+        """Return blocks of about equal size, which are compiled and sharded one by one."""
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """See `Pix2Seq.set_activation_checkpointing`."""

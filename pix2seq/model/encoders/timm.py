@@ -70,8 +70,8 @@ class TimmEncoder(Encoder):
             features = features.permute(0, 3, 1, 2)
         return features.flatten(2).transpose(1, 2), (features.shape[-2], features.shape[-1])
 
-    def units(self) -> list[nn.Module]:
-        """A ViT's blocks, or a CNN as a whole."""
+    def block_list(self) -> list[nn.Module]:
+        """Return the blocks of a ViT, or a CNN as one block."""
         return list(self.net.blocks) if self.is_vit else [self.net]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

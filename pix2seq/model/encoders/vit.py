@@ -59,8 +59,8 @@ class VisionTransformer(Encoder):
             x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks.run(x)), grid
 
-    def units(self) -> list[nn.Module]:
-        """The Transformer's blocks."""
+    def block_list(self) -> list[nn.Module]:
+        """Return the Transformer blocks."""
         return list(self.blocks)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
