@@ -237,7 +237,7 @@ def test_damaged_checkpoints_end_in_one_line(model, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json"):
         Pix2Seq.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match="not a checkpoint"):
         Pix2Seq.from_pretrained(tmp_path / "nowhere")
 
 
