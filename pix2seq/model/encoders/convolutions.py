@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
     def __init__(
         self, width_in: int, width: int, *, stride: int = 1, bottleneck: bool = False, projection: bool = False
     ) -> None:
-        """`width` is that of the inner convolutions. With `projection`, a convolution fits the shortcut to the output."""
+        """`width` is that of the inner convolutions. A `projection` fits the shortcut to the output."""
         super().__init__()
         if bottleneck:
             sizes = [(width_in, width, 1, 1), (width, width, 3, stride), (width, EXPANSION * width, 1, 1)]
