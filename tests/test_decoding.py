@@ -400,6 +400,6 @@ def test_a_nucleus_found_among_the_likeliest_is_that_of_all(monkeypatch, top_p, 
     logits[::3] = logits[::3].round()  # ties
     few = truncate_logits(logits, top_p=top_p)
     one_by_one = torch.cat([truncate_logits(row[None], top_p=top_p) for row in logits])
-    monkeypatch.setattr(sampling_module, "MAX_FEW", 400)
+    monkeypatch.setattr(sampling_module, "NUM_CANDIDATES", 400)
     torch.testing.assert_close(few, truncate_logits(logits, top_p=top_p), rtol=0, atol=0)
     torch.testing.assert_close(few, one_by_one, rtol=0, atol=0)

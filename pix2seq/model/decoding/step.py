@@ -1,6 +1,6 @@
-"""Reading tokens into a cache by the fastest step there is: plain, CPU or CUDA graph.
+"""Decoder steps in their fastest form: plain, for the CPU, or as a CUDA graph.
 
-Shapes: R rows, t tokens, D width, V vocabulary.
+Shapes: R rows, t tokens, D width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pix2seq.model.decoding.kv_cache import KVCache
 
 
 class DecoderStep:
-    """A decoder and its cache. Single tokens take a fast step if the model is in evaluation mode without gradients.
+    """A decoder with its cache. In evaluation mode without gradients, it reads single tokens with a fast step.
 
-    A decoder with another kind of cache, such as a test's, takes its own steps and keeps all its rows.
+    A decoder with another kind of cache, such as a fake one in tests, takes its own steps and keeps all rows.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self.decoder, self.cache = decoder, cache
         self.has_kv_cache = isinstance(cache, KVCache)
-        self._fast: CpuStep | GraphStep | None = None  # made when first used, for the current number of rows
+        self._fast: CpuStep | GraphStep | None = None  # created at its first use, for the current rows
         self._can_be_fast = (
             self.has_kv_cache
             and cache.device.type in ("cpu", "cuda")
@@ -54,7 +54,7 @@ class DecoderStep:
             return self._fast.logits(hidden, ids)
 
     def keep(self, images: Tensor, rows: Tensor) -> None:
-        """Keep only these images and rows, see `KVCache.keep`."""
+        """Keep only these images and rows; see `KVCache.keep`."""
         self.cache.keep(images, rows)
         self._fast = None
 
