@@ -1,4 +1,4 @@
-"""Whatever the logits, every task reads a whole answer: boxes, outlines and points in the image, and words."""
+"""Whatever the logits, every task gets a complete answer: boxes, polygons and points in the image, and words."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ VOCAB = Vocab(num_bins=7, coord_base=104, text_base=111, num_text=6, size=118)
 WORDS = WordTokenizer([*SPECIAL_TOKENS, "a", "red", "heart"])
 NUM_OBJECTS, MAX_POINTS, MAX_WORDS = 3, 8, 6
 IMAGE = (641, 427)  # width, height
-WHOLE = np.array(IMAGE, float)  # the model's input shows the image and nothing else
+SIZE = np.array(IMAGE, float)  # the model's input shows the image and nothing else
 TASKS = {
     "detection": Detection(DetectionConfig(max_objects=NUM_OBJECTS), VOCAB, CATEGORIES),
     "detection with an end": Detection(DetectionConfig(max_objects=NUM_OBJECTS, noise_objects=0), VOCAB, CATEGORIES),
@@ -39,7 +39,7 @@ PROMPTS = {
 
 
 def answer(names, logits, *, seed=0, num_samples=1, **changes):
-    """Answers of tasks, one for each of `names`, `num_samples` times, under `logits` of a kind."""
+    """Generate `num_samples` answers for each of the tasks `names`, from logits of a kind."""
     tasks = {name: TASKS[name].with_settings(**changes) for name in set(names)}
     configs = {name: task.generation() for name, task in tasks.items()}
     return generate_mixed(
@@ -53,26 +53,26 @@ def answer(names, logits, *, seed=0, num_samples=1, **changes):
 
 
 def part(out, rows):
-    """Some rows of what was generated."""
+    """Select rows of a result."""
     best = (None if each is None else each[rows] for each in (out.best_tokens, out.best_logprobs))
     return Generated(out.tokens[rows], out.logprobs[rows], *best, out.truncated[rows])
 
 
 def check_detection(out, *, ends):
-    said = out.tokens != PAD
-    lengths = said.sum(1)
+    real = out.tokens != PAD
+    lengths = real.sum(1)
     assert (lengths % 5 == 0).all()
     assert (lengths <= 5 * NUM_OBJECTS).all() if ends else (lengths == 5 * NUM_OBJECTS).all()
-    # All lists as one: padding only stands behind them.
+    # All lists as one, without the padding after each.
     joined = Generated(
-        *(each[said][None] for each in (out.tokens, out.logprobs, out.best_tokens, out.best_logprobs)), out.truncated
+        *(each[real][None] for each in (out.tokens, out.logprobs, out.best_tokens, out.best_logprobs)), out.truncated
     )
-    found = TASKS["detection"].instances(joined, 0, WHOLE, IMAGE)
+    found = TASKS["detection"].instances(joined, 0, SIZE, IMAGE)
     assert len(found) == lengths.sum() // 5
     boxes = np.array([instance.box_xyxy for instance in found]).reshape(-1, 4)
     assert (boxes >= 0).all()
-    assert (boxes <= np.tile(WHOLE, 2)).all()
-    assert (boxes[:, 2:] - boxes[:, :2] >= 0.99 * WHOLE / (VOCAB.num_bins - 1)).all()
+    assert (boxes <= np.tile(SIZE, 2)).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= 0.99 * SIZE / (VOCAB.num_bins - 1)).all()
     scores = np.array([instance.score for instance in found])
     assert ((scores >= 0) & (scores <= 1)).all()
 
@@ -87,21 +87,21 @@ def check_segmentation(out):
         assert points.min() >= 0
         assert points.max() <= 1
     for row in range(0, len(out.tokens), 100):
-        rings, _ = TASKS["segmentation"].mask(out, slice(row, row + 1), WHOLE, IMAGE)
+        rings, _ = TASKS["segmentation"].mask(out, slice(row, row + 1), SIZE, IMAGE)
         for ring in rings:
             assert (ring >= 0).all()
-            assert (ring <= WHOLE).all()
+            assert (ring <= SIZE).all()
 
 
 def check_keypoint(out):
     assert (out.tokens[:, : 2 * len(PERSON.keypoints)] != PAD).all()
     _, first = np.unique(out.tokens.numpy(), axis=0, return_index=True)
     for row in first:
-        points = TASKS["keypoint"].points(out, int(row), PERSON, WHOLE)
+        points = TASKS["keypoint"].points(out, int(row), PERSON, SIZE)
         assert points.shape == (3, 3)
         assert (points[:, :2] >= 0).all()
-        assert (points[:, :2] <= WHOLE).all()
-        assert set(points[:, 2]) <= {1.0, 2.0}  # what is called invisible gets its likeliest place
+        assert (points[:, :2] <= SIZE).all()
+        assert set(points[:, 2]) <= {1.0, 2.0}  # an invisible point gets its likeliest position
         likelihood, score = TASKS["keypoint"].scores(out, int(row), 0.5)
         assert 0 <= likelihood <= 1
         assert 0 <= score <= 1
@@ -135,8 +135,8 @@ def test_ten_thousand_answers_in_mixed_batches_can_be_read(kind):
     names = list(TASKS)
     each = SEEDS // len(names)
     out = answer(names, kind, num_samples=each)
-    for place, name in enumerate(names):
-        check(name, part(out, slice(place * each, (place + 1) * each)))
+    for i, name in enumerate(names):
+        check(name, part(out, slice(i * each, (i + 1) * each)))
 
 
 SAMPLING = [
@@ -161,16 +161,16 @@ def test_any_way_of_sampling_can_be_read(sampling):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outlines_of_any_logits_vote_on_a_mask_in_the_image(kind):
+def test_polygons_of_any_logits_vote_on_a_mask_in_the_image(kind):
     copies, task = 4, TASKS["segmentation"].with_settings(num_samples=4)
     out = answer(["segmentation"] * 50, kind, num_samples=copies)
     for start in range(0, len(out.tokens), copies):
-        rings, rle = task.mask(out, slice(start, start + copies), WHOLE, IMAGE)
+        rings, rle = task.mask(out, slice(start, start + copies), SIZE, IMAGE)
         likelihood, score = task.scores(out, slice(start, start + copies), 0.5)
         assert 0 <= likelihood <= 1
         assert score == 0.5
         for ring in rings:
             assert (ring >= 0).all()
-            assert (ring <= WHOLE).all()
+            assert (ring <= SIZE).all()
         if rle is not None:
             assert mask_utils.decode(rle).shape == IMAGE[::-1]
