@@ -58,6 +58,7 @@ from torch import Tensor
 from pix2seq.cli import run_guarded
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.generate import generate
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.predictor import Predictor
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
@@ -370,11 +371,10 @@ def predict_overhead(turns: int) -> dict[str, Any]:
     memory = model.encode(inputs).detach()
 
     def steps() -> None:
-        cache = model.decoder.new_cache(memory, rows_per_image=1, num_slots=tokens)
+        step = DecoderStep(model.decoder, model.decoder.new_cache(memory, rows_per_image=1, num_slots=tokens))
         token = torch.tensor([[START_ID]])
         for _ in range(tokens):
-            hidden = model.decoder.step(token, cache)
-            token = model.decoder.logits(hidden, cache=cache).argmax(-1, keepdim=True)
+            token = step.logits(step.read(token)).argmax(-1, keepdim=True)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "image.png"

@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Choice of the device to compute on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pix2seq.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises `InputError` if it cannot be used."""
+    """Return the device `name`; `auto` prefers a GPU. Raises `InputError` if the device cannot be used."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -1,4 +1,4 @@
-"""A decoder that says what it is told to, to test what generation makes of it."""
+"""A fake decoder with given logits, to test generation."""
 
 import torch
 
@@ -6,7 +6,7 @@ KINDS = ["random", "minus infinity", "nan", "infinity", "1e4", "mixed"]
 
 
 class HostileDecoder(torch.nn.Module):
-    """A decoder whose logits are what `draw` gives for (rows, vocabulary)."""
+    """A decoder with the logits that `draw` returns for (rows, vocabulary)."""
 
     def __init__(self, draw, vocab_size):
         super().__init__()
@@ -24,7 +24,7 @@ class HostileDecoder(torch.nn.Module):
 
 
 def logits_of_kind(kind, seed):
-    """A function from (rows, vocabulary) to logits of one of `KINDS`, new ones at every call."""
+    """Return a function from (rows, vocabulary) to new logits of one of `KINDS`."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape):

@@ -1,4 +1,4 @@
-"""Decoding: only sequences that parse, whatever the logits; the same tokens, however they are computed."""
+"""Decoding: all sequences parse, whatever the logits, and all ways of computing them give the same tokens."""
 
 import re
 
@@ -17,6 +17,7 @@ from pix2seq.model.decoding.generate import generate
 from pix2seq.model.decoding.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.sampling import sample, truncate_logits
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.model.pix2seq import build_model
 from pix2seq.vocab import Vocab
 
@@ -41,7 +42,7 @@ def continue_rows(kind, num_rows, grammar, *, max_new_tokens, eos_id, seed=0, **
     )
 
 
-# Checkers that know the languages from their description alone: a sequence as letters, and a pattern.
+# Independent checkers of the languages: a sequence spelled as letters, and a regular expression.
 LETTERS = {EOS: "E", SEPARATOR: "S", INVISIBLE: "I", NOISE: "N"}
 LETTERS |= dict.fromkeys(range(CLASS_BASE + 1, CLASS_BASE + 1 + NUM_CLASSES), "k")
 LETTERS |= dict.fromkeys(range(COORDS, COORDS + NUM_BINS), "c")
@@ -53,7 +54,7 @@ def spell(ids):
 
 
 def without_padding(ids):
-    """Up to the first end token, which is also the padding."""
+    """Return ids up to the first end token, which is also the padding."""
     return ids[: ids.index(EOS) + 1] if EOS in ids else ids
 
 
@@ -157,12 +158,12 @@ def test_a_draw_is_where_the_running_sum_passes_the_noise():
     noise = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24])
     assert sample(logits, noise=noise).tolist() == [0, 0, 2, 2, 3, 3]
     forbidden = torch.tensor([True, False, False, False, False]).repeat(6, 1)
-    # What is left is 0.6 and 0.4.
+    # The remaining probabilities are 0.6 and 0.4.
     assert sample(logits, noise=noise, forbidden=forbidden).tolist() == [2, 2, 2, 3, 3, 3]
 
 
 def script(*rows):
-    """A decoder that plays back a likelier token a step for every row."""
+    """Return a decoder that makes one given token per step likely in every row."""
     ids = torch.tensor(rows)
     steps = iter(range(ids.shape[1]))
     return HostileDecoder(lambda shape: one_hot(ids[:, next(steps)], shape[1]).float() * 50, VOCAB_SIZE)
@@ -171,7 +172,7 @@ def script(*rows):
 @pytest.mark.parametrize(
     ("language", "size", "rows", "cut"),
     [
-        # The second has three points of three and can only end; the third ends where it could go on.
+        # With as many points as allowed, a row can only end. The second row of the second case could go on.
         ("polygons", 3, [[12, 13, 14, 14, 15, 15, 12]], [True]),
         ("polygons", 4, [[12] * 8 + [0], [12] * 6 + [0, 0, 0]], [True, False]),
         ("text", 4, [[18, 19, 20, 21], [18, 0, 0, 0], [18, 19, 0, 0], [18, 19, 20, 0]], [True, False, False, True]),
@@ -228,7 +229,7 @@ SHORT = TextGrammar(first_piece=30, text_end=33, eos_id=40, max_tokens=30)
 
 
 def expected_logprobs(model, memory, prompts, tokens):
-    """From one pass over whole sequences, without a cache: (R, T')."""
+    """Compute log-probabilities (R, T') in one pass over full sequences, without a cache."""
     rows = prompts.reshape(-1, prompts.shape[-1])
     memory = memory.repeat_interleave(len(rows) // len(memory), dim=0)
     with torch.inference_mode():
@@ -285,7 +286,7 @@ def test_packed_weights_give_the_same_products(num_rows, bf16, gelu):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Rows that were left each time that some went."""
+    """The number of rows kept each time that finished rows were dropped."""
     found = []
     keep = KVCache.keep
 
@@ -373,16 +374,16 @@ def test_only_the_allowed_part_of_the_output_layer_gives_the_same_tokens(model, 
 
     full = run()
     parts = []
-    logits = type(model.decoder).logits
+    logits = DecoderStep.logits
 
-    def spy(self, hidden, *, cache=None, ids=None):
+    def spy(self, hidden, ids=None):
         parts.append(ids)
-        return logits(self, hidden, cache=cache, ids=ids)
+        return logits(self, hidden, ids)
 
     monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
-    monkeypatch.setattr(type(model.decoder), "logits", spy)
+    monkeypatch.setattr(DecoderStep, "logits", spy)
     part = run(with_logprobs=False, score_steps=(5, 4))
-    # A corner or the end, the other coordinate of the corner, ..., and all of the vocabulary where a score is due.
+    # A corner or the end, the other coordinate of the corner, ..., and the full vocabulary at scored steps.
     assert parts[:2] == [slice(0, 1031), slice(1000, 1031)]
     assert parts[4] is None
     torch.testing.assert_close(part.tokens, full.tokens, rtol=0, atol=0)
@@ -399,6 +400,6 @@ def test_a_nucleus_found_among_the_likeliest_is_that_of_all(monkeypatch, top_p, 
     logits[::3] = logits[::3].round()  # ties
     few = truncate_logits(logits, top_p=top_p)
     one_by_one = torch.cat([truncate_logits(row[None], top_p=top_p) for row in logits])
-    monkeypatch.setattr(sampling_module, "MAX_FEW", 400)
+    monkeypatch.setattr(sampling_module, "NUM_CANDIDATES", 400)
     torch.testing.assert_close(few, truncate_logits(logits, top_p=top_p), rtol=0, atol=0)
     torch.testing.assert_close(few, one_by_one, rtol=0, atol=0)

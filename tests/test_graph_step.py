@@ -1,10 +1,10 @@
-"""The step that a GPU records gives the tokens of whole passes. Off a GPU its operations run one by one."""
+"""The recorded GPU step equals full passes. Without a GPU, its operations run one by one."""
 
 import pytest
 import torch
 from test_decoding import MEMORY, PROMPTS, SHORT, expected_logprobs, tiny_model
 
-import pix2seq.model.decoder
+import pix2seq.model.decoding.step
 from pix2seq.model.decoding.generate import generate
 from pix2seq.model.decoding.graph_step import GraphStep
 from pix2seq.model.decoding.kv_cache import KVCache
@@ -17,28 +17,30 @@ def model():
 
 @pytest.fixture
 def made(monkeypatch):
-    """Graph steps that were made, for they take the place of the CPU's own."""
+    """Graph steps that were created in place of CPU steps."""
     steps = []
-    monkeypatch.setattr(pix2seq.model.decoder, "CpuStep", lambda *args: steps.append(GraphStep(*args)) or steps[-1])
+    monkeypatch.setattr(
+        pix2seq.model.decoding.step, "CpuStep", lambda *args: steps.append(GraphStep(*args)) or steps[-1]
+    )
     return steps
 
 
 @pytest.mark.parametrize(("images", "prompts", "prompt_len"), [(1, 1, 1), (1, 3, 2), (4, 1, 2), (4, 3, 1)])
-def test_it_gives_what_one_pass_gives(model, made, images, prompts, prompt_len):
+def test_graph_steps_equal_one_pass(model, made, images, prompts, prompt_len):
     memory, prompt = MEMORY[:images], PROMPTS[:images, :prompts, :prompt_len]
     out = model.generate(memory, prompt, max_new_tokens=24, eos_id=None)
     assert len(made) == 1
     torch.testing.assert_close(out.logprobs, expected_logprobs(model, memory, prompt, out.tokens), atol=1e-3, rtol=1e-3)
 
 
-def test_in_bf16_it_stays_near(model, made):
+def test_graph_steps_in_bf16_stay_near_those_in_float32(model, made):
     with torch.autocast("cpu", torch.bfloat16):
         out = model.generate(MEMORY, PROMPTS, max_new_tokens=24, eos_id=None)
     assert made[0].layers[0].qkv.weight.dtype == torch.bfloat16
     assert (out.logprobs - expected_logprobs(model, MEMORY, PROMPTS, out.tokens)).abs().mean() < 0.1
 
 
-def test_what_lies_in_slots_not_yet_filled_does_not_matter(model, made, monkeypatch):
+def test_the_content_of_empty_slots_does_not_matter(model, made, monkeypatch):
     allocate = KVCache.allocate
 
     def dirty(*args, **kwargs):
@@ -56,7 +58,7 @@ def test_what_lies_in_slots_not_yet_filled_does_not_matter(model, made, monkeypa
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_that_leave_change_nothing(model, made, seed):
+def test_dropping_finished_rows_changes_nothing(model, made, seed):
     found = [
         generate(
             model.decoder,
@@ -70,14 +72,14 @@ def test_rows_that_leave_change_nothing(model, made, seed):
         )
         for compact in (True, False)
     ]
-    assert len(made) > 2  # a new one each time that some rows left
+    assert len(made) > 2  # a new one each time that rows leave
     assert torch.equal(found[0].tokens, found[1].tokens)
     torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
-def test_recorded_it_gives_what_one_pass_gives(model, bf16):
+def test_a_recorded_graph_equals_one_pass(model, bf16):
     gpu = tiny_model().cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         out = gpu.generate(MEMORY.cuda(), PROMPTS.cuda(), max_new_tokens=30, eos_id=SHORT.eos_id, grammar=SHORT)

@@ -1,4 +1,4 @@
-"""Decoding of several tasks in one call: every prompt gets what it would get alone."""
+"""Decoding several tasks in one call: every prompt gets the result it would get alone."""
 
 import copy
 import warnings
@@ -17,6 +17,7 @@ from pix2seq.model.decoding.generate import GenerationConfig, generate_mixed
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.rows import arrange_rows
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.model.pix2seq import build_model
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -86,10 +87,10 @@ def model():
 
 
 def sampling(name):
-    """The configs of the five prompts, drawn in one of several ways."""
+    """Return the configs of the five prompts with one of several ways of sampling."""
     changes = {
         "greedy": {"temperature": 0.0},
-        "as each task draws": {},
+        "as each task samples": {},
         "free": {"temperature": 1.3, "top_k": 0, "top_p": 1.0},
         "truncated": {"temperature": 0.8, "top_k": 5, "top_p": 0.9},
     }[name]
@@ -101,7 +102,7 @@ def seeded(count):
 
 
 def assert_equals_alone(found, row, alone):
-    """Row by row: what came alone, then padding."""
+    """Check that each row is the result alone, then padding."""
     for i in range(len(alone.tokens)):
         width = alone.tokens.shape[1]
         for name in FIELDS:
@@ -114,7 +115,7 @@ def assert_equals_alone(found, row, alone):
         assert found.truncated[row + i] == alone.truncated[i]
 
 
-@pytest.mark.parametrize("how", ["greedy", "as each task draws", "free", "truncated"])
+@pytest.mark.parametrize("how", ["greedy", "as each task samples", "free", "truncated"])
 @pytest.mark.parametrize(("num_images", "num_samples"), [(1, 1), (3, 1), (2, 3)])
 def test_tasks_in_one_batch_get_what_each_gets_alone(model, how, num_images, num_samples):
     configs, count = sampling(how), len(PROMPTS)
@@ -127,8 +128,8 @@ def test_tasks_in_one_batch_get_what_each_gets_alone(model, how, num_images, num
     )
     assert len(found.tokens) == num_images * count * num_samples
     for image in range(num_images):
-        for place, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True)):
-            number = image * count + place
+        for i, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True)):
+            number = image * count + i
             alone = model.generate(
                 MEMORY[image : image + 1],
                 prompt[None],
@@ -162,11 +163,11 @@ def test_prompts_of_any_lengths_get_what_each_gets_alone(model):
             assert_equals_alone(found, row, alone)
 
 
-def test_a_mixed_batch_without_its_finished_rows_gives_the_same(model, monkeypatch):
+def test_dropping_finished_rows_of_a_mixed_batch_changes_nothing(model, monkeypatch):
     left = []
     keep = KVCache.keep
     monkeypatch.setattr(KVCache, "keep", lambda self, images, rows: (left.append(len(rows)), keep(self, images, rows)))
-    arguments = {"prompts": PROMPTS * 3, "configs": sampling("as each task draws") * 3, "num_samples": 2}
+    arguments = {"prompts": PROMPTS * 3, "configs": sampling("as each task samples") * 3, "num_samples": 2}
     found, kept = (
         generate_mixed(model.decoder, MEMORY, **arguments, generator=seeded(3), compact=compact)
         for compact in (True, False)
@@ -187,20 +188,20 @@ def test_a_row_may_still_read_its_prompt_when_all_others_have_ended(model):
         assert found.tokens[1].tolist() == alone.tokens[0].tolist()
 
 
-def test_only_the_part_of_the_output_layer_that_some_task_needs_gives_the_same_tokens(model, monkeypatch):
+def test_computing_only_the_allowed_part_of_the_output_layer_gives_the_same_tokens(model, monkeypatch):
     configs = [replace(config, with_logprobs=False, score_range=None) for config in CONFIGS]
     full = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
     parts = []
-    logits = type(model.decoder).logits
+    logits = DecoderStep.logits
 
-    def spy(self, hidden, *, cache=None, ids=None):
+    def spy(self, hidden, ids=None):
         parts.append(ids)
-        return logits(self, hidden, cache=cache, ids=ids)
+        return logits(self, hidden, ids)
 
     monkeypatch.setattr(generation, "MIN_PARTIAL_OUTPUT", 0)
-    monkeypatch.setattr(type(model.decoder), "logits", spy)
+    monkeypatch.setattr(DecoderStep, "logits", spy)
     part = model.generate_mixed(MEMORY[:1], PROMPTS, configs, generator=seeded(1))
-    # First an object's corner or the end of the list, beside a word; the others read their prompts.
+    # The first column is a box corner or the end of the list, and a word. The other rows still read their prompts.
     assert parts[0] == slice(0, 1028)
     torch.testing.assert_close(part.tokens, full.tokens, rtol=0, atol=0)
 
@@ -217,9 +218,9 @@ def alone(model, memory, prompt, config, num_samples, generator):
     num_samples=st.integers(1, 2),
     compact=st.booleans(),
 )
-@example(asked=[(4, 1), *[(place, 2) for place in range(5)], (0, 1), *[(4, 2)] * 5], num_samples=1, compact=True)
+@example(asked=[(4, 1), *[(which, 2) for which in range(5)], (0, 1), *[(4, 2)] * 5], num_samples=1, compact=True)
 def test_prompts_of_any_images_in_any_order_get_what_each_gets_alone(model, asked, num_samples, compact):
-    configs = sampling("as each task draws")
+    configs = sampling("as each task samples")
     found = generate_mixed(
         model.decoder,
         MEMORY,
@@ -236,7 +237,7 @@ def test_prompts_of_any_images_in_any_order_get_what_each_gets_alone(model, aske
         assert_equals_alone(found, number * num_samples, expected)
 
 
-def test_an_image_draws_the_same_for_its_prompts_however_they_are_mixed_with_others(model):
+def test_the_order_of_prompts_does_not_change_the_numbers_of_an_image(model):
     config = GenerationConfig(6, eos_id=None)
     prompts = [torch.tensor([10 + i]) for i in range(6)]
     in_order = generate_mixed(model.decoder, MEMORY, prompts, [config] * 6, generator=seeded(3)).tokens
@@ -263,7 +264,7 @@ def test_an_image_draws_the_same_for_its_prompts_however_they_are_mixed_with_oth
         ([40], [0], 40),
     ],
 )
-def test_at_most_a_quarter_of_the_rows_fill_up(counts, images, size):
+def test_at_most_a_quarter_of_the_rows_are_fillers(counts, images, size):
     memory_index = [image for image, count in enumerate(counts) for _ in range(count)][::-1]
     found, order = arrange_rows(memory_index, 2)
     assert found == images
@@ -330,7 +331,7 @@ def test_without_a_grammar_four_tasks_in_one_call_give_the_official_greedy_token
 IMAGE = np.random.default_rng(5).integers(0, 256, (48, 48, 3), np.uint8)
 
 
-def test_a_predictor_says_what_was_cut(model):
+def test_a_predictor_warns_of_cut_answers(model):
     predictor = Predictor(model)
     image = predictor.encode(IMAGE)
     captioning = predictor.tasks["captioning"]

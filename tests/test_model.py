@@ -1,4 +1,4 @@
-"""The model: shapes, causality, cached against uncached, one against many."""
+"""The model: shapes, causality, cached against uncached, single images against batches."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def tiny_model(**encoder):
         vocab=VOCAB,
     )
     model = build_model(config).eval()
-    # Weights that say something: fresh ones give nearly equal logits, which hides mistakes.
+    # Fresh weights give nearly equal logits, which would hide mistakes.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -41,12 +41,12 @@ TOKENS = torch.randint(0, VOCAB.size, (3, 12), generator=torch.Generator().manua
 
 
 @pytest.mark.parametrize("grid", ["4x6x48", "40x40x64", "1x9x32"])
-def test_position_codes_equal_the_official_ones(parity_ops, grid):
+def test_position_encodings_equal_the_official_ones(parity_ops, grid):
     height, width, dim = map(int, grid.split("x"))
     np.testing.assert_allclose(sincos_2d(height, width, dim).numpy(), parity_ops[f"sincos_{grid}"], atol=2e-6)
 
 
-def test_position_codes_of_a_single_place_are_numbers():
+def test_position_encodings_of_a_single_position_are_finite():
     assert torch.isfinite(sincos_1d(1, 8)).all()
 
 
@@ -78,7 +78,7 @@ def test_an_unknown_encoder_names_the_nearest():
         tiny_model(name="deit_tiny_patch16_22")
 
 
-def test_pretrained_weights_that_cannot_be_had_end_in_one_line(monkeypatch):
+def test_pretrained_weights_that_cannot_be_loaded_end_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub.constants
 
@@ -96,7 +96,7 @@ def test_sequences_of_one_image_do_not_see_each_other(model):
     torch.testing.assert_close(logits[1::2], model(IMAGES, TOKENS.flip(0)), atol=1e-4, rtol=1e-4)
 
 
-def test_no_place_sees_what_comes_after_it(model):
+def test_no_position_sees_later_ones(model):
     changed = TOKENS.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB.size
     torch.testing.assert_close(model(IMAGES, TOKENS)[:, :7], model(IMAGES, changed)[:, :7])
@@ -155,7 +155,7 @@ def test_encoded_memory_can_stand_in_for_images(model):
 
 
 class Script(torch.nn.Module):
-    """A decoder that plays back given ids, whatever it reads."""
+    """A decoder that predicts given ids, whatever it reads."""
 
     def __init__(self, ids):
         super().__init__()
@@ -237,7 +237,7 @@ def test_damaged_checkpoints_end_in_one_line(model, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json"):
         Pix2Seq.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match="not a checkpoint"):
         Pix2Seq.from_pretrained(tmp_path / "nowhere")
 
 

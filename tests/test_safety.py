@@ -381,7 +381,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over_by_resume(run, data, tmp
     assert "step-00000002 is damaged: state.safetensors" in one_line(capsys.readouterr().err)
     assert main(["train", f"data={data}", f"out={out}", *TINY, "--resume", "auto"]) == 0
     captured = capsys.readouterr()
-    assert "step-00000002 is damaged and passed over" in captured.err
+    assert "step-00000002 is damaged and skipped" in captured.err
     assert "from step 1" in captured.out
     assert newest_checkpoint(out) == second
     assert find_damage(first) is None

@@ -1,4 +1,4 @@
-"""What makes a step fast or lean changes nothing about its gradients."""
+"""Optimisations of speed and memory do not change the gradients of a training step."""
 
 import copy
 import shutil
@@ -89,7 +89,7 @@ def test_attention_in_bf16_has_the_gradient_of_the_formula(monkeypatch, kind, sc
         assert (a.grad - b.grad).norm() < 0.01 * b.grad.norm()
 
 
-def test_attention_of_timm_goes_the_same_way_in_copies_too(monkeypatch):
+def test_timm_attention_is_redirected_in_copies_too(monkeypatch):
     calls = []
     monkeypatch.setattr(timm_attention, "attend", lambda q, k, v: calls.append(q.dtype) or attend(q, k, v))
     encoder = TimmEncoder("deit_tiny_patch16_224", image_size=(32, 32))
@@ -172,7 +172,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(encoder, sequence
 
 
 @pytest.mark.parametrize("encoder", [VIT, DEIT, {"name": "resnet10t"}], ids=str)
-def test_compiling_leaves_the_names_of_weights(encoder):
+def test_compiling_keeps_the_names_of_weights(encoder):
     model = tiny_model(encoder)
     names = list(model.state_dict())
     compile_model(model)

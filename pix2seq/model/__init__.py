@@ -1,1 +1,1 @@
-"""Encoder, decoder, the joined model and generation. Knows ids, masks and features, and no task."""
+"""Encoders, decoder, the complete model and generation. They know ids, masks and features, but no tasks."""

@@ -1,23 +1,17 @@
 """The autoregressive decoder: token ids and image memory to hidden states and logits.
 
-Shapes: B images, I sequences an image, R = B * I rows, T tokens, N memory tokens, D width,
-V vocabulary. Row r belongs to image r // I, and the rows of an image read its memory without
-copying it.
+Shapes: B images, I sequences per image, R = B * I rows, T tokens, N memory tokens, D width, V vocabulary size.
+Row r belongs to image r // I. The rows of an image share its memory without a copy.
 
 Reference: google-research/pix2seq, `architectures/transformers.py` (`AutoregressiveDecoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.decoding.cpu_step import CpuStep
-from pix2seq.model.decoding.graph_step import GraphStep
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
 from pix2seq.model.layers import (
     NORM_EPS,
@@ -35,7 +29,7 @@ from pix2seq.model.positions import sincos_1d
 
 
 class CrossAttention(nn.Module):
-    """Attention from tokens to memory; keys and values are projected once per image."""
+    """Attention from tokens to memory. Keys and values are projected once per image."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -45,22 +39,22 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     @torch.no_grad()
-    def start_as_lookup(self) -> None:
-        """Start with queries that find equal keys, and with values that come out as they are."""
+    def init_as_lookup(self) -> None:
+        """Initialise queries and keys alike, and values and output as the identity."""
         dim = self.out.in_features
         self.query.weight.copy_(self.key_value.weight[:dim])
         nn.init.eye_(self.key_value.weight[dim:])
         nn.init.eye_(self.out.weight)
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory (B, N, D) to keys and values, each (B, H, N, D / H)."""
+        """Project memory (B, N, D) to keys and values, each (B, H, N, D / H)."""
         keys, values = self.key_value(memory).chunk(2, dim=-1)
         return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(R, T, D) to (R, T, D), with keys and values of B images, R a multiple of B."""
+        """(R, T, D) to (R, T, D), with the keys and values of B images. R is a multiple of B."""
         num_images, num_tokens = keys.shape[0], x.shape[1]
-        # No mask between tokens here, so the sequences of an image can stand in one line of queries.
+        # There is no mask, so the tokens of all sequences of an image can be queries side by side.
         q = split_heads(self.query(x).reshape(num_images, -1, x.shape[-1]), self.num_heads)
         attended = merge_heads(attend(q, keys, values))
         return self.out(attended.reshape(-1, num_tokens, x.shape[-1]))
@@ -80,20 +74,20 @@ class DecoderBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Teacher forcing: x (R, T, D), memory (B, N, D); causal where no `mask` (R, 1, T, T) is given."""
+        """Process x (R, T, D) on memory (B, N, D) with teacher forcing, causal unless given a `mask` (R, 1, T, T)."""
         x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=mask is None, mask=mask))
         keys, values = self.cross_attention.project_memory(memory)
         x = x + self.drop_path(self.cross_attention(self.cross_norm(x), keys, values))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
 
     def step(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
-        """Continue at position `start`: x (R, t, D) are new tokens, whose keys and values enter the cache."""
+        """Process new tokens x (R, t, D) at position `start` and add their keys and values to the cache."""
         end = start + x.shape[1]
         q, k, v = self.self_attention.project(self.self_norm(x))
         cache.self_keys[:, :, start:end] = k
         cache.self_values[:, :, start:end] = v
-        # New tokens see everything cached and, among themselves, what stands before them. With one
-        # new token nothing is masked; with a prompt at the start plain causality is right.
+        # New tokens see all cached tokens and the new ones before them. A single token needs no mask, and a prompt
+        # at the start a causal one.
         if start == 0:
             attended = attend(q, k, v, is_causal=x.shape[1] > 1)
         elif x.shape[1] == 1:
@@ -106,7 +100,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token and position embeddings, blocks, and an output layer that may be the embedding itself."""
+    """Token and position embeddings, blocks, and an output layer, which may be the token embedding."""
 
     position_embedding: Tensor  # (S, D)
 
@@ -146,79 +140,51 @@ class Decoder(nn.Module):
 
     @property
     def max_seq_len(self) -> int:
-        """The longest sequence there are positions for, prompt included."""
+        """Number of positions, including those of the prompt."""
         return len(self.position_embedding)
 
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
-        """Hidden states (R, T, D) of tokens (R, T) read left to right; memory is (B, N, D)."""
+        """Return causal hidden states (R, T, D) of tokens (R, T) on memory (B, N, D)."""
         return self.norm(self.blocks.run(self._embed(tokens, 0), memory))
 
     def forward_packed(self, packed: Packed, memory: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of sequences packed into one row an image; memory is (B, N, D)."""
+        """Return hidden states (B, L, D) of sequences packed in one row per image, on memory (B, N, D)."""
         x = self.token_embedding(packed.tokens) + self.position_embedding[packed.positions]
         return self.norm(self.blocks.run(x, memory, packed.mask))
 
     @property
     def output_weight(self) -> Tensor:
-        """Rows (V, D) that hidden states are compared with."""
+        """Weight (V, D) of the output layer."""
         return (self.output_embedding or self.token_embedding).weight
 
-    def logits(self, hidden: Tensor, *, cache: KVCache | None = None, ids: slice | None = None) -> Tensor:
-        """Hidden states (..., D) to logits (..., V), or only to those of `ids`.
-
-        With the `cache` of the step that gave them, in that step's fast form.
-        """
-        if cache is not None and cache.fast_step is not None:
-            with _no_autocast(cache.device.type):
-                return cache.fast_step.logits(hidden, ids)
+    def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
+        """Map hidden states (..., D) to logits (..., V), or only to those of `ids`."""
         if ids is None:
             return F.linear(hidden, self.output_weight, self.output_bias)
         return F.linear(hidden, self.output_weight[ids], None if self.output_bias is None else self.output_bias[ids])
 
     def new_cache(self, memory: Tensor, *, rows_per_image: int, num_slots: int) -> KVCache:
-        """An empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""
+        """Create an empty cache for `rows_per_image` sequences on each of B memories (B, N, D)."""
         projected = (block.cross_attention.project_memory(memory) for block in self.blocks)
         return KVCache.allocate(projected, num_rows=len(memory) * rows_per_image, num_slots=num_slots)
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read the next tokens (R, t) of every row, and give the hidden state (R, D) after the last."""
-        if tokens.shape[1] == 1 and not self.training and not torch.is_grad_enabled() and _has_fast_step(cache):
-            self._check_length(cache.length + 1)
-            with _no_autocast(cache.device.type):
-                if cache.fast_step is None:
-                    cache.fast_step = (GraphStep if cache.device.type == "cuda" else CpuStep)(self, cache)
-                hidden = cache.fast_step.hidden(tokens[:, 0], cache.length)
-            cache.length += 1
-            return hidden
+        """Read the next tokens (R, t) of every row. Return the hidden states (R, D) after the last."""
         x = self._embed(tokens, cache.length)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, layer, cache.length)
         cache.length += tokens.shape[1]
         return self.norm(x[:, -1])
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
-        end = start + tokens.shape[1]
-        self._check_length(end)
-        return self.token_embedding(tokens) + self.position_embedding[start:end]
-
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raise `ValueError` if a sequence of `length` tokens has more than `max_seq_len`."""
         if length > self.max_seq_len:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the decoder's {self.max_seq_len} positions; "
                 "raise model.decoder.max_seq_len or ask for fewer tokens"
             )
 
-
-def _has_fast_step(cache: KVCache) -> bool:
-    return cache.device.type in ("cpu", "cuda") and cache.dtype in (torch.float32, torch.bfloat16)
-
-
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """The fast step chooses its own types; autocast would convert all weights again at every step."""
-    enabled = torch.is_autocast_enabled(device_type)
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device_type, enabled)
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        end = start + tokens.shape[1]
+        self.check_length(end)
+        return self.token_embedding(tokens) + self.position_embedding[start:end]

@@ -1,4 +1,4 @@
-"""Pre-norm Transformer parts that the encoder and the decoder share.
+"""Pre-norm Transformer layers of the encoder and the decoder.
 
 Shapes: B batch, T tokens, D width, H heads.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, H heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -31,28 +32,46 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of queries (B, H, T, d) on keys and values (B, H, N, d).
+    """Compute scaled dot-product attention of queries (B, H, T, d) on keys and values (B, H, N, d).
 
     `mask` (B, 1, T, N) is true where a query may look.
 
-    On the CPU the gradient of PyTorch's fused kernel is slower in bf16 than in float32, so training
-    there takes the gradient from `pix2seq.model.cpu_attention`.
+    On the CPU, the backward pass of PyTorch's fused kernel is slower in bf16 than in float32, so bf16 training
+    there uses `pix2seq.model.cpu_attention`.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         return cast("Tensor", attend_on_cpu(q, k, v, mask, is_causal))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
-class LayerStack(nn.ModuleList, Generic[Layer]):
-    """A list of layers of one class, known to be of that class."""
+@dataclass(frozen=True)
+class Float32Norm:
+    """A layer norm in float32 for inference."""
 
-    checkpointing = False  # whether what a layer computes inside is computed again for its gradient, not kept
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> Float32Norm:
+        """Return the float32 form of `module`."""
+        return cls(module.weight.float(), module.bias.float(), module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class LayerStack(nn.ModuleList, Generic[Layer]):
+    """An `nn.ModuleList` of layers of one class, typed as that class."""
+
+    checkpointing = False  # recompute the activations of each layer in the backward pass instead of keeping them
 
     def __iter__(self) -> Iterator[Layer]:
         return cast("Iterator[Layer]", super().__iter__())
 
     def run(self, x: Tensor, *args: Any) -> Tensor:
-        """Pass x through all layers; each is given `args` too."""
+        """Pass x through all layers, each with `args`."""
         for layer in self:
             if self.checkpointing and torch.is_grad_enabled():
                 x = cast("Tensor", checkpoint(layer, x, *args, use_reentrant=False))
@@ -62,7 +81,7 @@ class LayerStack(nn.ModuleList, Generic[Layer]):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: a residual branch is dropped for whole samples (arXiv 1603.09382)."""
+    """Stochastic depth: drop a residual branch for entire samples (arXiv 1603.09382)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -78,7 +97,7 @@ class DropPath(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values."""
+    """Multi-head self-attention with a joint projection to queries, keys and values."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -89,18 +108,18 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, T, D / H)."""
+        """Project x (B, T, D) to queries, keys and values, each (B, H, T, D / H)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def forward(self, x: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); for `mask`, see `attend`."""
+        """(B, T, D) to (B, T, D); see `attend` for `mask`."""
         q, k, v = self.project(x)
         return self.out(merge_heads(attend(q, k, v, is_causal=is_causal, mask=mask)))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around an exact GELU, with dropout on the hidden units."""
+    """Two linear layers around an exact GELU, with dropout after it."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -114,7 +133,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention and a feed-forward layer, each on a normalised input and added back."""
+    """Self-attention and a feed-forward layer, each pre-norm and residual."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float, drop_path: float) -> None:
         super().__init__()
@@ -131,7 +150,7 @@ class EncoderBlock(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Glorot-uniform kernels and zero biases, as Keras layers start; for `nn.Module.apply`."""
+    """Initialise weights as Keras does, Glorot-uniform with zero biases. Pass this to `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,7 +1,7 @@
-"""The joined model: an image encoder, a projection to memory, and one decoder for every task.
+"""The complete model: an image encoder, a projection to memory, and one decoder for every task.
 
-Shapes: B images, H and W pixels, N memory tokens, D decoder width, I sequences an image, T tokens,
-V vocabulary.
+Shapes: B images, H and W pixels, N memory tokens, D decoder width, I sequences per image, T tokens,
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pix2seq.model.decoding.grammar import Grammar
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
-from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_codes
+from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
-CODE_INIT_SCALE = 0.05
+ENCODING_INIT_SCALE = 0.05
 
 
 class MemoryProjection(nn.Module):
-    """Encoder features to what the decoder attends to, with their 2D positions added again.
+    """Projection from encoder features to memory, which adds their 2D positions again.
 
-    Positions that passed through the encoder are blurred by its attention; the decoder, whose every
-    answer is a place, learns far faster from fresh ones. Reference: `models/ar_model.py`, of whose
-    modes `linear` has neither positions nor the feed-forward layer, `linear_p` positions, `mlp` both.
+    The encoder's attention blurs the positions it was given. The decoder predicts positions, and learns far
+    faster from fresh ones. Reference: `models/ar_model.py`. Its mode `linear` has neither positions nor the
+    feed-forward layer, `linear_p` has positions, `mlp` has both.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MemoryProjection(nn.Module):
         dropout: float,
         drop_path: float,
     ) -> None:
-        """`positions` None adds none, `mlp_dim` None leaves out the feed-forward layer."""
+        """Without `positions` none are added; without `mlp_dim` there is no feed-forward layer."""
         super().__init__()
         self.linear = nn.Linear(in_dim, dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -61,21 +61,21 @@ class MemoryProjection(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features (B, N, in_dim) to memory (B, N, dim); the last of N are the grid's, a class token has no place."""
+        """Project features (B, N, in_dim) to memory (B, N, dim). A class token comes first, without a position."""
         x = self.norm(self.linear(features))
         if self.positions is not None:
-            codes = self.positions(*grid).to(x)
-            x = x + F.pad(codes, (0, 0, x.shape[1] - len(codes), 0))
+            encodings = self.positions(*grid).to(x)
+            x = x + F.pad(encodings, (0, 0, x.shape[1] - len(encodings), 0))
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.drop_path(self.mlp(self.mlp_norm(x)))
         return x
 
 
 class Pix2Seq(nn.Module):
-    """Images and token ids to logits. Knows ids and features, and no task.
+    """A model from images and token ids to logits. It knows ids and features, but no tasks.
 
-    `categories`, `text` and `task_settings` travel with the weights, so that whoever opens a checkpoint
-    can name what its ids mean and ask as it was trained; the model itself does not read them.
+    `categories`, `text` and `task_settings` are saved with the weights, so that a checkpoint says what its ids
+    mean and how to prompt it. The model does not read them.
     """
 
     def __init__(
@@ -98,25 +98,25 @@ class Pix2Seq(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.decoder.token_embedding.weight.device
 
-    def units(self) -> list[nn.Module]:
-        """Parts of encoder and decoder, such as blocks, that are compiled and sharded one by one."""
-        return [*self.encoder.units(), *self.decoder.blocks]
+    def block_list(self) -> list[nn.Module]:
+        """Return the blocks of encoder and decoder, which are compiled and sharded one by one."""
+        return [*self.encoder.block_list(), *self.decoder.blocks]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether Transformer blocks keep only their inputs in training and compute the rest again for the gradient.
+        """Set whether Transformer blocks recompute their activations in the backward pass.
 
-        About a third more arithmetic for a fraction of the memory; gradients stay the same, dropout included.
+        This takes a fraction of the memory for about a third more arithmetic. Gradients, and dropout, stay the same.
         """
         self.encoder.set_activation_checkpointing(enabled)
         self.decoder.blocks.checkpointing = enabled
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), floats in [0, 1], to memory (B, N, D).
+        """Encode images (B, 3, H, W), floats in [0, 1], as memory (B, N, D).
 
-        Sides are those of `config.image_size`, or divisible by the encoder's stride.
+        H and W must be those of `config.image_size` or divisible by the encoder's stride.
         """
         stride = self.encoder.stride
         height, width = images.shape[-2:]
@@ -126,11 +126,11 @@ class Pix2Seq(nn.Module):
         return self.projection(features, grid)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: logits (B, T, V) for tokens (B, T), or (B * I, T, V) for tokens (B, I, T)."""
+        """Return logits (B, T, V) for tokens (B, T), or (B * I, T, V) for tokens (B, I, T), with teacher forcing."""
         return self.decoder.logits(self.hidden(images, tokens))
 
     def hidden(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Hidden states (B * I, T, D) in front of the output layer, for losses that need few logits."""
+        """Return hidden states (B * I, T, D) before the output layer, for losses that need few logits."""
         return self.decoder(tokens.reshape(-1, tokens.shape[-1]), self.encode(images))
 
     def generate(
@@ -187,8 +187,8 @@ class Pix2Seq(nn.Module):
     ) -> Generated:
         """Continue prompts (P,) of any lengths and tasks side by side, each by its own config.
 
-        Prompt i reads image or memory `memory_index[i]`. Without it there are as many prompts for each image, in the
-        order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
+        Prompt i reads image or memory `memory_index[i]`; by default, all images have the same number of prompts, in
+        the order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
         """
         with torch.inference_mode():
             memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
@@ -203,13 +203,13 @@ class Pix2Seq(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer if there is one, making the folder."""
+        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed."""
         write_checkpoint(Path(folder), self.config_json(), self.state_dict())
         if self.text is not None:
             self.text.save(Path(folder))
 
     def config_json(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """Return the content of config.json."""
         return {
             "format": FORMAT,
             "model": dataclasses.asdict(self.config),
@@ -219,9 +219,9 @@ class Pix2Seq(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Pix2Seq:
-        """Open a folder with config.json and model.safetensors, in evaluation mode on the CPU.
+        """Load a model from a folder with config.json and model.safetensors, in evaluation mode on the CPU.
 
-        Raises `InputError` where a file is missing or damaged, and where the two do not fit.
+        Raises `InputError` if a file is missing or damaged, or if the weights do not fit the config.
         """
         folder = Path(folder)
         config, categories, task_settings = read_config(folder)
@@ -254,7 +254,7 @@ def build_model(
     *,
     load_pretrained: bool = True,
 ) -> Pix2Seq:
-    """A model with fresh weights, or timm's for the encoder where its config asks and `load_pretrained`."""
+    """Build a model with fresh weights. The encoder gets timm's if its config asks for them and `load_pretrained`."""
     if config.positions not in ("sincos", "fourier", "learned"):
         raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
     if config.decoder.positions not in ("sincos", "learned"):
@@ -284,26 +284,25 @@ def build_model(
         drop_path=dec.drop_path,
     )
     if positions == "fourier":
-        _start_from_codes(decoder, config.vocab)
+        _init_coordinates(decoder, config.vocab)
     return Pix2Seq(encoder, projection, decoder, config, categories, text)
 
 
 @torch.no_grad()
-def _start_from_codes(decoder: Decoder, vocab: Vocab) -> None:
-    """Let the decoder start as something that looks where it points and says where it looks.
+def _init_coordinates(decoder: Decoder, vocab: Vocab) -> None:
+    """Initialise the decoder to attend where a coordinate points and to predict the position it attends to.
 
-    Coordinate embeddings begin as the codes of their places on both axes, so that neighbouring bins
-    are neighbours and speak the language of memory's places. Queries and keys of cross-attention
-    begin equal, so that a coordinate attends to its place, and values pass through unchanged, so that
-    the place attended to comes out as a coordinate. Sequence positions begin as sinusoids, in which
-    "the token before" is the same turn everywhere. From random weights all of this has to be found
-    first, and until then nothing else is learned.
+    Coordinate embeddings start as the encodings of their bin on both axes, so that neighbouring bins are similar,
+    and similar to memory's encodings at that position. Queries and keys of cross-attention start equal, so that a
+    coordinate attends to its position. Values pass through unchanged, so that the output is the encoding of the
+    position attended to. Sequence positions start as sinusoids, in which "the previous token" is the same rotation
+    everywhere. From random weights, the model has to find all of this before it learns anything else.
     """
     dim = decoder.token_embedding.weight.shape[1]
-    place = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), dim // 2)
+    encodings = fourier_1d(torch.arange(vocab.num_bins) / (vocab.num_bins - 1), dim // 2)
     bins = decoder.token_embedding.weight[vocab.coord_base : vocab.coord_end]
-    bins.copy_(CODE_INIT_SCALE * torch.cat([place, place], dim=1))
+    bins.copy_(ENCODING_INIT_SCALE * torch.cat([encodings, encodings], dim=1))
     if isinstance(decoder.position_embedding, nn.Parameter):
-        decoder.position_embedding.copy_(CODE_INIT_SCALE * sequence_codes(decoder.max_seq_len, dim))
+        decoder.position_embedding.copy_(ENCODING_INIT_SCALE * sequence_encodings(decoder.max_seq_len, dim))
     for block in decoder.blocks:
-        block.cross_attention.start_as_lookup()
+        block.cross_attention.init_as_lookup()

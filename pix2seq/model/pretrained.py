@@ -1,7 +1,7 @@
-"""Checkpoints as they are used: where they lie, and how config.json and model.safetensors are read and written.
+"""Finding checkpoints, and reading and writing their config.json and model.safetensors.
 
-A checkpoint is a folder with config.json and model.safetensors. A run keeps its checkpoints in OUT/checkpoints/step-*,
-and what it needs to resume lies beside those two files; see `pix2seq.training.checkpoint`.
+A checkpoint is a folder with these two files. A training run keeps its checkpoints in OUT/checkpoints/step-*, with
+the files it needs to resume beside these two; see `pix2seq.training.checkpoint`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ STATE_FILES = (STATE_FILE, SHARDS_FOLDER, POSITION_FILE)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest one of the run in `path`, with intact weights.
+    """Return `path` if it is a checkpoint, else the newest checkpoint of the run in `path`.
 
-    Raises `InputError` if there is none. The state to resume from is left to `load_checkpoint`.
+    Raises `InputError` if there is none with intact weights. `load_checkpoint` checks the training state.
     """
-    place = existing_folder(path)
-    if (place / CONFIG_FILE).is_file():
-        damage = find_damage(place, leaving_out=STATE_FILES)
+    folder = existing_folder(path)
+    if (folder / CONFIG_FILE).is_file():
+        damage = find_damage(folder, leaving_out=STATE_FILES)
         if damage is not None:
             raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
-        return place
+        return folder
     newest = newest_checkpoint(path, weights_only=True)
     if newest is None:
         reason = f"holds neither {CONFIG_FILE} nor checkpoints/step-*"
@@ -53,31 +53,31 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def newest_checkpoint(out: Path, *, weights_only: bool = False) -> Path | None:
-    """The newest intact checkpoint of a run, None where it has no checkpoints; damaged ones are named on stderr.
+    """Return the newest intact checkpoint of a run, or None if it has no checkpoints. Warn of damaged ones on stderr.
 
-    `weights_only` lets the state to resume from be damaged. Raises `InputError` where all are damaged.
+    With `weights_only`, the training state may be damaged. Raises `InputError` if all checkpoints are damaged.
     """
     found = list_checkpoints(out)
     for folder in reversed(found):
         damage = find_damage(folder, leaving_out=STATE_FILES if weights_only else ())
         if damage is None:
             return folder
-        print(f"warning: checkpoint {folder} is damaged and passed over: {damage}", file=sys.stderr, flush=True)
+        print(f"warning: checkpoint {folder} is damaged and skipped: {damage}", file=sys.stderr, flush=True)
     if found:
-        raise InputError(f"all {len(found)} checkpoints of {out} are damaged; start afresh with another out=FOLDER")
+        raise InputError(f"all {len(found)} checkpoints of {out} are damaged; start a new run with another out=FOLDER")
     return None
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; whether they are intact, `find_damage` says."""
+    """Return the complete checkpoints of a run, oldest first. `find_damage` tells whether they are intact."""
     folder = out / "checkpoints"
     names = {path.name.removeprefix(".old-") for pattern in ("step-*", ".old-step-*") for path in folder.glob(pattern)}
-    places = [existing_folder(folder / name) for name in sorted(names)]
-    return [place for place in places if (place / CONFIG_FILE).is_file()]
+    folders = [existing_folder(folder / name) for name in sorted(names)]
+    return [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[str, dict[str, Any]]]:
-    """Model settings, categories and task settings in a checkpoint's config.json. Raises `InputError` if unreadable."""
+    """Read model settings, categories and task settings from config.json. Raises `InputError` if it is unreadable."""
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,19 +89,19 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[s
         categories = tuple(Category.from_json(entry) for entry in content["categories"])
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is no checkpoint: it has no {CONFIG_FILE}; give a folder that training or convert wrote"
+            f"{folder} is not a checkpoint: it has no {CONFIG_FILE}; give a folder that training or convert wrote"
         ) from None
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no config of this project: {reason}; use a folder that training wrote") from error
+        raise InputError(f"{path} is not a valid model config: {reason}; use a folder that training wrote") from error
     assert isinstance(config, ModelConfig)
     return config, categories, content.get("tasks", {})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `InputError` where it is missing or damaged."""
+    """Read the tensors of a safetensors file. Raises `InputError` if it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -111,15 +111,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write what `Pix2Seq.from_pretrained` reads; `config` is that of `Pix2Seq.config_json`."""
+    """Write the two files that `Pix2Seq.from_pretrained` reads; `config` comes from `Pix2Seq.config_json`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner may read.
+    # safetensors creates files that only their owner can read.
     (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
 
 
 def existing_folder(folder: Path) -> Path:
-    """A checkpoint's folder, or where `_put_in_place` left the one before it."""
+    """Return a checkpoint's folder, or the previous one that an interrupted save left behind."""
     old = folder.with_name(f".old-{folder.name}")
     return old if not folder.exists() and old.exists() else folder

@@ -122,11 +122,11 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def spread(module: nn.Module, ranks: Ranks, how: str, *, units: Sequence[nn.Module]) -> nn.Module:
+def spread(module: nn.Module, ranks: Ranks, how: str, *, blocks: Sequence[nn.Module]) -> nn.Module:
     """`module` so that its gradients are averaged over all ranks. Build optimisers after this.
 
     `how` is `ddp`, where every rank holds all weights, or `fsdp`, where each holds a part of every
-    weight and its optimiser state, and gathers the weights of one of the `units` inside at a time. Batch
+    weight and its optimiser state, and gathers the weights of one of the `blocks` inside at a time. Batch
     normalisation takes its statistics from all ranks.
     """
     if ranks.size == 1:
@@ -135,8 +135,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str, *, units: Sequence[nn.Modu
     if how == "ddp":
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    for unit in units:
-        fully_shard(unit, mesh=mesh)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
 

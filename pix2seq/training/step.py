@@ -108,7 +108,7 @@ class Learner:
         self.model = model
         self.bf16 = bf16
         self.ranks = ranks or Ranks(model.device)
-        self._loss = spread(_SequenceLoss(model, label_smoothing), self.ranks, parallel, units=model.units())
+        self._loss = spread(_SequenceLoss(model, label_smoothing), self.ranks, parallel, blocks=model.block_list())
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 

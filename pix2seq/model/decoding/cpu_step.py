@@ -1,12 +1,11 @@
-"""One token a row through the decoder on the CPU, with as little as possible around the matrices.
+"""A decoder step on the CPU: one token per row, with as little as possible around the matrix products.
 
-At one token a row a step reads every weight for a handful of products, so its time is that of memory
-plus what each operation costs to start. Hence weights are brought into the fastest form for the number
-of rows once per generation, matrices of two dimensions replace modules, and masks are absent, because
-a new token sees all that is cached.
+With one token per row, a step reads every weight for a few products, so its time is the time to read memory plus
+the overhead of each operation. So weights are packed once per generation for the number of rows, two-dimensional
+matrix products replace modules, and there are no masks, because a new token sees all cached tokens.
 
-Shapes: B images, G rows an image, R = B * G rows, H heads, d head width, D = H * d, S slots, N memory
-tokens, V vocabulary.
+Shapes: B images, G rows per image, R = B * G rows, H heads, d head width, D = H * d, S slots, N memory
+tokens, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
+from pix2seq.model.layers import Float32Norm
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock
 
 Linear = Callable[[Tensor], Tensor]
 
-# From this many rows on MKL is faster with its own arrangement of the weights.
-MIN_PACKED_ROWS = 4
-# Multiplications (of at least 8 rows' worth: below, a matrix is read rather than computed with) from which
-# oneDNN's bf16 is faster than float32: it takes 15 microseconds longer to start.
+MIN_PACKED_ROWS = 4  # number of rows from which MKL is faster with packed weights
+# Number of multiplications from which oneDNN's bf16 is faster than float32, as it takes 15 us longer to start.
+# Fewer than 8 rows count as 8, because their time is that of reading the matrix.
 MIN_BF16_WORK = 2**22
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: bool, gelu: bool = False) -> Linear:
-    """A function of x (R, in), that gives (R, out), for `weight` (out, in) and about `num_rows` rows.
+    """Return a function from x (R, in) to (R, out) for `weight` (out, in), packed for about `num_rows` rows.
 
-    With `bf16` it computes in bfloat16 where that is faster, and in float32, from the same weights,
-    where not. What it returns may be of either type. `gelu` puts an exact GELU behind.
+    With `bf16`, it computes in bfloat16 if that is faster than float32. Its result may have either type. `gelu`
+    adds an exact GELU.
     """
     if bf16 and _can_pack() and weight.numel() * max(num_rows, 8) >= MIN_BF16_WORK:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), num_rows)
@@ -55,14 +54,14 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: boo
 
 
 class CpuStep:
-    """The decoder's weights and one cache, arranged for the cache's number of rows. Residuals are float32."""
+    """A step with the decoder's weights packed for the number of rows of one cache. Residuals are float32."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         bf16 = cache.dtype == torch.bfloat16
         self.num_rows = cache.num_rows
         self.tokens = decoder.token_embedding.weight
         self.positions = decoder.position_embedding
-        self.norm = Norm.of(decoder.norm)
+        self.norm = Float32Norm.of(decoder.norm)
         self.layers = [
             Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16)
             for block, layer in zip(decoder.blocks, cache.layers, strict=True)
@@ -71,7 +70,7 @@ class CpuStep:
         self.output = pack_linear(self.output_weight, self.output_bias, num_rows=self.num_rows, bf16=bf16)
 
     def hidden(self, tokens: Tensor, position: int) -> Tensor:
-        """Hidden states (R, D) after `tokens` (R,), which enter the cache at `position`."""
+        """Add `tokens` (R,) to the cache at `position`, and return the hidden states (R, D) after them."""
         x = F.embedding(tokens, self.tokens).float()
         x += self.positions[position]
         for layer in self.layers:
@@ -81,7 +80,7 @@ class CpuStep:
         return self.norm(x)
 
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
-        """Hidden states (R, D) to logits (R, V), or only to those of `ids`."""
+        """Map hidden states (R, D) to logits (R, V), or only to those of `ids`."""
         if ids is None:
             return self.output(hidden)
         bias = None if self.output_bias is None else self.output_bias[ids]
@@ -89,35 +88,17 @@ class CpuStep:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A layer norm in float32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.LayerNorm) -> Norm:
-        """The same as `module`."""
-        return cls(module.weight.float(), module.bias.float(), module.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(R, D) to (R, D)."""
-        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
 class Layer:
-    """One block: packed weights, and views of its cache with rows or images and heads in one dimension."""
+    """A block with packed weights, and views of its cache with rows (or images) and heads in one dimension."""
 
-    self_norm: Norm
+    self_norm: Float32Norm
     qkv: Linear
     self_out: Linear
-    cross_norm: Norm
+    cross_norm: Float32Norm
     query: Linear
     cross_out: Linear
-    mlp_norm: Norm
-    expand: Linear  # GELU included
+    mlp_norm: Float32Norm
+    expand: Linear  # including the GELU
     contract: Linear
     num_heads: int
     cache: LayerCache
@@ -128,19 +109,19 @@ class Layer:
 
     @classmethod
     def of(cls, block: DecoderBlock, cache: LayerCache, *, num_rows: int, bf16: bool) -> Layer:
-        """The same as `block`."""
+        """Pack the weights of `block`."""
 
         def pack(linear: nn.Linear, *, gelu: bool = False) -> Linear:
             return pack_linear(linear.weight, linear.bias, num_rows=num_rows, bf16=bf16, gelu=gelu)
 
         return cls(
-            Norm.of(block.self_norm),
+            Float32Norm.of(block.self_norm),
             pack(block.self_attention.qkv),
             pack(block.self_attention.out),
-            Norm.of(block.cross_norm),
+            Float32Norm.of(block.cross_norm),
             pack(block.cross_attention.query),
             pack(block.cross_attention.out),
-            Norm.of(block.mlp_norm),
+            Float32Norm.of(block.mlp_norm),
             pack(block.mlp.expand, gelu=True),
             pack(block.mlp.contract),
             block.self_attention.num_heads,
@@ -152,7 +133,7 @@ class Layer:
         )
 
     def attend_to_tokens(self, x: Tensor, position: int) -> Tensor:
-        """Self-attention of x (R, D), the tokens at `position`, on these and all before."""
+        """Attend from x (R, D), the tokens at `position`, to all tokens up to these."""
         end = position + 1
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # each (R, H, d)
         self.cache.self_keys.select(2, position).copy_(k)
@@ -167,7 +148,7 @@ class Layer:
         return self.self_out(attended.view(x.shape))
 
     def attend_to_memory(self, x: Tensor) -> Tensor:
-        """Cross-attention of x (R, D); the rows of an image are queries side by side."""
+        """Attend from x (R, D) to memory. The rows of an image are queries side by side."""
         keys, values = self.cache.memory_keys, self.cache.memory_values
         q = self.query(x).view(len(keys), -1, self.num_heads, keys.shape[-1]).transpose(1, 2)  # (B, H, G, d)
         if keys.dtype == torch.bfloat16:
@@ -178,11 +159,11 @@ class Layer:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of q (M, G, d) on keys (M, d, N) and values (M, N, d); for few queries faster than the fused kernel."""
+    """Attend from q (M, G, d) to keys (M, d, N) and values (M, N, d), faster than the fused kernel for few queries."""
     scores = torch.bmm(q * q.shape[-1] ** -0.5, keys)
     return torch.bmm(scores.softmax(-1), values)
 
 
 def _can_pack() -> bool:
-    """Whether this build of PyTorch has the packed matrix products that its compiler uses on x86."""
+    """Return whether this build of PyTorch has the packed matrix products that torch.compile uses on x86."""
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

@@ -1,11 +1,11 @@
 """Continue prompts token by token, with cached keys and values.
 
-Shapes: B images, I prompts an image, S samples a prompt, R = B * I * S rows, P prompt tokens,
-T' new tokens, C columns, V vocabulary.
+Shapes: B images, I prompts per image, S samples per prompt, R = B * I * S rows, P prompt tokens,
+T' new tokens, C columns, V vocabulary size.
 
-All rows are at the same position at every step, so one cache without a mask serves them. Of prompts of
-different lengths as much is read at once as the shortest has; rows of a longer one read on, a token a
-step, while others already answer. A row's column c is the place of its token number c after that.
+All rows are at the same position at every step, so they share a cache without a mask. The first step reads as many
+tokens of every prompt as the shortest has. Rows with longer prompts then read one token per step, while others
+already generate. Column c of a row is the c-th token after the first step.
 """
 
 from __future__ import annotations
@@ -21,49 +21,46 @@ from torch import Tensor
 
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.grammar import Allowed, Grammar
-from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.rows import arrange_rows, drop_finished, new_rows, shift, uniform, write_back
 from pix2seq.model.decoding.sampling import is_greedy, sample
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.vocab import PAD
 
-# Vocabulary ids times width of an output layer that is worth the 30 microseconds to find which part is needed.
+# Size (ids times width) of the output layer from which computing only the allowed part pays; finding it takes 30 us.
 MIN_PARTIAL_OUTPUT = 2**20
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a prompt is continued, and what is to be known of its tokens."""
+    """How to continue a prompt, and what to return besides tokens."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 1 keeps all
-    grammar: Grammar | None = None  # masks the ids that would not parse, also where logits are NaN or infinite
-    eos_id: int | None = 0  # ends a row; with None only `max_new_tokens` does
-    # Asks for the likeliest id in [low, high) and its probability: detection scores with it, because the
-    # token it samples may be the noise class.
+    grammar: Grammar | None = None  # masks ids that would not parse, even if logits are NaN or infinite
+    eos_id: int | None = 0  # ends a row; with None, only `max_new_tokens` does
+    # Return the likeliest id in [low, high) and its log-probability too. Detection scores objects with them,
+    # because the sampled class may be noise.
     score_range: tuple[int, int] | None = None
-    score_steps: tuple[int, int] = (1, 0)  # (period, phase): a score only at steps t with t % period == phase
-    # Without, and at steps without a score, no softmax over the whole vocabulary is taken, and of a large
-    # output layer only the part that the grammar allows is computed.
+    score_steps: tuple[int, int] = (1, 0)  # (period, phase): score only steps t with t % period == phase
+    # Without log-probabilities, steps that are not scored need no softmax over the vocabulary, and only the part
+    # of a large output layer that the grammar allows.
     with_logprobs: bool = True
-    score_without: int | None = None  # log-probabilities are as if the model could not say this id
+    score_without: int | None = None  # compute log-probabilities as if this id were impossible
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
     def is_scored(self, step: int) -> bool:
-        """Whether a score is asked for at a step, counted from 0."""
+        """Return whether a step, counted from 0, is scored."""
         return self.score_range is not None and step % self.score_steps[0] == self.score_steps[1]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The S continuations of one prompt on the host, padded to the T' tokens of the longest in its batch.
-
-    The fields are those of `Generated`.
-    """
+    """The S continuations of one prompt as NumPy arrays, padded to the longest in the batch. See `Generated`."""
 
     tokens: NDArray[np.int64]  # (S, T')
     logprobs: NDArray[np.float32]  # (S, T')
@@ -74,18 +71,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens, without the prompt. After a row's end token, or its last, everything is padding."""
+    """New tokens, without the prompt. A row is padding after its end token or last token."""
 
-    tokens: Tensor  # (R, T')
-    # (R, T') of each token under the model itself: no temperature, grammar or truncation; 0 in padding, and
-    # everywhere if they were not asked for; minus infinity where the model's logits are no numbers
+    tokens: Tensor  # (R, T') int64
+    # (R, T') of each token under the model itself, without temperature, grammar or truncation. 0 in padding and
+    # if not asked for; minus infinity if the logit is not a number
     logprobs: Tensor
-    best_tokens: Tensor | None  # (R, T') likeliest id inside `score_range`, if one was given
-    best_logprobs: Tensor | None  # (R, T') its log-probability; minus infinity in steps that were not asked for
-    truncated: Tensor  # (R,) bool: cut by length, or ended because nothing else fitted; never with `eos_id` None
+    best_tokens: Tensor | None  # (R, T') likeliest id in `score_range`, if given
+    best_logprobs: Tensor | None  # (R, T') its log-probability; minus infinity at steps that are not scored
+    truncated: Tensor  # (R,) bool: cut by length, or ended because nothing else fitted; false if `eos_id` is None
 
     def completions(self, num_samples: int) -> list[Completion]:
-        """Return the results of each prompt as NumPy arrays, with one transfer per tensor for the whole batch."""
+        """Return the results of each prompt as NumPy arrays, with one transfer per tensor for all prompts."""
 
         def split(x: Tensor) -> list[NDArray[Any]]:
             return np.split(x.cpu().numpy(), len(x) // num_samples)
@@ -117,9 +114,9 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compact: bool = True,
 ) -> Generated:
-    """Continue prompts (B, P), or (B, I, P) for I prompts an image, all in the same way.
+    """Continue prompts (B, P), or (B, I, P) for I prompts per image, all with the same settings.
 
-    The settings are those of `GenerationConfig`; for all else, see `generate_mixed`.
+    See `GenerationConfig` for the settings and `generate_mixed` for the rest.
     """
     if prompt.shape[0] != memory.shape[0]:
         raise ValueError(f"{prompt.shape[0]} prompts were given for {memory.shape[0]} images")
@@ -154,15 +151,15 @@ def generate_mixed(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compact: bool = True,
 ) -> Generated:
-    """Continue prompts (P,) of any lengths, each by its own config. Each gets what it would get alone.
+    """Continue prompts (P,) of any lengths, each by its own config. Each gets the result it would get alone.
 
     `memory` is (B, N, D), and prompt i reads `memory[memory_index[i]]`. Without `memory_index` there are
-    B * I prompts in the order of images, I for each. Rows come out in the order of the prompts, the
-    `num_samples` continuations of a prompt side by side. Each row begins with its first new token.
+    B * I prompts in the order of images, I for each. Results are in the order of the prompts, with the
+    `num_samples` continuations of a prompt side by side. Each row starts with its first new token.
 
     `generator` fixes the random numbers of all rows, (R, T'), at the start. With one generator per image,
     the numbers of an image do not depend on other images; with one per prompt, not on other prompts.
-    Finished rows leave the batch; `compact` False keeps them to the end.
+    Finished rows leave the batch unless `compact` is False.
     """
     num_images, device = len(memory), memory.device
     if num_samples < 1:
@@ -182,20 +179,20 @@ def generate_mixed(
     order = order.to(device)
     shortest = min(len(prompt) for prompt in prompts)
     kinds = [(config, len(prompt) - shortest) for config, prompt in zip(configs, prompts, strict=True)]
-    number_of = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    groups = [Group(config, start, number, slice(None)) for (config, start), number in number_of.items()]
+    group_of = {kind: index for index, kind in enumerate(dict.fromkeys(kinds))}
+    groups = [Group(config, start, index, slice(None)) for (config, start), index in group_of.items()]
     cache = decoder.new_cache(
         memory if images == list(range(num_images)) else memory[images],
         rows_per_image=len(order) // len(images),
         num_slots=shortest + max(group.end for group in groups),
     )
-    real = cache if isinstance(cache, KVCache) else None  # a decoder without one can neither drop rows nor ids
+    step = DecoderStep(decoder, cache)
 
-    # Wide enough for each row's tokens wherever it starts.
+    # Wide enough for the longest continuation at the latest start.
     num_columns = max(group.start for group in groups) + max(config.max_new_tokens for config in configs)
-    read, rows = new_rows(
+    first_tokens, rows = new_rows(
         [prompt.to(device) for prompt in prompts],
-        [number_of[kind] for kind in kinds],
+        [group_of[kind] for kind in kinds],
         order,
         num_samples=num_samples,
         num_columns=num_columns,
@@ -206,112 +203,109 @@ def generate_mixed(
         lengths = [config.max_new_tokens for config in configs]
         numbers = uniform(lengths, memory_index, num_images, num_samples, generator, device)
         rows["noise"] = shift(numbers[order], -starts, num_columns)
-    results = rows  # all rows; `rows` becomes a copy of those that are left once some have gone
+    results = rows  # of all rows; `rows` becomes a copy of the remaining ones when some leave
 
-    present = _find_rows(groups, rows)
+    remaining = _locate(groups, rows)
     column = 0
-    hidden = decoder.step(read, cache)
+    hidden = step.read(first_tokens)
     while True:
-        answering = [group for group in present if group.start <= column < group.end]
-        allowed = [group.allowed(rows, column) for group in answering]
+        active = [group for group in remaining if group.start <= column < group.end]
+        allowed = [group.allowed(rows, column) for group in active]
         any_ended = False
-        if answering:
-            first, logits = _logits(decoder, hidden, real, answering, allowed, column)
-            for group, may_come in zip(answering, allowed, strict=True):
-                any_ended |= _answer(group, rows, column, logits, first, may_come)
+        if active:
+            first_id, logits = _logits(step, hidden, active, allowed, column)
+            for group, allowed_ids in zip(active, allowed, strict=True):
+                any_ended |= _append_tokens(group, rows, column, logits, first_id, allowed_ids)
         column += 1
         if any_ended:
             if bool(rows["finished"].all()):
                 break
-            if compact and real is not None:
-                rows = drop_finished(rows, results, real)
-                present = _find_rows(groups, rows)
-        hidden = decoder.step(rows["tokens"][:, column - 1 : column], cache)
+            if compact and step.has_kv_cache:
+                rows = drop_finished(rows, results, step)
+                remaining = _locate(groups, rows)
+        hidden = step.read(rows["tokens"][:, column - 1 : column])
 
     write_back(rows, results)
     width = max(min(column, group.end) - group.start for group in groups)
-    back = order.argsort()[-len(prompts) * num_samples :]  # to the order of prompts, without fillers
-    found = {name: shift(values, starts, width)[back] for name, values in results.items() if values.ndim == 2}
+    in_order = order.argsort()[-len(prompts) * num_samples :]  # without fillers
+    found = {name: shift(values, starts, width)[in_order] for name, values in results.items() if values.ndim == 2}
     return Generated(
         found["tokens"],
         found["logprobs"],
         found.get("best_tokens"),
         found.get("best_logprobs"),
-        results["truncated"][back],
+        results["truncated"][in_order],
     )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that go on alike: of one config, and of prompts of one length."""
+    """Rows with the same config and prompt length."""
 
     config: GenerationConfig
     start: int  # column of the first new token
-    number: int
-    rows: Tensor | slice  # where they are among those that are left
+    index: int
+    rows: Tensor | slice  # indices among the remaining rows
 
     @property
     def end(self) -> int:
-        """Column past the last new token."""
+        """Column after the last new token."""
         return self.start + self.config.max_new_tokens
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is drawn at random."""
+        """Whether its tokens need no random numbers."""
         return is_greedy(self.config.temperature, self.config.top_k)
 
     def allowed(self, rows: dict[str, Tensor], column: int) -> Allowed | None:
-        """What may come in `column`."""
+        """Return the ids that its grammar allows in `column`, or None without a grammar."""
         if self.config.grammar is None:
             return None
         return self.config.grammar.allowed(rows["tokens"][self.rows, self.start : column])
 
     def needs_all_logits(self, column: int) -> bool:
-        """Whether ids matter in `column` that may not come next."""
+        """Return whether `column` needs the logits of ids that are not allowed next."""
         return self.config.grammar is None or self.config.with_logprobs or self.config.is_scored(column - self.start)
 
 
-def _find_rows(groups: Sequence[Group], rows: dict[str, Tensor]) -> list[Group]:
-    """Groups of which there are rows left, and where those are."""
+def _locate(groups: Sequence[Group], rows: dict[str, Tensor]) -> list[Group]:
+    """Return the groups with remaining rows, and the indices of those."""
     if len(groups) == 1:
         return list(groups)
-    found = [replace(group, rows=(rows["group"] == group.number).nonzero()[:, 0]) for group in groups]
+    found = [replace(group, rows=(rows["group"] == group.index).nonzero()[:, 0]) for group in groups]
     return [group for group in found if isinstance(group.rows, Tensor) and len(group.rows)]
 
 
 def _logits(
-    decoder: Decoder,
+    step: DecoderStep,
     hidden: Tensor,
-    cache: KVCache | None,
     groups: Sequence[Group],
     allowed: Sequence[Allowed | None],
     column: int,
 ) -> tuple[int, Tensor]:
-    """An id, and the logits (R, v) of as many from it on as the groups need."""
-    if cache is None:
-        return 0, decoder.logits(hidden).float()
-    if not _is_worth_part(decoder) or any(group.needs_all_logits(column) for group in groups):
-        return 0, decoder.logits(hidden, cache=cache).float()
+    """Return the logits (R, v) of the range of ids that the groups need, and the first id of it."""
+    if not _has_large_output(step) or any(group.needs_all_logits(column) for group in groups):
+        return 0, step.logits(hidden).float()
     spans = [each.span() for each in allowed if each is not None]
-    first, past = min(span[0] for span in spans), max(span[1] for span in spans)
-    return first, decoder.logits(hidden, cache=cache, ids=slice(first, past)).float()
+    first_id, end = min(span[0] for span in spans), max(span[1] for span in spans)
+    return first_id, step.logits(hidden, slice(first_id, end)).float()
 
 
-def _answer(
-    group: Group, rows: dict[str, Tensor], column: int, logits: Tensor, first: int, allowed: Allowed | None
+def _append_tokens(
+    group: Group, rows: dict[str, Tensor], column: int, logits: Tensor, first_id: int, allowed: Allowed | None
 ) -> bool:
-    """Put the next tokens of a group's rows into `column`; whether a row ended.
+    """Sample the next tokens of a group's rows into `column`. Return whether rows may have ended.
 
-    `logits` (R, v) begin at id `first`.
+    `logits` (R, v) start at id `first_id`.
     """
     config, at = group.config, group.rows
     logits, finished = logits[at], rows["finished"][at]
-    next_id = first + sample(
+    next_id = first_id + sample(
         logits,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        forbidden=None if allowed is None else _forbidden(allowed, first, logits),
+        forbidden=None if allowed is None else _forbidden(allowed, first_id, logits),
         noise=None if group.is_greedy else rows["noise"][at, column],
     )
     scored = config.is_scored(column - group.start)
@@ -345,15 +339,17 @@ def _answer(
 
 
 def _log(logits: Tensor, log_total: Tensor) -> Tensor:
-    """Log-probabilities; minus infinity where they are not defined."""
+    """Return log-probabilities; minus infinity where they are not defined."""
     return (logits - log_total).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _is_worth_part(decoder: Decoder) -> bool:
-    """Whether finding out which ids are needed takes less time than computing them all."""
-    return decoder.output_weight.device.type == "cpu" and decoder.output_weight.numel() >= MIN_PARTIAL_OUTPUT
+def _has_large_output(step: DecoderStep) -> bool:
+    """Return whether finding the allowed part of the output layer takes less time than computing all of it."""
+    if not step.has_kv_cache or step.cache.device.type != "cpu":
+        return False
+    return step.decoder.output_weight.numel() >= MIN_PARTIAL_OUTPUT
 
 
-def _forbidden(allowed: Allowed, first: int, logits: Tensor) -> Tensor:
-    """What may not come next, as a mask of logits (R, v) that begin at id `first`."""
-    return allowed.forbids(torch.arange(first, first + logits.shape[-1], device=logits.device))
+def _forbidden(allowed: Allowed, first_id: int, logits: Tensor) -> Tensor:
+    """Return a mask of the logits (R, v) that are not allowed next; they start at id `first_id`."""
+    return allowed.forbids(torch.arange(first_id, first_id + logits.shape[-1], device=logits.device))

@@ -1,8 +1,8 @@
-"""What may come next, so that a generated sequence always parses.
+"""Grammars: which ids may come next, so that a generated sequence always parses.
 
-A grammar looks at the ids generated so far and answers, for every row, with a half-open range of
-ids and a few single ids besides. It knows ids and phases, not tasks, and keeps nothing between steps.
-After a row's end token it may say what it likes: the row is padding.
+A grammar maps the ids generated so far to a half-open range of allowed ids and a few single ids, for each row.
+It knows ids and phases, but no tasks, and has no state. Its answer for a row that has ended does not matter,
+because the row is padding.
 
 Shapes: R rows, t ids generated so far, S single ids.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pix2seq.geometry.polygons import MIN_POINTS
 
-NONE = -1  # no single id
+NONE = -1  # in place of a single id
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,33 @@ class Allowed:
     """The ids that may come next: `low` <= id < `high`, or any of `singles`."""
 
     low: Tensor  # (R,) int64
-    high: Tensor  # (R,) int64; at most `low` where the range is empty
-    singles: Tensor  # (R, S) int64, NONE where there are fewer
+    high: Tensor  # (R,) int64; at most `low` if the range is empty
+    singles: Tensor  # (R, S) int64, filled up with NONE
 
     def forbids(self, ids: Tensor) -> Tensor:
-        """Which of `ids` (V,) may not come next: (R, V) bool."""
+        """Return (R, V) bool, true where one of `ids` (V,) is not allowed."""
         forbidden = (ids < self.low[:, None]) | (ids >= self.high[:, None])
         for single in self.singles.unbind(1):
             forbidden &= ids != single[:, None]
         return forbidden
 
     def span(self) -> tuple[int, int]:
-        """The shortest range [first, past the last) that holds all that any row allows. Waits for the device."""
+        """Return the shortest range [first, end) of all ids that any row allows. Waits for the device."""
         some = self.low < self.high
         firsts = [self.low[some], self.singles[self.singles != NONE]]
-        pasts = [self.high[some], firsts[1] + 1]
-        return int(torch.cat(firsts).min()), int(torch.cat(pasts).max())
+        ends = [self.high[some], firsts[1] + 1]
+        return int(torch.cat(firsts).min()), int(torch.cat(ends).max())
 
     def only(self, single: int) -> Tensor:
-        """Which rows (R,) allow nothing but this id."""
+        """Return which rows (R,) allow no id but `single`."""
         others = (self.singles != NONE) & (self.singles != single)
         return (self.low >= self.high) & ~others.any(1)
 
 
 class Grammar(Protocol):
-    """Called before every step with the ids (R, t) generated so far.
+    """A function of the ids (R, t) generated so far, called before every step.
 
-    Finished rows leave the batch, so a row is to be judged by its ids alone, not by its place.
+    Rows leave the batch when they finish, so the result for a row must depend only on its ids, not on its index.
     """
 
     def allowed(self, ids: Tensor) -> Allowed: ...
@@ -59,14 +59,14 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class BoxGrammar:
-    """Boxes in turn: two corners, the second at least a bin beyond the first, then a class."""
+    """A list of boxes: two corners, the second at least a bin beyond the first, then a class."""
 
     coord_base: int
     num_bins: int
     class_base: int
     max_label: int
     noise_id: int
-    eos_id: int | None  # None: the list does not end before its length is reached
+    eos_id: int | None  # None: only length ends the list
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
@@ -77,7 +77,7 @@ class BoxGrammar:
             end = NONE if phase or self.eos_id is None else self.eos_id
             return _constant(ids, self.coord_base, top - 1, end)
         if phase < 4:
-            # After an end token the row is padding, whatever this says; clamping keeps it a range.
+            # Clamping keeps the range valid in rows that have ended.
             low = (ids[:, length - 2] + 1).clamp(self.coord_base + 1, top - 1)
             return Allowed(low, torch.full_like(low, top), ids.new_empty(num_rows, 0))
         first = self.class_base + 1
@@ -86,13 +86,13 @@ class BoxGrammar:
 
 @dataclass(frozen=True)
 class PolygonGrammar:
-    """Rings of at least three points; a separator takes the place of a point between two rings."""
+    """Polygons of at least three points, with a separator in place of a point between two polygons."""
 
     coord_base: int
     num_bins: int
     separator_id: int
     eos_id: int
-    max_points: int  # separators included; the end comes after that many at the latest
+    max_points: int  # including separators; then the sequence must end
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
@@ -105,20 +105,20 @@ class PolygonGrammar:
             separating = ids[:, -1] == self.separator_id
             return Allowed(low, torch.where(separating, low, high), torch.where(separating, separator, none)[:, None])
         points = length // 2
-        places = torch.arange(1, points + 1, device=ids.device)
-        last_separator = ((ids[:, ::2] == self.separator_id) * places).amax(1) if points else torch.zeros_like(none)
+        numbers = torch.arange(1, points + 1, device=ids.device)
+        last_separator = ((ids[:, ::2] == self.separator_id) * numbers).amax(1) if points else torch.zeros_like(none)
         closes = points - last_separator >= MIN_POINTS
-        room = self.max_points - points
-        if room <= 0:
+        points_left = self.max_points - points
+        if points_left <= 0:
             high = low
-        next_ring = closes & (room > MIN_POINTS)
-        singles = [torch.where(closes, self.eos_id, NONE), torch.where(next_ring, separator, none)]
+        next_polygon = closes & (points_left > MIN_POINTS)
+        singles = [torch.where(closes, self.eos_id, NONE), torch.where(next_polygon, separator, none)]
         return Allowed(low, high, torch.stack(singles, dim=1))
 
 
 @dataclass(frozen=True)
 class KeypointGrammar:
-    """Points in turn, each two coordinates or the invisible token twice."""
+    """A list of points, each two coordinates or the invisible token twice."""
 
     coord_base: int
     num_bins: int
@@ -137,10 +137,10 @@ class KeypointGrammar:
 
 @dataclass(frozen=True)
 class TextGrammar:
-    """At least one piece of text, then an end, after `max_tokens` ids at the latest."""
+    """At least one piece of text, then the end token, with at most `max_tokens` ids in total."""
 
     first_piece: int
-    text_end: int  # one past the last piece
+    text_end: int  # one after the last piece
     eos_id: int
     max_tokens: int
 
@@ -154,6 +154,6 @@ class TextGrammar:
 
 
 def _constant(ids: Tensor, low: int, high: int, single: int) -> Allowed:
-    """The same for every row of `ids` (R, t)."""
+    """Return the same range and single id for every row of `ids` (R, t)."""
     ones = ids.new_ones(len(ids))
     return Allowed(ones * low, ones * high, (ones * single)[:, None])

@@ -1,11 +1,11 @@
-"""One token a row through the decoder on a GPU, recorded once and replayed.
+"""A decoder step on a GPU: one token per row, recorded as a CUDA graph and replayed.
 
-A GPU is done with a step of some rows long before Python has asked for its hundred operations. A CUDA
-graph asks for all of them at once, but only for the very tensors it was recorded with: the position is
-a tensor, new keys and values go where it says, and attention runs over all slots, those not yet filled
-masked. So a graph serves one cache with one number of rows.
+A GPU computes a step for a few rows much faster than Python launches its hundred operations. A CUDA graph launches
+them all at once, but only on the tensors it was recorded with. So the position is a tensor, which says where to
+write new keys and values, and attention runs over all slots, with a mask on those not filled. A graph serves one
+cache with a fixed number of rows.
 
-Shapes: B images, G rows an image, R = B * G rows, H heads, d head width, D = H * d, S slots, V vocabulary.
+Shapes: B images, G rows per image, R = B * G rows, H heads, d head width, D = H * d, S slots, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.model.decoding.cpu_step import Norm
 from pix2seq.model.decoding.kv_cache import KVCache, LayerCache
+from pix2seq.model.layers import Float32Norm
 
 if TYPE_CHECKING:
     from pix2seq.model.decoder import Decoder, DecoderBlock
 
-WARM_UP_STEPS = 2  # before recording, as libraries set themselves up at their first call
+WARM_UP_STEPS = 2  # before recording, because libraries initialise themselves at their first call
 
 
 class GraphStep:
-    """The decoder's weights in the type of one cache, and its step recorded. Residuals are float32.
+    """A recorded step with the decoder's weights in the type of one cache. Residuals are float32.
 
-    Off the GPU nothing is recorded, and the same operations run one by one.
+    On other devices than a GPU, nothing is recorded, and the same operations run one by one.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
@@ -39,16 +39,16 @@ class GraphStep:
         self.slots = torch.arange(cache.num_slots, device=device)
         self.embeddings, self.positions = decoder.token_embedding.weight, decoder.position_embedding
         self.layers = [_Layer(block, layer, dtype) for block, layer in zip(decoder.blocks, cache.layers, strict=True)]
-        self.norm = Norm.of(decoder.norm)
+        self.norm = Float32Norm.of(decoder.norm)
         self.output = _Linear(decoder.output_weight, decoder.output_bias, dtype)
         for layer in cache.layers:
-            # A masked value counts zero times, and zero times what happens to lie there may be NaN.
+            # A masked value gets weight 0, but 0 times uninitialised memory may be NaN.
             layer.self_keys[:, :, cache.length :] = 0
             layer.self_values[:, :, cache.length :] = 0
         self.graph = self._record() if device.type == "cuda" else None
 
     def hidden(self, tokens: Tensor, position: int) -> Tensor:
-        """Hidden states (R, D) after `tokens` (R,), which enter the cache at `position`; good until the next call."""
+        """Add `tokens` (R,) to the cache at `position`. Return hidden states (R, D), valid until the next call."""
         self.tokens.copy_(tokens)
         self.position.fill_(position)
         if self.graph is None:
@@ -57,18 +57,18 @@ class GraphStep:
         return self.recorded
 
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
-        """Hidden states (R, D) to logits (R, V), or only to those of `ids`."""
+        """Map hidden states (R, D) to logits (R, V), or only to those of `ids`."""
         return self.output(hidden, ids)
 
     def _record(self) -> torch.cuda.CUDAGraph:
         current, other = torch.cuda.current_stream(), torch.cuda.Stream()
         other.wait_stream(current)
         with torch.cuda.stream(other):
-            for _ in range(WARM_UP_STEPS):  # what they write, the first replay writes over
+            for _ in range(WARM_UP_STEPS):  # the first replay overwrites what these write
                 self._run()
         current.wait_stream(other)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that pin batches during an evaluation, may go on using the GPU meanwhile.
+        # Other threads, such as those that pin batches during an evaluation, may use the GPU meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.recorded = self._run()
         return graph
@@ -83,7 +83,7 @@ class GraphStep:
 
 
 class _Linear:
-    """A linear layer in the cache's type, for any type of input."""
+    """A linear layer in the cache's type, for inputs of any type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.to(dtype)
@@ -91,7 +91,7 @@ class _Linear:
 
     @classmethod
     def of(cls, module: nn.Linear, dtype: torch.dtype) -> _Linear:
-        """The same as `module`."""
+        """Convert the weights of `module`."""
         return cls(module.weight, module.bias, dtype)
 
     def __call__(self, x: Tensor, ids: slice | None = None) -> Tensor:
@@ -102,12 +102,12 @@ class _Linear:
 
 
 class _Layer:
-    """One block and its cache."""
+    """A block and its cache."""
 
     def __init__(self, block: DecoderBlock, cache: LayerCache, dtype: torch.dtype) -> None:
         self.cache, self.num_heads = cache, block.self_attention.num_heads
         self.self_norm, self.cross_norm, self.mlp_norm = map(
-            Norm.of, (block.self_norm, block.cross_norm, block.mlp_norm)
+            Float32Norm.of, (block.self_norm, block.cross_norm, block.mlp_norm)
         )
         self.qkv, self.self_out, self.query, self.cross_out, self.expand, self.contract = (
             _Linear.of(linear, dtype)
@@ -122,7 +122,7 @@ class _Layer:
         )
 
     def __call__(self, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        """x (R, D) and the tokens' `position` (1,) to (R, D); `mask` (1, 1, 1, S) is added to scores."""
+        """Process x (R, D), tokens at `position` (1,). `mask` (1, 1, 1, S) is added to the scores."""
         cache = self.cache
         q, k, v = self.qkv(self.self_norm(x)).view(len(x), 3, self.num_heads, 1, -1).unbind(1)  # (R, H, 1, d)
         cache.self_keys.index_copy_(2, position, k)

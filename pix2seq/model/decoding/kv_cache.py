@@ -1,4 +1,4 @@
-"""What generation remembers between steps.
+"""Keys and values that generation keeps between steps.
 
 Shapes: B images, R rows (R = B * rows per image), H heads, S slots, N memory tokens, d head width.
 """
@@ -7,47 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pix2seq.model.decoding.cpu_step import CpuStep
-    from pix2seq.model.decoding.graph_step import GraphStep
 
 
 @dataclass
 class LayerCache:
     """Keys and values of one decoder layer.
 
-    Keys of float32 on the CPU lie in memory as (.., d, S): a query's products with all keys then run
-    along memory, a third faster than the other way. They are handed around in the usual shape.
+    float32 keys on the CPU are stored as (..., d, S), though their shape is as below. The products of a query with
+    all keys then read memory sequentially, which is a third faster.
     """
 
-    self_keys: Tensor  # (R, H, S, d), filled up to the cache's length
+    self_keys: Tensor  # (R, H, S, d), valid up to the cache's length
     self_values: Tensor  # (R, H, S, d)
     memory_keys: Tensor  # (B, H, N, d), shared by all rows of an image
     memory_values: Tensor  # (B, H, N, d)
 
 
 class KVCache:
-    """Sized once for S tokens a row; `length` of them are filled. The caller owns it."""
+    """A cache of fixed size for S tokens per row, of which `length` are filled."""
 
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
         self.length = 0
-        self.fast_step: CpuStep | GraphStep | None = None  # made when first of use, for the rows there are
 
     @classmethod
     def allocate(cls, memory_keys_values: Iterable[tuple[Tensor, Tensor]], *, num_rows: int, num_slots: int) -> KVCache:
-        """An empty cache over the projected memory of each layer, keys and values (B, H, N, d)."""
+        """Create an empty cache. `memory_keys_values` are the projected memory of each layer, (B, H, N, d)."""
         layers = []
         for keys, values in memory_keys_values:
             _, num_heads, _, head_dim = keys.shape
             empty = torch.empty((2, num_rows, num_heads, num_slots, head_dim), dtype=keys.dtype, device=keys.device)
             if keys.device.type == "cpu":
-                # Heads side by side in memory are read a third slower, at every step.
+                # Interleaved heads would be read a third slower, at every step.
                 keys = _keys_first(keys) if keys.dtype == torch.float32 else keys.contiguous()
                 values = values.contiguous()
             self_keys = empty[0].view(num_rows, num_heads, head_dim, num_slots).transpose(2, 3)
@@ -56,26 +50,26 @@ class KVCache:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of keys and values."""
         return self.layers[0].self_keys.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """The data type of keys and values."""
         return self.layers[0].self_keys.dtype
 
     @property
     def num_slots(self) -> int:
-        """How many tokens a row can hold."""
+        """Number of tokens that a row can hold."""
         return self.layers[0].self_keys.shape[2]
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.layers[0].self_keys.shape[0]
 
     def keep(self, images: Tensor, rows: Tensor) -> None:
-        """Keep only these images (B',) and rows (R',), an equal number for each kept image, in its order."""
+        """Keep only these images (B',) and rows (R',), the same number of rows for each image, in order of images."""
         all_images = len(images) == self.layers[0].memory_keys.shape[0]
         for layer in self.layers:
             layer.self_keys = _select(layer.self_keys, rows)
@@ -83,21 +77,20 @@ class KVCache:
             if not all_images:
                 layer.memory_keys = _select(layer.memory_keys, images)
                 layer.memory_values = _select(layer.memory_values, images)
-        self.fast_step = None
 
 
 def is_keys_first(x: Tensor) -> bool:
-    """Whether (.., S, d) lies in memory as (.., d, S)."""
+    """Return whether x (..., S, d) is stored as (..., d, S)."""
     return x.stride(-1) != 1
 
 
 def _keys_first(x: Tensor) -> Tensor:
-    """The same (.., S, d), in memory as (.., d, S)."""
+    """Return x (..., S, d), stored as (..., d, S)."""
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def _select(x: Tensor, indices: Tensor) -> Tensor:
-    """Some of the first dimension, in the same order of memory."""
+    """Select from the first dimension, and keep the memory layout."""
     if is_keys_first(x):
         return x.transpose(-1, -2).index_select(0, indices).transpose(-1, -2)
     return x.index_select(0, indices)

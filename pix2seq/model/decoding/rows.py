@@ -1,6 +1,6 @@
-"""What is known of the rows of a generation: a tensor for each thing, with the rows in its first dimension.
+"""State of the rows during generation: a dictionary of tensors with rows in the first dimension.
 
-Shapes: B images, I prompts an image, S samples a prompt, R = B * I * S rows, C columns, T' new tokens.
+Shapes: B images, I prompts per image, S samples per prompt, R = B * I * S rows, C columns, T' new tokens.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pix2seq.model.decoding.kv_cache import KVCache
+from pix2seq.model.decoding.step import DecoderStep
 from pix2seq.vocab import PAD
 
 MAX_FILLERS = 0.25  # share of all rows
-# Rows leave once they are this share of those there: moving the cache costs about as much as a step.
+# Finished rows leave when at most this share of rows would remain: moving the cache costs about as much as a step.
 MAX_SHARE_LEFT = 0.75
-MAX_SHARE_LEFT_ON_GPU = 0.5  # where the step is recorded anew for the rows that are left
+MAX_SHARE_LEFT_ON_GPU = 0.5  # a GPU also has to record the step again
 
 
 def arrange_rows(memory_index: Sequence[int], num_samples: int) -> tuple[list[int], Tensor]:
     """Arrange rows in slots of equal size, each for prompts of one image.
 
-    Return the image of each slot, and for each row (R,) its index among the samples of all prompts in their order.
-    Negative indices mark fillers: copies of the last prompt that nobody asked for. An image takes several slots
-    where larger ones would make more than `MAX_FILLERS` of all rows fillers.
+    Return the image of each slot, and the index of each row (R,) among the samples of all prompts in their order.
+    Slots are filled up with copies of the last prompt's rows, which have negative indices. If these fillers were
+    more than `MAX_FILLERS` of all rows, images with many prompts take several smaller slots.
     """
     prompts_of: dict[int, list[int]] = {image: [] for image in sorted(set(memory_index))}
     for prompt, image in enumerate(memory_index):
@@ -52,10 +52,10 @@ def new_rows(
     num_columns: int,
     with_scores: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what all prompts (P,) have tokens for, (R, shortest P), and rows of `num_columns` behind it.
+    """Return the tokens (R, shortest P) of the first step, and the state of rows with `num_columns` after them.
 
-    The columns of `tokens` begin with the rest of a longer prompt. `groups` holds a number for each prompt, `order`
-    comes from `arrange_rows`; fillers are finished from the start.
+    Column 0 is the first token after those, so longer prompts continue in `tokens`. `groups` holds the group of each
+    prompt. `order` comes from `arrange_rows`; fillers are finished from the start.
     """
     shortest = min(len(prompt) for prompt in prompts)
     read = pad_sequence(list(prompts), batch_first=True, padding_value=PAD)
@@ -85,9 +85,9 @@ def uniform(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     device: torch.device,
 ) -> Tensor:
-    """Return numbers in [0, 1), `num_samples` rows of the largest of `lengths` for each prompt, in their order.
+    """Return uniform numbers in [0, 1) for the samples of each prompt, (len(lengths) * num_samples, max(lengths)).
 
-    `lengths` holds the most new tokens of each prompt. Numbers move to `device` once, all together.
+    `lengths` holds the largest number of new tokens of each prompt. All numbers move to `device` in one transfer.
     """
     longest = max(lengths)
     if generator is None or isinstance(generator, torch.Generator):
@@ -107,40 +107,40 @@ def uniform(
     else:
         raise ValueError(
             f"{len(generator)} generators were given for {num_images} images and {len(lengths)} prompts; "
-            "give one, one for each image or one for each prompt"
+            "give one, one per image or one per prompt"
         )
     return torch.cat(drawn).to(device)
 
 
 def shift(values: Tensor, by: Tensor, width: int) -> Tensor:
-    """Columns `by` (R,) and on of values (R, C), (R, width); the outermost column stands for those beyond it."""
+    """Return `width` columns of values (R, C) from column `by` (R,) on. Columns outside repeat the outermost."""
     columns = torch.arange(width, device=values.device) + by[:, None]
     return values.gather(1, columns.clamp_(0, values.shape[1] - 1))
 
 
-def drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], cache: KVCache) -> dict[str, Tensor]:
-    """Rows without most that are finished, and the cache likewise.
+def drop_finished(rows: dict[str, Tensor], results: dict[str, Tensor], step: DecoderStep) -> dict[str, Tensor]:
+    """Drop finished rows from `rows` and from the cache of `step` if enough are finished. Return the remaining ones.
 
-    Every image that is left keeps as many rows as the one with the most unfinished ones, so that its
-    rows can go on sharing its memory; some finished rows may stay to fill up.
+    All images keep as many rows as the one with the most unfinished rows, so that rows can still share the memory
+    of their image. Finished rows may stay as fillers.
     """
-    num_images = cache.layers[0].memory_keys.shape[0]
+    num_images = step.cache.layers[0].memory_keys.shape[0]
     finished = rows["finished"].view(num_images, -1)
     unfinished = (~finished).sum(1)
     per_image = int(unfinished.max())
     images = unfinished.nonzero()[:, 0]
-    share = MAX_SHARE_LEFT_ON_GPU if cache.device.type == "cuda" else MAX_SHARE_LEFT
+    share = MAX_SHARE_LEFT_ON_GPU if step.cache.device.type == "cuda" else MAX_SHARE_LEFT
     if len(images) * per_image > share * finished.numel():
         return rows
-    places = finished[images].byte().argsort(dim=1, stable=True)[:, :per_image].sort(dim=1).values
-    keep = (images[:, None] * finished.shape[1] + places).flatten()
+    indices = finished[images].byte().argsort(dim=1, stable=True)[:, :per_image].sort(dim=1).values
+    keep = (images[:, None] * finished.shape[1] + indices).flatten()
     write_back(rows, results)
-    cache.keep(images, keep)
+    step.keep(images, keep)
     return {name: values[keep] for name, values in rows.items()}
 
 
 def write_back(rows: dict[str, Tensor], results: dict[str, Tensor]) -> None:
-    """Put what is known of `rows` into the `results` of all."""
+    """Write the state of the remaining `rows` to the `results` of all rows."""
     if rows is results:
         return
     for name, values in rows.items():

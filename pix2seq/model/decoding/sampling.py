@@ -1,6 +1,6 @@
-"""From logits to the next id: greedy, temperature, top-k and nucleus. Pure functions.
+"""Sampling the next id from logits: greedy, temperature, top-k and nucleus. Pure functions.
 
-Shapes: R rows, V vocabulary.
+Shapes: R rows, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Logits that are tried before all are sorted: sorting 3000 takes a CPU ten times as long as finding these.
-MAX_FEW = 64
+# Largest logits to try before sorting all: on a CPU, sorting 3000 takes ten times as long as finding these.
+NUM_CANDIDATES = 64
 
 
 def truncate_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (R, V) with all that sampling must not choose at minus infinity.
+    """Set logits (R, V) that sampling must not choose to minus infinity.
 
-    `top_k` > 0 keeps the k largest (and ties). `top_p` < 1 then keeps the largest set whose total
-    probability is *at most* `top_p`, and always the largest logit. This is the official rule; the
-    usual nucleus (arXiv 1904.09751) keeps the smallest set of *at least* `top_p`, one token more.
+    `top_k` > 0 keeps the k largest (and ties). `top_p` < 1 then keeps the largest set with a total probability
+    of *at most* `top_p`, and always the largest logit. This is the official rule; the usual nucleus
+    (arXiv 1904.09751) keeps the smallest set of *at least* `top_p`, one token more.
     """
     if top_k > 0:
         kth_largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -31,19 +31,19 @@ def truncate_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Te
     return logits
 
 
-def _descending(logits: Tensor, enough: float) -> tuple[Tensor, Tensor]:
-    """Logits (R, k) from the largest on, and the running sum of their probabilities.
+def _descending(logits: Tensor, min_sum: float) -> tuple[Tensor, Tensor]:
+    """Return the largest logits (R, k) in descending order, and the cumulative sum of their probabilities.
 
-    These are all, or as many as it takes in every row for the sum to pass `enough`.
+    k is V, or fewer if the sum exceeds `min_sum` in every row.
     """
     probs = logits.softmax(-1)
-    if logits.device.type == "cpu" and logits.shape[-1] > 2 * MAX_FEW:
-        few = logits.topk(MAX_FEW, dim=-1)
-        sums = probs.gather(-1, few.indices).cumsum(-1)
-        if bool((sums[:, -1] > enough).all()):
-            return few.values, sums
-    every = logits.sort(dim=-1, descending=True)
-    return every.values, probs.gather(-1, every.indices).cumsum(-1)
+    if logits.device.type == "cpu" and logits.shape[-1] > 2 * NUM_CANDIDATES:
+        largest = logits.topk(NUM_CANDIDATES, dim=-1)
+        sums = probs.gather(-1, largest.indices).cumsum(-1)
+        if bool((sums[:, -1] > min_sum).all()):
+            return largest.values, sums
+    ordered = logits.sort(dim=-1, descending=True)
+    return ordered.values, probs.gather(-1, ordered.indices).cumsum(-1)
 
 
 def sample(
@@ -56,12 +56,11 @@ def sample(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Choose ids (R,) from logits (R, V). `temperature` 0 or `top_k` 1 is greedy, without randomness.
+    """Sample ids (R,) from logits (R, V). `temperature` 0 or `top_k` 1 is greedy, without randomness.
 
-    Where `forbidden` (R, V) is true nothing is chosen, whatever the logits: an id that is NaN or minus
-    infinity counts as impossible, and in a row of nothing else all allowed ids are equally likely
-    (greedy takes one of them). `noise` (R,), uniform in [0, 1), fixes what each row draws; without it,
-    it comes from `generator`.
+    Ids where `forbidden` (R, V) is true are never chosen, whatever the logits. Logits that are NaN or minus infinity
+    have probability 0. If all allowed logits of a row are, all allowed ids are equally likely (greedy takes one of
+    them). `noise` (R,), uniform in [0, 1), fixes the result; by default it is drawn from `generator`.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
@@ -69,7 +68,7 @@ def sample(
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     greedy = is_greedy(temperature, top_k)
     scaled = logits.float() if greedy or temperature == 1 else logits.float() / temperature
-    # Of finite numbers a softmax is never NaN; the lowest float has probability 0 next to any other.
+    # The softmax of finite numbers is never NaN, and the lowest float has probability 0 next to any other.
     lowest = torch.finfo(scaled.dtype).min
     scaled = scaled.nan_to_num(nan=lowest, neginf=lowest)
     if forbidden is not None:
@@ -82,18 +81,18 @@ def sample(
 
 
 def is_greedy(temperature: float, top_k: int) -> bool:
-    """Whether `sample` always takes the largest logit."""
+    """Return whether `sample` always takes the largest logit."""
     return temperature == 0 or top_k == 1
 
 
 def _draw(probs: Tensor, noise: Tensor) -> Tensor:
-    """Ids (R,) drawn from probs (R, V): where the running sum passes `noise` (R,) of the total.
+    """Draw ids (R,) from probs (R, V), where the cumulative sum passes `noise` (R,) of the total.
 
-    One number a row and step, so that what a row draws can be fixed before it is known which rows are
-    in the batch; `torch.multinomial` takes as many as there are ids, and 25 times as long.
+    One number per row and step can be drawn in advance, independent of the other rows in the batch.
+    `torch.multinomial` needs a number per id, and takes 25 times as long.
     """
     sums = probs.cumsum(-1)
     ids = torch.searchsorted(sums, noise[:, None] * sums[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
-    # Rounding may end the search behind the last id that is possible.
+    # Rounding can end the search after the last possible id.
     possible = probs.gather(-1, ids) > 0
     return torch.where(possible, ids, probs.argmax(-1, keepdim=True))[:, 0]

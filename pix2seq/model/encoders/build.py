@@ -1,4 +1,4 @@
-"""From an encoder's settings to the encoder."""
+"""Building an encoder from its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pix2seq.model.positions import PositionKind
 def build_encoder(
     config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
 ) -> Encoder:
-    """The encoder that a config names."""
+    """Build the encoder that `config.name` names."""
     if config.name not in ("vit", "resnet"):
         return TimmEncoder(
             config.name,

@@ -1,4 +1,4 @@
-"""Convolutions with batch normalisation, residual blocks, and a stem for a ViT made of them."""
+"""Convolutions with batch normalisation, residual blocks, and a convolutional stem for a ViT."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EXPANSION = 4  # output channels of a bottleneck for each of its inner ones
+EXPANSION = 4  # output channels of a bottleneck per inner channel
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, padded to keep its size at stride 1, and batch normalisation."""
+    """A convolution without bias and batch normalisation. At stride 1, padding keeps the size."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -23,12 +23,12 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions around a shortcut: two of 3x3, or 1x1, 3x3 and 1x1 in a bottleneck."""
+    """Convolutions with a shortcut: two 3x3, or 1x1, 3x3 and 1x1 in a bottleneck."""
 
     def __init__(
         self, width_in: int, width: int, *, stride: int = 1, bottleneck: bool = False, projection: bool = False
     ) -> None:
-        """`width` is that of the inner convolutions; a `projection` fits the shortcut to the output."""
+        """`width` is that of the inner convolutions. A `projection` fits the shortcut to the output."""
         super().__init__()
         if bottleneck:
             sizes = [(width_in, width, 1, 1), (width, width, 3, stride), (width, EXPANSION * width, 1, 1)]
@@ -38,8 +38,8 @@ class ResidualBlock(nn.Module):
         self.width_out = sizes[-1][1]
         self.shortcut = ConvNorm(width_in, self.width_out, 1, stride) if projection else nn.Identity()
 
-    def start_as_shortcut(self) -> None:
-        """Let the last norm start at zero, so that a fresh block passes its input through."""
+    def init_as_identity(self) -> None:
+        """Initialise the last norm to zero, so that the block passes its input through."""
         last = self.convs[-1]
         assert isinstance(last, ConvNorm)
         nn.init.zeros_(last.norm.weight)
@@ -53,14 +53,14 @@ class ResidualBlock(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Strided 3x3 convolutions, each followed by residual blocks, in place of one large patch convolution.
+    """Strided 3x3 convolutions, each followed by residual blocks, instead of one large patch convolution.
 
-    Convolutions know from the start that neighbouring pixels belong together; a ViT has to learn it,
-    which takes more images than a small data set has (arXiv 2106.14881).
+    Convolutions are local by construction. A ViT has to learn locality, which takes more images than a small
+    data set has (arXiv 2106.14881).
     """
 
     def __init__(self, dim: int, patch_size: int, num_blocks: int) -> None:
-        """`num_blocks` residual blocks follow every halving but the first, the costliest."""
+        """`num_blocks` residual blocks follow each strided convolution except the first, where they would cost most."""
         super().__init__()
         num_halvings = patch_size.bit_length() - 1
         if 2**num_halvings != patch_size or num_halvings < 2:

@@ -1,4 +1,4 @@
-"""ResNet features as in the official encoder (arXiv 1512.03385, stride in the 3x3 convolution), and a ViT on them.
+"""A ResNet as in the official encoder (arXiv 1512.03385, stride in the 3x3 convolution), and a ViT on its features.
 
 Reference: google-research/pix2seq, `architectures/resnet.py`.
 """
@@ -15,7 +15,7 @@ from pix2seq.errors import InputError
 from pix2seq.model.encoders.convolutions import ConvNorm, ResidualBlock
 from pix2seq.model.encoders.vit import VisionTransformer
 
-# Depth: whether blocks are bottlenecks, and how many each of the four stages has.
+# Depth: (whether blocks are bottlenecks, number of blocks in each of four stages).
 LAYOUTS = {
     18: (False, (2, 2, 2, 2)),
     34: (False, (3, 4, 6, 3)),
@@ -27,26 +27,26 @@ LAYOUTS = {
 
 
 class ResNetTransformer(VisionTransformer):
-    """The same Transformer on the last feature map of a ResNet, at stride 32, or 16 for three stages."""
+    """A Vision Transformer on the last feature map of a ResNet, at stride 32, or 16 for three stages."""
 
     def __init__(self, depth: int, num_stages: int, width: float, *, dim: int, dropout: float, **transformer: Any):
-        """For the rest, see `VisionTransformer`. Raises `InputError` for a depth that is none."""
+        """See `VisionTransformer` for its arguments. Raises `InputError` for an unknown depth or number of stages."""
         if depth not in LAYOUTS or num_stages not in (3, 4):
             raise InputError(
                 f"there is no ResNet-{depth} with {num_stages} stages; "
-                f"resnet_depth is one of {', '.join(map(str, LAYOUTS))} and resnet_stages 3 or 4"
+                f"resnet_depth must be one of {', '.join(map(str, LAYOUTS))}, and resnet_stages 3 or 4"
             )
         resnet = ResNet(depth, num_stages, width)
         stem = nn.Sequential(resnet, nn.Dropout(dropout), nn.Conv2d(resnet.width_out, dim, 1))
         super().__init__(stem, resnet.stride, dim=dim, dropout=dropout, **transformer)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns; what is left of a stride counts."""
+        """Return the rows and columns of the features of an image, rounded up."""
         return -(-height // self.stride), -(-width // self.stride)
 
 
 class ResNet(nn.Module):
-    """The first three or all four stages of a ResNet, without its classifier."""
+    """The first three or all four stages of a ResNet, without the classifier."""
 
     def __init__(self, depth: int, num_stages: int, width: float) -> None:
         """`width` multiplies the usual 64 to 512 inner channels."""
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, width_out, H / stride, W / stride), rounded up."""
         x = F.relu(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        # TensorFlow's `SAME`: an even side is padded at its end alone.
+        # TensorFlow's `SAME` pads an even side only at its end.
         pad_y, pad_x = (1 - side % 2 for side in x.shape[-2:])
         x = F.pad(x, (1 - pad_x, 1, 1 - pad_y, 1), value=-torch.inf)
         return self.stages(F.max_pool2d(x, 3, stride=2))

@@ -1,4 +1,4 @@
-"""Any ViT or CNN of timm by name."""
+"""An encoder from any ViT or CNN of timm."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pix2seq.model.encoders.timm_attention import use_fast_attention
 
 
 class TimmEncoder(Encoder):
-    """A timm model without its head: the patch tokens of a ViT, or the last feature map of a CNN."""
+    """A timm model without its head. Features are a ViT's patch tokens or a CNN's last feature map."""
 
-    net: Any  # one of hundreds of classes
+    net: Any  # timm has hundreds of model classes
     mean: Tensor
     std: Tensor
 
     def __init__(
         self, name: str, *, image_size: tuple[int, int], pretrained: bool = False, drop_path: float = 0.0
     ) -> None:
-        """Raises `InputError` for an unknown name, and where pretrained weights cannot be had."""
+        """Raises `InputError` if the name is unknown or pretrained weights cannot be loaded."""
         super().__init__()
-        import timm  # takes seconds, and our own encoders do without
+        import timm  # takes seconds, and our own encoders do not need it
 
         if not timm.is_model(name):
             raise unknown_name("timm model", name, timm.list_models())
@@ -59,7 +59,7 @@ class TimmEncoder(Encoder):
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim) and the grid."""
+        """Encode images (B, 3, H, W) in [0, 1] as features (B, N, dim). Also return their grid."""
         height, width = images.shape[-2:]
         images = (images - self.mean) / self.std
         if self.is_vit:
@@ -70,18 +70,18 @@ class TimmEncoder(Encoder):
             features = features.permute(0, 3, 1, 2)
         return features.flatten(2).transpose(1, 2), (features.shape[-2], features.shape[-1])
 
-    def units(self) -> list[nn.Module]:
-        """A ViT's blocks, or a CNN as a whole."""
+    def block_list(self) -> list[nn.Module]:
+        """Return the blocks of a ViT, or a CNN as one block."""
         return list(self.net.blocks) if self.is_vit else [self.net]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """For a ViT. A CNN is left as it is: run twice, its batch norms would count every batch twice."""
+        """Enable it for a ViT only: with recomputation, the batch norms of a CNN would count every batch twice."""
         if self.is_vit:
             self.net.set_grad_checkpointing(enabled)
 
 
 def _is_plain_vit(name: str) -> bool:
-    """Whether timm's model gives tokens and resizes its positions; told without allocating weights."""
+    """Return whether a timm model outputs tokens and resizes its position embeddings, without allocating weights."""
     import timm
 
     with torch.device("meta"):

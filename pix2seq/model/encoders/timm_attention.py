@@ -1,9 +1,9 @@
-"""Fast bf16 attention for timm's models in training on the CPU.
+"""Fast bf16 attention for training timm models on the CPU.
 
-PyTorch's fused attention computes its gradient in bf16 on the CPU slower than in float32; `pix2seq.model.layers.attend`
-does not. timm offers no way to pass another attention function, and has many attention classes, all of which call
-`F.scaled_dot_product_attention`. So the class of each attention module is replaced by a subclass whose `forward` sends
-that call to `attend`. Weights and their names stay as they are.
+On the CPU, the backward pass of PyTorch's fused attention is slower in bf16 than in float32;
+`pix2seq.model.layers.attend` is not. timm has many attention classes and no option for another attention function,
+but all of them call `F.scaled_dot_product_attention`. So this module replaces the class of each attention module with
+a subclass that redirects this call to `attend`. Weights and their names stay the same.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pix2seq.model.layers import attend
 
 
 def use_fast_attention(net: nn.Module) -> None:
-    """Replace the class of every attention module inside `net`."""
+    """Replace the class of every attention module in `net`."""
     for module in net.modules():
         if getattr(module, "fused_attn", False):
-            # Classes are hashable; mypy looks at the hash of their instances.
+            # Classes are hashable, but mypy looks at the hash of their instances.
             module.__class__ = _with_attend(type(module))  # type: ignore[arg-type]
 
 
 class _AttendMode(TorchFunctionMode):
-    """Attention asked of PyTorch goes to `attend`, where it can."""
+    """Redirect calls of PyTorch's fused attention to `attend`, unless they use an option that it lacks."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,11 +40,11 @@ class _AttendMode(TorchFunctionMode):
 
 
 class _WithAttend:
-    """Mixed into timm's attention classes, all of which call PyTorch's fused attention."""
+    """A mixin for timm's attention classes, all of which call PyTorch's fused attention."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward: Callable[..., Tensor] = super().forward  # type: ignore[misc]
-        # A GPU's kernels need no help, and looking at every call costs time.
+        # GPU kernels are fast already, and the mode costs time for every call.
         if x.device.type != "cpu":
             return forward(x, *args, **kwargs)
         with _AttendMode():
@@ -53,5 +53,5 @@ class _WithAttend:
 
 @cache
 def _with_attend(attention: type) -> type:
-    # A class, not a `forward` set on the module: that would stay bound to the original in a copy.
+    # A `forward` set on the module instead would stay bound to the original in a copy.
     return type(attention.__name__, (_WithAttend, attention), {})

@@ -1,4 +1,4 @@
-"""A pre-norm Vision Transformer with the official patch stem, or a convolutional one that learns faster from scratch.
+"""A pre-norm Vision Transformer with the official patch stem, or a conv stem that learns faster from scratch.
 
 Reference: google-research/pix2seq, `architectures/transformers.py`.
 """
@@ -15,7 +15,7 @@ from pix2seq.model.positions import GridPositions, PositionKind
 
 
 class VisionTransformer(Encoder):
-    """A pre-norm ViT; with fixed positions at home on any rectangle of patches."""
+    """A pre-norm ViT. With fixed position encodings, it takes any rectangle of patches."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class VisionTransformer(Encoder):
         drop_path: float = 0.0,
         positions: PositionKind = "sincos",
     ) -> None:
-        """`stem` maps images to (B, dim, H / stride, W / stride); learned positions are for `image_size`."""
+        """`stem` maps images to (B, dim, H / stride, W / stride). Learned positions fit only `image_size`."""
         super().__init__()
         self.dim = dim
         self.stride = stride
@@ -47,10 +47,10 @@ class VisionTransformer(Encoder):
         self.apply(init_weights)
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                module.start_as_shortcut()
+                module.init_as_identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (B, 3, H, W) in [0, 1] to features (B, N, dim), the class token first, and the grid."""
+        """Encode images (B, 3, H, W) in [0, 1] as features (B, N, dim), class token first. Also return their grid."""
         features = self.stem(images)
         grid = (features.shape[-2], features.shape[-1])
         x = self.stem_norm(features.flatten(2).transpose(1, 2))
@@ -59,10 +59,10 @@ class VisionTransformer(Encoder):
             x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks.run(x)), grid
 
-    def units(self) -> list[nn.Module]:
-        """The Transformer's blocks."""
+    def block_list(self) -> list[nn.Module]:
+        """Return the Transformer blocks."""
         return list(self.blocks)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """For the Transformer's blocks; convolutions in front keep what they compute."""
+        """Enable it for the Transformer blocks. The convolutions of the stem keep their activations."""
         self.blocks.checkpointing = enabled
