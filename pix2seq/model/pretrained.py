@@ -39,7 +39,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     place = existing_folder(path)
     if (place / CONFIG_FILE).is_file():
-        damage = find_damage(place, leaving_out=STATE_FILES)
+        damage = find_damage(place, ignore=STATE_FILES)
         if damage is not None:
             raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
         return place
@@ -59,7 +59,7 @@ def newest_checkpoint(out: Path, *, weights_only: bool = False) -> Path | None:
     """
     found = list_checkpoints(out)
     for folder in reversed(found):
-        damage = find_damage(folder, leaving_out=STATE_FILES if weights_only else ())
+        damage = find_damage(folder, ignore=STATE_FILES if weights_only else ())
         if damage is None:
             return folder
         print(f"warning: checkpoint {folder} is damaged and passed over: {damage}", file=sys.stderr, flush=True)

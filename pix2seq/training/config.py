@@ -25,7 +25,7 @@ from pix2seq.tasks.detection import DetectionConfig
 from pix2seq.tasks.keypoint import KeypointConfig
 from pix2seq.tasks.segmentation import SegmentationConfig
 from pix2seq.tasks.task import TaskConfig
-from pix2seq.training.schedule import ScheduleConfig
+from pix2seq.training.optimizer import ScheduleConfig
 
 PARALLEL = ("ddp", "fsdp")
 COUNTS = (
