@@ -53,8 +53,9 @@ from pix2seq.model.decoder import Decoder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, encode_objects, random_boxes
 from pix2seq.training import step as train
-from pix2seq.training.allocator import keep_freed_memory
-from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.training.memory import keep_freed_memory
+from pix2seq.training.optimizer import build_optimizer
+from pix2seq.training.step import TaskBatches, TrainingModel, sequence_loss, train_step
 from pix2seq.vocab import PAD, TASK_IDS, Vocab
 
 VOCAB = Vocab(num_bins=1000, size=3000)
@@ -146,8 +147,10 @@ def build(size: Size) -> tuple[Pix2Seq, torch.optim.Optimizer]:
 
 def our_step(model: Pix2Seq, optimizer: torch.optim.Optimizer, *, bf16: bool) -> Callable[[Batch], Any]:
     """A training step as `pix2seq train` takes it."""
-    learner = Learner(model, bf16=bf16)
-    return lambda batch: train_step(learner, optimizer, [TaskBatches("detection", 1.0, [batch])], max_grad_norm=1.0)
+    training_model = TrainingModel(model, bf16=bf16)
+    return lambda batch: train_step(
+        training_model, optimizer, [TaskBatches("detection", 1.0, [batch])], max_grad_norm=1.0
+    )
 
 
 def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BATCH_SIZE) -> Batch:

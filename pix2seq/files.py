@@ -1,4 +1,4 @@
-"""Files that survive a crash: written whole or not at all, and checked against a manifest of sizes and sha256."""
+"""Files that survive a crash: written completely or not at all, and checked against a manifest of sizes and sha256."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from safetensors import SafetensorError, safe_open
 from pix2seq.errors import InputError
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1  # of manifest.json
 
 
 def output_folder(path: Path) -> Path:
-    """The folder, made where needed. Raises `InputError` where it cannot be made or written to."""
+    """Create the folder if needed and return it. Raises `InputError` if it cannot be created or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder {path} cannot be made ({error.strerror}); give another one") from None
+        raise InputError(f"folder {path} cannot be created ({error.strerror}); give another one") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"folder {path} is read-only; give another one")
     return path
 
 
 def output_file(path: Path) -> Path:
-    """The file's path, its folder made. Raises `InputError` where a folder has its name, or it is read-only."""
+    """Create the file's folder and return the path. Raises `InputError` if it is a folder or cannot be written."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name, such as {path / 'out.json'}")
     output_folder(path.parent)
@@ -41,35 +43,35 @@ def output_file(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path, what: str, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn a failure to write in `path` into an `InputError`; `what` is going on, and takes `num_bytes`."""
+def report_write_errors(path: Path, action: str, *, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn a failure to write in `path` into an `InputError` that names the `action` and the `num_bytes` it needs."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = _errno(error)
         if code is None and isinstance(error, SafetensorError):
-            raise  # about its content, not about the disk
+            raise  # the content is wrong, not the disk
         if code not in DISK_FULL:
             raise InputError(
-                f"{path} cannot be written while {what} ({os.strerror(code) if code else error}); "
-                "make it writable and go on with --resume auto"
+                f"{path} cannot be written while {action} ({os.strerror(code) if code else error}); "
+                "make it writable and continue with --resume auto"
             ) from error
         needed = "" if num_bytes is None else f"{num_bytes} bytes needed, "
         raise InputError(
-            f"disk full at {path} while {what}: {needed}{free_bytes(path)} free; "
-            "free space and go on with --resume auto"
+            f"disk full at {path} while {action}: {needed}{free_bytes(path)} free; "
+            "free space and continue with --resume auto"
         ) from error
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes left on the disk of a path, which need not exist yet."""
+    """Return the free bytes on the disk of a path; the path does not have to exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def write_durably(path: Path, content: str) -> None:
-    """Put a text file in place of the old one; a crash leaves one of the two, whole."""
+def write_atomically(path: Path, content: str) -> None:
+    """Replace a text file; a crash leaves either the old or the new file, complete."""
     partial = path.with_name(f".partial-{path.name}")
     try:
         partial.write_text(content, encoding="utf-8")
@@ -88,9 +90,9 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Wait until a folder's names are on the disk."""
+    """Wait until the names in a folder are on the disk."""
     if os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,61 +100,56 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _errno(error: OSError | SafetensorError) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))  # safetensors tells the cause in words alone
-    return int(found[1]) if found else None
-
-
-MANIFEST_FILE = "manifest.json"
-FORMAT = 1
-
-
-def seal(folder: Path) -> None:
-    """Bring the files of a folder to the disk and write their manifest."""
-    sync_files(folder)
-    files = {}
-    for path in files_in(folder):
-        status = path.stat()
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
-    write_durably(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The files in a folder and in those inside it."""
+def list_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and in all folders below it."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def sync_files(folder: Path) -> None:
-    """Bring the files of a folder, and the names of all of them, to the disk."""
-    files = files_in(folder)
+def fsync_files(folder: Path) -> None:
+    """Wait until all files below a folder, and their names, are on the disk."""
+    files = list_files(folder)
     for path in files:
         fsync_file(path)
-    for inside in {folder, *(path.parent for path in files)}:
-        fsync_folder(inside)
+    for parent in {folder, *(path.parent for path in files)}:
+        fsync_folder(parent)
 
 
-def find_damage(folder: Path, *, leaving_out: tuple[str, ...] = (), quick: bool = False) -> str | None:
-    """What is wrong with the files of a folder in a few words, None where nothing is.
+def write_manifest(folder: Path) -> None:
+    """Flush the files of a folder to the disk and write their manifest."""
+    fsync_files(folder)
+    files = {}
+    for path in list_files(folder):
+        status = path.stat()
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
+    write_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
 
-    Files and folders in it named in `leaving_out` are not looked at.
 
-    `quick` reads a file only if its size or time of change is not the manifest's. Folders without a
-    manifest, of older runs and other tools, are held to what the headers of their safetensors promise.
+def find_damage(folder: Path, *, ignore: tuple[str, ...] = (), quick: bool = False) -> str | None:
+    """Return in a few words what is wrong with the files of a folder, or None if they are intact.
+
+    `ignore` names files and folders in it that are not checked. `quick` reads a file only if its size or
+    modification time differs from the manifest. A folder without a manifest, from an older run or another tool,
+    is checked by the headers of its safetensors files.
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
-        return _broken_safetensors(folder, leaving_out)
+        return _broken_safetensors(folder, ignore)
     try:
         files = json.loads(path.read_bytes())["files"]
         for name, expected in files.items():
-            if name.split("/")[0] not in leaving_out and (problem := _difference(folder / name, expected, quick=quick)):
+            if name.split("/")[0] not in ignore and (problem := _difference(folder / name, expected, quick=quick)):
                 return f"{name} {problem}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
     return None
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))  # safetensors gives the cause only in its message
+    return int(found[1]) if found else None
 
 
 def _difference(path: Path, expected: dict[str, int | str], *, quick: bool) -> str | None:
@@ -162,16 +159,16 @@ def _difference(path: Path, expected: dict[str, int | str], *, quick: bool) -> s
             return f"has {status.st_size} bytes, expected {expected['bytes']}"
         if quick and status.st_mtime_ns == expected["mtime_ns"]:
             return None
-        return None if _sha256(path) == expected["sha256"] else "is not as it was written (sha256 differs)"
+        return None if _sha256(path) == expected["sha256"] else "has changed since it was written (sha256 differs)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def _broken_safetensors(folder: Path, leaving_out: tuple[str, ...]) -> str | None:
+def _broken_safetensors(folder: Path, ignore: tuple[str, ...]) -> str | None:
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in leaving_out:
+        if path.name not in ignore:
             try:
                 with safe_open(path, framework="pt"):
                     pass

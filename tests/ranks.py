@@ -9,9 +9,9 @@ from pix2seq.data.sampler import rank_part
 from pix2seq.examples import Batch
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
-from pix2seq.training.distributed import join_ranks, local, whole
+from pix2seq.training.distributed import full_tensor, join_ranks, local_tensor
 from pix2seq.training.ema import Ema
-from pix2seq.training.step import Learner, TaskBatches, train_step
+from pix2seq.training.step import TaskBatches, TrainingModel, train_step
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -41,7 +41,7 @@ def random_batch(seed, part, *, sequences):
 def train(ranks, parallel, stem, trait=None):
     """Three steps of two tasks in two micro-batches each; plain SGD, which does not magnify rounding as Adam does."""
     model = tiny_model(stem)
-    learner = Learner(model, ranks=ranks, parallel=parallel)
+    training_model = TrainingModel(model, ranks=ranks, parallel=parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ema = Ema(model, 0.9)
     part = rank_part(BATCH_SIZE, ranks.rank, ranks.size)
@@ -51,13 +51,13 @@ def train(ranks, parallel, stem, trait=None):
     for step in range(3):
         faulty = trait == "nan" and step == FAULTY_STEP and ranks.rank == ranks.size - 1
         hook = model.encoder.stem.register_forward_hook(lambda module, args, x: x * torch.nan) if faulty else None
-        before = {name: local(tensor).clone() for name, tensor in model.state_dict().items()}
+        before = {name: local_tensor(tensor).clone() for name, tensor in model.state_dict().items()}
         tasks = [
             TaskBatches(name, weight, [random_batch(100 * i + 10 * step + m, part, sequences=i + 1) for m in range(2)])
             for i, (name, weight) in enumerate([("detection", 1.0), ("captioning", 0.5)])
         ]
-        result = train_step(learner, optimizer, tasks, max_grad_norm=1.0)
-        changed = any(not torch.equal(local(t), before[name]) for name, t in model.state_dict().items())
+        result = train_step(training_model, optimizer, tasks, max_grad_norm=1.0)
+        changed = any(not torch.equal(local_tensor(t), before[name]) for name, t in model.state_dict().items())
         if result.finite:
             ema.update(model, step + 1)
         if hook is not None:
@@ -65,8 +65,8 @@ def train(ranks, parallel, stem, trait=None):
         steps.append({"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "changed": changed})
     return {
         "steps": ranks.gather(steps),
-        "weights": {name: whole(tensor).clone() for name, tensor in model.state_dict().items()},
-        "averages": {name: whole(tensor).clone() for name, tensor in ema.weights.items()},
+        "weights": {name: full_tensor(tensor).clone() for name, tensor in model.state_dict().items()},
+        "averages": {name: full_tensor(tensor).clone() for name, tensor in ema.weights.items()},
         "num_sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
         "num_parameters": len(list(model.parameters())),
     }

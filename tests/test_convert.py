@@ -345,7 +345,7 @@ def test_conversions_that_cannot_be_write_nothing(tmp_path, capsys):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
     shard.write_bytes(sound[:-9])
-    refused("its index speaks of", str(shard))
+    refused("its index expects", str(shard))
     damaged = bytearray(sound)
     damaged[len(sound) // 2] ^= 4
     shard.write_bytes(damaged)
@@ -395,7 +395,7 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert main(["convert", str(prefix), "--config", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "no converted checkpoint" in capsys.readouterr().err
+    assert "not a converted checkpoint" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     # Converting once more replaces what a conversion wrote.
     for _ in range(2):

@@ -19,7 +19,7 @@ from pix2seq import Pix2Seq, convert_checkpoint
 from pix2seq.cli import main
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
-from pix2seq.files import MANIFEST_FILE, find_damage, seal
+from pix2seq.files import MANIFEST_FILE, find_damage, write_manifest
 from pix2seq.model.pretrained import list_checkpoints, newest_checkpoint
 from pix2seq.training.checkpoint import load_checkpoint
 from pix2seq.training.run_lock import run_lock
@@ -120,7 +120,7 @@ def test_a_pickle_in_place_of_the_state_is_not_opened(evil, poisoned):
     (folder / "state.safetensors").write_bytes(evil)
     with pytest.raises(InputError, match=r"state\.safetensors cannot be read"):
         load_checkpoint(tiny_state(), folder)
-    seal(folder)  # its author writes a manifest that fits, too
+    write_manifest(folder)  # its author writes a manifest that fits, too
     with pytest.raises(InputError, match="cannot resume from"):
         load_checkpoint(tiny_state(), folder)
 

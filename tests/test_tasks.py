@@ -36,8 +36,9 @@ from pix2seq.tasks.request import Frame
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer
-from pix2seq.training.start import start_from
-from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, train_step
+from pix2seq.training.initialize import initialize_from
+from pix2seq.training.optimizer import build_optimizer
+from pix2seq.training.step import TaskBatches, TrainingModel, sequence_loss, train_step
 from pix2seq.types import Category, ImageRecord, Instance, Target
 from pix2seq.vocab import EOS, TASK_IDS, Vocab
 
@@ -207,7 +208,7 @@ def test_a_step_of_four_tasks_encodes_each_image_once(shapes, tasks, model, monk
     monkeypatch.setattr(model, "encode", lambda images: seen.append(len(images)) or encode(images))
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0, betas=(0.9, 0.95))
     step = [TaskBatches(name, 1.0, [batch]) for name, batch in batches.items()]
-    train_step(Learner(model), optimizer, step, max_grad_norm=1)
+    train_step(TrainingModel(model), optimizer, step, max_grad_norm=1)
     assert seen == [len(batch.images) for batch in batches.values()]
     assert max(batch.tokens.shape[1] for batch in batches.values()) > 1
 
@@ -221,7 +222,7 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_tasks(shapes, tasks, text
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         step = [TaskBatches(name, weights[name], [batches[name]]) for name in names]
-        result = train_step(Learner(model), optimizer, step, max_grad_norm=0)
+        result = train_step(TrainingModel(model), optimizer, step, max_grad_norm=0)
         return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
 
     together, gradient_of_all = gradient(list(weights))
@@ -455,7 +456,7 @@ def test_fine_tuning_carries_rows_over_by_name(shapes, text, vocab, tasks):
     words = WordTokenizer([*text.tokens[:3], "unicorn", *text.tokens[5:9]])
     model = build_model(start.config, renamed, words)
     fresh = model.decoder.token_embedding.weight.detach().clone()
-    summary = start_from(model, start, "somewhere")
+    summary = initialize_from(model, start, "somewhere")
     assert summary == "2 of 3 classes were known by name, 7 of 8 words were known"
     ours, theirs = model.decoder.token_embedding.weight, start.decoder.token_embedding.weight
     torch.testing.assert_close(ours[101], theirs[100 + old[2].label], rtol=0, atol=0)
@@ -469,7 +470,7 @@ def test_fine_tuning_carries_rows_over_by_name(shapes, text, vocab, tasks):
         ModelConfig(image_size=SIZE, encoder=start.config.encoder, decoder=DecoderConfig(dim=64), vocab=vocab)
     )
     with pytest.raises(InputError, match="is another model"):
-        start_from(wider, start, "somewhere")
+        initialize_from(wider, start, "somewhere")
 
 
 def test_instances_in_json(shapes):

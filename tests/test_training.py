@@ -22,8 +22,8 @@ from pix2seq.tasks import get_task
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
-from pix2seq.training.schedule import ScheduleConfig, learning_rate
-from pix2seq.training.step import Learner, TaskBatches, build_optimizer, sequence_loss, token_losses, train_step
+from pix2seq.training.optimizer import ScheduleConfig, build_optimizer, learning_rate
+from pix2seq.training.step import TaskBatches, TrainingModel, sequence_loss, token_losses, train_step
 from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
@@ -131,7 +131,7 @@ def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
             )
             for i in range(0, 8, each)
         ]
-        train_step(Learner(model), optimizer, [TaskBatches("detection", 1.0, split)], max_grad_norm=0)
+        train_step(TrainingModel(model), optimizer, [TaskBatches("detection", 1.0, split)], max_grad_norm=0)
         gradients.append([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, split, atol=2e-6, rtol=1e-4)
@@ -142,7 +142,7 @@ def test_gradients_are_clipped_to_the_norm():
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = [TaskBatches("detection", 1.0, [random_batch()])]
-    norm = train_step(Learner(model), optimizer, batches, max_grad_norm=0.01).grad_norm
+    norm = train_step(TrainingModel(model), optimizer, batches, max_grad_norm=0.01).grad_norm
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert norm > 0.01
     assert math.isclose(float((after - before).norm()), 0.01, rel_tol=1e-3)
@@ -173,7 +173,7 @@ def test_a_tiny_model_overfits_four_images():
     model, batch = tiny_model(), random_batch(4, noise_objects=0, class_corruption="none", order="corner")
     optimizer = build_optimizer(model, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95))
     batches = [TaskBatches("detection", 1.0, [batch])]
-    losses = [train_step(Learner(model), optimizer, batches, max_grad_norm=1.0).loss.item() for _ in range(150)]
+    losses = [train_step(TrainingModel(model), optimizer, batches, max_grad_norm=1.0).loss.item() for _ in range(150)]
     assert losses[0] > 5
     assert losses[-1] < 0.1
 

@@ -19,8 +19,7 @@ from pix2seq.model.encoders.timm import TimmEncoder
 from pix2seq.model.layers import attend
 from pix2seq.model.pix2seq import build_model
 from pix2seq.training import step
-from pix2seq.training.compilation import compile_model
-from pix2seq.training.step import sequence_loss
+from pix2seq.training.step import compile_model, sequence_loss
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -202,7 +201,7 @@ def test_a_compiled_model_has_the_same_gradients(encoder):
 def test_kept_memory_is_not_asked_for_again():
     count_faults = """
 import resource, torch
-from pix2seq.training.allocator import keep_freed_memory
+from pix2seq.training.memory import keep_freed_memory
 if keep_freed_memory():
     faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

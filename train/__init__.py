@@ -1,1 +1,1 @@
-"""Training recipes, one file a task, each read top to bottom; imported as `pix2seq.train`."""
+"""Training scripts, one per task, and one for several tasks; imported as `pix2seq.train`."""

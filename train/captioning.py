@@ -1,23 +1,11 @@
 """Train captioning: `python train/captioning.py --config configs/captioning_shapes.yaml data=DIR out=DIR`.
 
-The same as `pix2seq train --task captioning`. What happens, in order, is `pix2seq/training/loop.py`.
+The same as `pix2seq train --task captioning`. Read `pix2seq/training/loop.py` for the steps of a run.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-
-from pix2seq.cli import add_train, run_guarded
-
-
-def _main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_train(parser, task="captioning")
-    args = parser.parse_args(argv)
-    args.run(args)
-
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(_main, sys.argv[1:]))
+    from pix2seq.cli import main
+
+    sys.exit(main(["train", "--task", "captioning", *sys.argv[1:]]))

@@ -1,23 +1,11 @@
 """Train detection: `python train/detection.py --config configs/detection_shapes.yaml data=DIR out=DIR`.
 
-The same as `pix2seq train --task detection`. What happens, in order, is `pix2seq/training/loop.py`.
+The same as `pix2seq train --task detection`. Read `pix2seq/training/loop.py` for the steps of a run.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-
-from pix2seq.cli import add_train, run_guarded
-
-
-def _main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_train(parser, task="detection")
-    args = parser.parse_args(argv)
-    args.run(args)
-
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(_main, sys.argv[1:]))
+    from pix2seq.cli import main
+
+    sys.exit(main(["train", "--task", "detection", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""From an official checkpoint to a folder that `Pix2Seq.from_pretrained` opens."""
+"""Convert an official checkpoint to a folder for `Pix2Seq.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_checkpoint
 from pix2seq.tasks import get_task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
-UNCONVERTED = ".num_batches_tracked"  # of batch norms: PyTorch counts, TensorFlow does not
-SHOWN = 5  # names in a message; the rest are counted
+UNCONVERTED = ".num_batches_tracked"  # batch norm counters, which TensorFlow does not have
+MAX_SHOWN = 5  # names in a message; the rest are counted
 
 
 def convert_checkpoint(
@@ -31,11 +31,10 @@ def convert_checkpoint(
 ) -> None:
     """Read the checkpoint PREFIX.index with its shards, and write a folder for `Pix2Seq.from_pretrained`.
 
-    `config` is a preset's name (`pix2seq.convert.presets`) or a JSON file with the official `model`
-    section. `text_model` is the sentencepiece model of a checkpoint that captions; without it the
-    captioning task is left out. Every variable of the model must be used and every parameter filled.
-    Raises `InputError` where files are missing or damaged or do not fit together; then nothing is
-    written.
+    `config` is the name of a preset (`pix2seq.convert.presets`) or a JSON file with the official `model`
+    section. `text_model` is the sentencepiece model of a captioning checkpoint; without it, captioning is
+    left out. Every variable must be used and every parameter filled. Raises `InputError` if files are
+    missing, damaged or do not match; then nothing is written.
     """
     out = Path(out)
     _check_out(out)
@@ -46,7 +45,7 @@ def convert_checkpoint(
         tokenizer = SentencePieceTokenizer.from_file(Path(text_model))
         if tokenizer.size > settings.vocab.num_text:
             raise InputError(
-                f"{text_model} has {tokenizer.size} pieces, the model room for {settings.vocab.num_text}; "
+                f"{text_model} has {tokenizer.size} pieces, but the model has room for {settings.vocab.num_text}; "
                 "give the sentencepiece model it was trained with"
             )
     bundle = TensorBundle(checkpoint_prefix(Path(prefix)))
@@ -54,13 +53,12 @@ def convert_checkpoint(
     model = _skeleton(settings)
     model.task_settings = task_settings(official, settings, captions=tokenizer is not None)
     model.categories = categories_of(official, settings.vocab, keypoints="keypoint" in model.task_settings)
-
     model.text = tokenizer
     for name in model.task_settings:
         get_task(name).from_model(model)  # refuses settings that nobody could use
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there when all is well, so that a broken conversion leaves nothing.
+        # Write beside the target and move when complete, so that a failed conversion leaves nothing.
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
             folder = Path(scratch) / out.name
             write_checkpoint(folder, model.config_json(), weights)
@@ -74,7 +72,7 @@ def convert_checkpoint(
 
 
 def checkpoint_prefix(path: Path) -> Path:
-    """PREFIX itself, PREFIX.index, or a folder that holds one checkpoint or names its newest."""
+    """Return PREFIX from PREFIX, PREFIX.index, a folder with one checkpoint, or a folder that names its newest."""
     if path.suffix == ".index":
         return path.with_suffix("")
     if not path.is_dir():
@@ -88,35 +86,35 @@ def checkpoint_prefix(path: Path) -> Path:
             if key == "model_checkpoint_path" and newest in found:
                 return newest
     if len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} checkpoints (*.index); name one of them as {path}/PREFIX")
+        raise InputError(f"{path} holds {len(found)} checkpoints (*.index); give one of them as {path}/PREFIX")
     return found[0]
 
 
 def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]:
-    """Our parameters from the variables of a checkpoint. Raises `InputError` with all that does not fit."""
+    """Return our parameters from the variables of a checkpoint. Raises `InputError` listing all mismatches."""
     keys: dict[str, str] = {}
     for key in bundle.entries:
         name = canonical_name(key)
         if name is None:
             bundle.verify(key)
         elif name in keys:
-            raise InputError(f"{bundle.index_path} has two variables that mean {name}: {keys[name]} and {key}")
+            raise InputError(f"{bundle.index_path} has two variables for {name}: {keys[name]} and {key}")
         else:
             keys[name] = key
 
     expected = _skeleton(config).state_dict()
-    places = plan([name for name in expected if not name.endswith(UNCONVERTED)], config)
-    sources = [official for _, officials in places.values() for official in officials]
+    mapping = plan([name for name in expected if not name.endswith(UNCONVERTED)], config)
+    sources = [official for _, officials in mapping.values() for official in officials]
     problems = _listed("missing in the checkpoint", [name for name in sources if name not in keys])
     problems += _listed("not used", sorted(keys.keys() - set(sources)))
     if problems:
         raise InputError(
-            f"the checkpoint {bundle.index_path} and the config do not fit: {'; '.join(problems)}; "
+            f"the checkpoint {bundle.index_path} and the config do not match: {'; '.join(problems)}; "
             "give the config it was trained with"
         )
 
     weights = {name: torch.zeros_like(t, device="cpu") for name, t in expected.items() if name.endswith(UNCONVERTED)}
-    for name, (rule, officials) in places.items():
+    for name, (rule, officials) in mapping.items():
         variables = {official: _tensor(bundle, keys[official]) for official in officials}
         try:
             weights[name] = make_parameter(name, rule, variables, config)
@@ -128,7 +126,7 @@ def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]
             problems.append(f"{shapes} cannot fill {name} {tuple(expected[name].shape)}")
     if problems:
         raise InputError(
-            f"the checkpoint {bundle.index_path} and the config do not fit: {'; '.join(_short(problems))}; "
+            f"the checkpoint {bundle.index_path} and the config do not match: {'; '.join(_short(problems))}; "
             "give the config it was trained with"
         )
     return weights
@@ -137,24 +135,24 @@ def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]
 def _tensor(bundle: TensorBundle, key: str) -> Tensor:
     values = bundle.read(key)
     if not np.issubdtype(values.dtype, np.floating):
-        raise InputError(f"{key} in {bundle.index_path} holds {values.dtype}, expected floating point numbers")
+        raise InputError(f"{key} in {bundle.index_path} has dtype {values.dtype}, expected floating point numbers")
     return torch.from_numpy(values.astype(np.float32, copy=False).copy())
 
 
 def _skeleton(config: ModelConfig) -> Pix2Seq:
-    """The model without memory for its weights."""
+    """Build the model without allocating its weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("error")  # of layers without a width
+            warnings.simplefilter("error")  # PyTorch warns about layers of width 0
             return build_model(config, load_pretrained=False)
     except (ValueError, UserWarning) as error:
-        raise InputError(f"config describes a model that cannot be: {error}") from None
+        raise InputError(f"config describes a model that cannot be built: {error}") from None
 
 
 def _check_out(out: Path) -> None:
     ours = {CONFIG_FILE, WEIGHTS_FILE, SENTENCEPIECE_FILE}
     if out.is_file() or out.is_symlink() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
-        raise InputError(f"{out} exists and is no converted checkpoint; give a new folder as --out")
+        raise InputError(f"{out} exists and is not a converted checkpoint; give a new folder as --out")
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
@@ -162,5 +160,5 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return [*names[:SHOWN], *more]
+    more = [f"and {len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
+    return [*names[:MAX_SHOWN], *more]

@@ -1,4 +1,4 @@
-"""The classes of COCO 2017, with the ids that official models use as labels."""
+"""The classes of COCO 2017 with their ids, which official models use as labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PERSON_SKELETON = (
 
 
 def coco_categories() -> tuple[Category, ...]:
-    """All 80, their label equal to COCO's id, as official models number them."""
+    """Return all 80 classes, with COCO's id as the label, as in official models."""
     return tuple(
         Category(label, label, name, PERSON_KEYPOINTS, PERSON_SKELETON) if name == "person"
         else Category(label, label, name)

@@ -1,4 +1,4 @@
-"""Official configs: the `model` section and the tasks, as settings of this project."""
+"""Read official configs: the `model` section as our `ModelConfig`, and the task sections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = {"standard": 4, "c4": 3}
 
 
 def read_official_config(name: str | Path) -> dict[str, Any]:
-    """A preset by name, or a JSON file with the official `model` section and, if it has them, tasks."""
+    """Read a preset by name, or a JSON file with the official `model` section and optional tasks."""
     if str(name) in PRESETS:
         return preset_config(str(name))
     path = Path(name)
@@ -36,13 +36,13 @@ def read_official_config(name: str | Path) -> dict[str, Any]:
 
 
 def model_config(official: Mapping[str, Any]) -> ModelConfig:
-    """The model that an official config describes. Raises `InputError` for what is not supported."""
+    """Return the model that an official config describes. Raises `InputError` if it is not supported."""
     section = _Section(official["model"])
     if section.text("name", "encoder_ar_decoder") != "encoder_ar_decoder":
-        raise InputError(f"config describes the model {official['model']['name']!r}; only encoder_ar_decoder is read")
+        raise InputError(f"config describes the model {official['model']['name']!r}; expected encoder_ar_decoder")
     height, width = section.pair("image_size")
     dim, dim_dec = section.number("dim_att"), section.number("dim_att_dec")
-    # The official code keeps the ratio of widths, a whole number.
+    # The official code stores MLP widths as integer ratios.
     ratio, ratio_dec = section.number("dim_mlp") // dim, section.number("dim_mlp_dec") // dim_dec
     mode = section.choice("dec_proj_mode", ("linear", "linear_p", "mlp"))
     positions = POSITIONS[section.choice("pos_encoding", POSITIONS)]
@@ -78,7 +78,7 @@ def _backbone(section: _Section) -> dict[str, Any]:
     if variant == "c1":
         return {"name": "vit", "patch_size": section.number("patch_size")}
     if section.rate("resnet_sk_ratio", 0.0) > 0:
-        raise InputError("config has resnet_sk_ratio above 0; selective kernels are not supported, no model uses them")
+        raise InputError("config has resnet_sk_ratio above 0; selective kernels are not supported")
     return {
         "name": "resnet",
         "resnet_depth": section.number("resnet_depth"),
@@ -92,22 +92,22 @@ def _vocab(section: _Section, official: Mapping[str, Any]) -> Vocab:
     text_base = section.number("text_vocab_shift")
     given = [task["quantization_bins"] for task in official_tasks(official) if "quantization_bins" in task]
     if any(not isinstance(bins, int) or bins != given[0] for bins in given):
-        raise InputError(f"config has tasks with quantization_bins {given}; one whole number for all is expected")
+        raise InputError(f"config has tasks with quantization_bins {given}; expected one integer for all")
     num_bins = given[0] if given else min(NUM_BINS, text_base - coord_base, size - coord_base)
     try:
         return Vocab(num_bins, max(size - text_base, 0), coord_base, text_base, size)
     except (ValueError, TypeError) as error:
-        raise InputError(f"config has a vocabulary that cannot be: {error}") from None
+        raise InputError(f"config has an invalid vocabulary: {error}") from None
 
 
 def official_tasks(official: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The task sections of an official config; none where it has only a model."""
+    """Return the task sections of an official config; an empty list if it has only a model."""
     tasks = official.get("tasks") or ([official["task"]] if isinstance(official.get("task"), dict) else [])
     return [task for task in tasks if isinstance(task, dict)]
 
 
 class _Section:
-    """The `model` section, asked key by key so that every wrong value is named."""
+    """The `model` section, read key by key so that errors name the wrong value."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -124,7 +124,7 @@ class _Section:
     def number(self, key: str) -> int:
         value = self._get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._wrong(key, "a whole number of at least 1")
+            raise self._wrong(key, "an integer of at least 1")
         return value
 
     def rate(self, key: str, default: float | None = None, *, upper: float = 1.0) -> float:

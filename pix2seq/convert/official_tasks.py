@@ -1,4 +1,4 @@
-"""Official task sections as task settings, so that a converted checkpoint is asked as it was published."""
+"""Convert official task sections to task settings, so that a converted checkpoint predicts as published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 SAMPLING = ("temperature", "top_k", "top_p")
-# Their names of settings to ours, by task.
+# Official names of tasks and settings to ours.
 NAMES = {
     "object_detection": ("detection", {}),
     "instance_segmentation": (
@@ -44,10 +44,10 @@ NAMES = {
 
 
 def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions: bool) -> dict[str, dict[str, Any]]:
-    """Settings of each task that the model was trained for, by our names.
+    """Return the settings of each task that the model was trained for, by our names.
 
-    A config without task sections gets the published settings: of detection, and of all four tasks
-    where its vocabulary has text. Captioning is left out where `captions` is false.
+    A config without task sections gets the published settings: of all four tasks if its vocabulary has
+    text, else of detection. Captioning is left out if `captions` is false.
     """
     sections = {str(task.get("name")): task for task in official_tasks(official)}
     if not sections:
@@ -64,7 +64,7 @@ def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions:
         values = {key: section[key] for key in SAMPLING if key in section}
         values |= {name: section[key] for key, name in names.items() if isinstance(section.get(key), int | float)}
         if ours == "detection":
-            # Always as many objects as there is room for: the official decoder never stops by itself.
+            # The official decoder never stops early, so it predicts as many objects as fit.
             num_objects = min(section["max_instances_per_image_test"], (room - 2) // 5)
             values |= {"max_objects": num_objects, "num_objects": num_objects}
         elif ours == "segmentation":
@@ -76,10 +76,9 @@ def task_settings(official: Mapping[str, Any], config: ModelConfig, *, captions:
 
 
 def categories_of(official: Mapping[str, Any], vocab: Vocab, *, keypoints: bool) -> tuple[Category, ...]:
-    """COCO's classes where the config names COCO as its data and the vocabulary holds them.
+    """Return COCO's classes if the config names COCO as its data set and the vocabulary has room for them.
 
-    Otherwise labels go by number; where `keypoints` are asked for, label 1 is the person, as in the
-    official code.
+    Otherwise classes are numbered; with `keypoints`, label 1 is the person, as in the official code.
     """
     dataset = official.get("dataset")
     name = dataset.get("name", "") if isinstance(dataset, Mapping) else ""

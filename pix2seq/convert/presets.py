@@ -1,4 +1,4 @@
-"""The published checkpoints: where they are, what they reach, and the official config of each.
+"""The published checkpoints: location, published AP and official config.
 
 Reference: google-research/pix2seq, `README.md` and `configs/`.
 """
@@ -16,10 +16,10 @@ class Preset:
     """One published checkpoint."""
 
     architecture: str
-    image_size: int  # pixels, of a square
+    image_size: int  # side in pixels; images are square
     kind: str  # coco: fine-tuned for detection; objects365: pre-trained; multitask: all four tasks
     location: str
-    coco_ap: float | None  # AP of boxes on COCO val2017 as published; None for what was only pre-trained
+    coco_ap: float | None  # published box AP on COCO val2017; None if only pre-trained
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -127,7 +127,7 @@ PRESETS = _presets()
 
 
 def preset_config(name: str) -> dict[str, Any]:
-    """The official config of a published checkpoint: its `model` section, tasks and data set."""
+    """Return the official config of a published checkpoint: its `model` section, tasks and data set."""
     preset = PRESETS[name]
     multitask = preset.kind == "multitask"
     model = {
@@ -156,7 +156,7 @@ def preset_config(name: str) -> dict[str, Any]:
 
 
 def preset_table() -> str:
-    """All presets, a line each, for people."""
+    """Return a table of all presets for the terminal, one line each."""
     lines = [f"{'preset':26} {'COCO AP':>7}  checkpoint"]
     for name, preset in PRESETS.items():
         score = "-" if preset.coco_ap is None else f"{preset.coco_ap:.1f}"

@@ -1,8 +1,8 @@
 """TensorFlow 2 object checkpoints, read without TensorFlow.
 
-A checkpoint PREFIX is `PREFIX.index`, a sorted table of names and places (the table format of
-LevelDB), and shards `PREFIX.data-00000-of-00001`, the tensors themselves end to end. Every byte
-is covered by a CRC-32C, and every one is checked.
+A checkpoint PREFIX has an index, `PREFIX.index`, which is a sorted table of names and positions (in LevelDB's
+table format), and shards, `PREFIX.data-00000-of-00001`, with the tensors end to end. CRC-32C checksums cover
+every byte, and all of them are checked.
 
 Reference: tensorflow, `core/util/tensor_bundle/tensor_bundle.cc`, `core/protobuf/tensor_bundle.proto`,
 `core/lib/io/format.cc`.
@@ -25,16 +25,16 @@ from pix2seq.errors import InputError
 FOOTER_SIZE = 48
 TABLE_MAGIC = 0xDB4775248B80FB57
 BLOCK_TRAILER_SIZE = 5  # compression, checksum
-CHUNK = 16 << 20  # bytes read at a time
+CHUNK = 16 << 20  # bytes per read
 STRING = 7
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_, 19: np.float16}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Position and type of a stored tensor."""
 
-    dtype: int  # as TensorFlow numbers them
+    dtype: int  # TensorFlow's number for it
     shape: tuple[int, ...]
     shard: int
     offset: int  # bytes
@@ -43,13 +43,13 @@ class Entry:
 
 
 class _Damaged(Exception):
-    """What is wrong with a part; the file's name is added where it is known."""
+    """A damaged part of a file; the caller adds the file's name."""
 
 
 class TensorBundle:
-    """The tensors of a checkpoint by name; `read` one, or `verify` all.
+    """The tensors of a checkpoint by name; `read` or `verify` one.
 
-    Raises `InputError` where a file is missing, cut off, damaged or of another kind.
+    Raises `InputError` if a file is missing, truncated, damaged or of another format.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -69,7 +69,7 @@ class TensorBundle:
             self.entries = {name: _read_entry(value) for name, value in table.items()}
         except (_Damaged, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
             raise InputError(
-                f"{self.index_path} is damaged or no TensorFlow 2 checkpoint index ({error}); copy it again"
+                f"{self.index_path} is damaged or not a TensorFlow 2 checkpoint index ({error}); copy it again"
             ) from None
         self.shards = [
             prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}") for shard in range(num_shards)
@@ -77,20 +77,18 @@ class TensorBundle:
         self._check_sizes()
 
     def read(self, name: str) -> NDArray[Any]:
-        """The tensor `name`, its checksum checked."""
+        """Return the tensor `name` after checking its checksum."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise InputError(
-                f"{name} in {self.index_path} has TensorFlow's dtype {entry.dtype}, which is not read here"
-            )
+            raise InputError(f"{name} in {self.index_path} has TensorFlow dtype {entry.dtype}, which is not supported")
         data = b"".join(self._chunks(name, entry))
         dtype = np.dtype(DTYPES[entry.dtype]).newbyteorder("<")
         if len(data) != dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64)):
-            raise InputError(f"{name} in {self.index_path} has {len(data)} bytes, which its shape {entry.shape} denies")
+            raise InputError(f"{name} in {self.index_path} has {len(data)} bytes, wrong for its shape {entry.shape}")
         return np.frombuffer(data, dtype).reshape(entry.shape)
 
     def verify(self, name: str) -> None:
-        """Check the checksum of a tensor of any kind, without keeping it."""
+        """Check the checksum of a tensor of any dtype, without keeping its values."""
         entry = self.entries[name]
         if entry.dtype == STRING:
             self._verify_strings(name, entry)
@@ -112,23 +110,23 @@ class TensorBundle:
             raise self._damaged(name, entry)
 
     def _verify_strings(self, name: str, entry: Entry) -> None:
-        # Lengths as varints, their checksum, the strings. The sum runs over lengths as whole numbers.
+        # Layout: lengths as varints, their checksum, the strings. The checksum covers lengths as fixed-width integers.
         with self._open(entry) as file:
             data = file.read(entry.size)
         try:
-            place, lengths = 0, []
+            position, lengths = 0, []
             for _ in range(int(np.prod(entry.shape, dtype=np.int64))):
-                length, place = _varint(data, place)
+                length, position = _varint(data, position)
                 lengths.append(length)
         except IndexError:
             raise self._damaged(name, entry) from None
         checksum = 0
         for length in lengths:
             checksum = google_crc32c.extend(checksum, struct.pack("<I" if length < 1 << 32 else "<Q", length))
-        stated = data[place : place + 4]
-        if stated != struct.pack("<I", _mask(checksum)) or len(data) != place + 4 + sum(lengths):
+        stored = data[position : position + 4]
+        if stored != struct.pack("<I", _mask(checksum)) or len(data) != position + 4 + sum(lengths):
             raise self._damaged(name, entry)
-        if _mask(google_crc32c.extend(checksum, data[place:])) != entry.checksum:
+        if _mask(google_crc32c.extend(checksum, data[position:])) != entry.checksum:
             raise self._damaged(name, entry)
 
     def _open(self, entry: Entry) -> BinaryIO:
@@ -138,7 +136,7 @@ class TensorBundle:
 
     def _damaged(self, name: str, entry: Entry) -> InputError:
         return InputError(
-            f"{self.shards[entry.shard]} is damaged: the checksum of {name} does not fit; copy the file again"
+            f"{self.shards[entry.shard]} is damaged: the checksum of {name} is wrong; copy the file again"
         )
 
     def _check_sizes(self) -> None:
@@ -153,99 +151,99 @@ class TensorBundle:
             except OSError:
                 raise InputError(f"{path} does not exist or cannot be read; copy it beside {self.index_path}") from None
             if size != end:
-                raise InputError(f"{path} has {size} bytes, but its index speaks of {end}; copy the file again")
+                raise InputError(f"{path} has {size} bytes, but its index expects {end}; copy the file again")
 
 
 def _mask(checksum: int) -> int:
-    """CRCs are stored rotated and shifted, so that the CRC of data with CRCs in it stays a good one."""
+    """Mask a CRC as it is stored: rotated and shifted, so that CRCs of data that contains CRCs stay reliable."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """An unsigned number of 7 bits a byte, low bits first, and the place after it."""
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """Return an unsigned integer, stored in 7 bits per byte with low bits first, and the position after it."""
     value = shift = 0
     while True:
-        byte = data[place]
-        place += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, place
+            return value, position
         shift += 7
         if shift > 63:
-            raise _Damaged("a number is too long")
+            raise _Damaged("a varint is too long")
 
 
 def _read_table(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Keys and values of a table of blocks."""
+    """Yield the keys and values of a table of blocks."""
     if len(data) < FOOTER_SIZE or struct.unpack("<Q", data[-8:])[0] != TABLE_MAGIC:
-        raise _Damaged("its end is not that of a table")
+        raise _Damaged("it has no table footer")
     footer = data[-FOOTER_SIZE:-8]
-    meta_offset, place = _varint(footer, 0)
-    meta_size, place = _varint(footer, place)
-    offset, place = _varint(footer, place)
-    size, place = _varint(footer, place)
-    if any(footer[place:]):
-        raise _Damaged("its footer is not empty where it should be")
+    meta_offset, position = _varint(footer, 0)
+    meta_size, position = _varint(footer, position)
+    offset, position = _varint(footer, position)
+    size, position = _varint(footer, position)
+    if any(footer[position:]):
+        raise _Damaged("the padding of its footer is not zero")
     end = offset + size + BLOCK_TRAILER_SIZE
     if end != len(data) - FOOTER_SIZE or meta_offset + meta_size + BLOCK_TRAILER_SIZE != offset:
-        raise _Damaged("its blocks do not fill it")
-    list(_read_block(data, meta_offset, meta_size))  # nothing in it is needed, but it must be sound
+        raise _Damaged("its blocks do not fill the file")
+    list(_read_block(data, meta_offset, meta_size))  # its content is not needed, but its checksum is checked
     for _, handle in _read_block(data, offset, size):
-        block_offset, place = _varint(handle, 0)
-        block_size, _ = _varint(handle, place)
+        block_offset, position = _varint(handle, 0)
+        block_size, _ = _varint(handle, position)
         for key, value in _read_block(data, block_offset, block_size):
             yield key.decode("utf-8"), value
 
 
 def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block; a key is written as what differs from the one before."""
+    """Yield the keys and values of one block; each key is stored as its difference from the previous key."""
     contents = data[offset : offset + size]
     trailer = data[offset + size : offset + size + BLOCK_TRAILER_SIZE]
     if len(trailer) != BLOCK_TRAILER_SIZE:
-        raise _Damaged("a block lies beyond its end")
+        raise _Damaged("a block ends beyond the file")
     if struct.unpack("<I", trailer[1:])[0] != _mask(google_crc32c.value(contents + trailer[:1])):
-        raise _Damaged("the checksum of a block does not fit")
+        raise _Damaged("the checksum of a block is wrong")
     if trailer[0] != 0:
-        raise _Damaged("a block is compressed, which checkpoints are not")
+        raise _Damaged("a block is compressed")
     num_restarts = struct.unpack("<I", contents[-4:])[0]
     end = size - 4 - 4 * num_restarts
-    place, key = 0, b""
-    while place < end:
-        shared, place = _varint(contents, place)
-        added, place = _varint(contents, place)
-        length, place = _varint(contents, place)
-        key = key[:shared] + contents[place : place + added]
-        place += added
-        yield key, contents[place : place + length]
-        place += length
+    position, key = 0, b""
+    while position < end:
+        shared, position = _varint(contents, position)
+        added, position = _varint(contents, position)
+        length, position = _varint(contents, position)
+        key = key[:shared] + contents[position : position + added]
+        position += added
+        yield key, contents[position : position + length]
+        position += length
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a protocol buffer: numbers as int, the rest as bytes."""
-    place = 0
-    while place < len(message):
-        tag, place = _varint(message, place)
+    """Yield field numbers and values of a protocol buffer: integers as int, the rest as bytes."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
         kind = tag & 7
         if kind == 0:
             value: Any
-            value, place = _varint(message, place)
+            value, position = _varint(message, position)
         elif kind == 2:
-            length, place = _varint(message, place)
-            value = message[place : place + length]
-            place += length
+            length, position = _varint(message, position)
+            value = message[position : position + length]
+            position += length
         elif kind == 5:
-            value = struct.unpack("<I", message[place : place + 4])[0]
-            place += 4
+            value = struct.unpack("<I", message[position : position + 4])[0]
+            position += 4
         elif kind == 1:
-            value = struct.unpack("<Q", message[place : place + 8])[0]
-            place += 8
+            value = struct.unpack("<Q", message[position : position + 8])[0]
+            position += 8
         else:
             raise _Damaged(f"a field has the unknown kind {kind}")
         yield tag >> 3, value
 
 
 def _read_header(value: bytes) -> int:
-    """The number of shards in a `BundleHeaderProto`."""
+    """Return the number of shards from a `BundleHeaderProto`."""
     header = dict(_fields(value))
     if header.get(2, 0) != 0:
         raise _Damaged("it was written on a big-endian machine")
@@ -255,7 +253,7 @@ def _read_header(value: bytes) -> int:
 
 
 def _read_entry(value: bytes) -> Entry:
-    """A `BundleEntryProto`."""
+    """Parse a `BundleEntryProto`."""
     fields = dict(_fields(value))
     if 7 in fields:
         raise _Damaged("a tensor is stored in slices")

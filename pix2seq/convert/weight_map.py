@@ -1,10 +1,9 @@
-"""Which official variable becomes which of our parameters.
+"""Map official variables to our parameters.
 
-Official names are compared by their meaningful part: `model/decoder/ar_decoder.Stoken_embedding` and
-`model/decoder/token_embedding` are the same variable to us, because releases of Keras differ in how
-they escape a slash inside a name.
+Official names are compared by their canonical form: `model/decoder/ar_decoder.Stoken_embedding` and
+`model/decoder/token_embedding` are the same variable, because Keras releases escape a slash in a name differently.
 
-Shapes: D width in, E width out, H heads, d width of a head; convolutions are (h, w, in, out) there.
+Shapes: D input width, E output width, H heads, d head width; official convolutions are (h, w, in, out).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from pix2seq.model.config import ModelConfig
 
 VALUE_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-# Variables that Keras may name twice: by the attribute, or by the name they were made with.
+# Variables that Keras names either after the attribute or after the name they were created with.
 SAME_NAME = {
     "seq_pos_embedding": "seq_pos_emb",
     "vis_pos_embedding": "vis_pos_emb",
@@ -35,7 +34,7 @@ OWN_NAMES = {
 
 
 def canonical_name(key: str) -> str | None:
-    """The meaningful part of a checkpoint key; None for what is no variable of the model."""
+    """Return the canonical name of a checkpoint key, or None if it is not a variable of the model."""
     if not key.startswith("model/") or not key.endswith(VALUE_SUFFIX) or "/.OPTIMIZER_SLOT" in key:
         return None
     path = key.removeprefix("model/").removesuffix(VALUE_SUFFIX).replace(".S", "/").replace("..", ".")
@@ -49,11 +48,11 @@ def canonical_name(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """How parameters are made from variables."""
+    """How to make parameters from variables."""
 
-    ours: str  # regular expression; its groups go into `official`
-    official: tuple[str, ...]  # joined along the outputs where there are several
-    convert: Callable[[Tensor, int], Tensor]  # of one variable and the number of heads it should have
+    ours: str  # regular expression; `official` refers to its groups
+    official: tuple[str, ...]  # several variables are concatenated along the output axis
+    convert: Callable[[Tensor, int], Tensor]  # takes one variable and the expected number of heads
 
 
 def _as_is(x: Tensor, heads: int) -> Tensor:
@@ -73,14 +72,14 @@ def _dense_as_conv(x: Tensor, heads: int) -> Tensor:
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
-    """A kernel (D, H, d) or bias (H, d) of queries, keys or values."""
+    """Convert a kernel (D, H, d) or bias (H, d) of queries, keys or values."""
     if x.shape[-2] != heads:
         raise ValueError(f"it has {x.shape[-2]} heads, the config says {heads}")
     return x.flatten(-2).T if x.ndim == 3 else x.flatten()
 
 
 def _from_heads(x: Tensor, heads: int) -> Tensor:
-    """The kernel (H, d, E) of an attention's output."""
+    """Convert the kernel (H, d, E) of an attention output."""
     if x.shape[0] != heads:
         raise ValueError(f"it has {x.shape[0]} heads, the config says {heads}")
     return x.flatten(0, 1).T
@@ -132,7 +131,7 @@ def _conv_norm(ours: str, conv: str, norm: str) -> list[Rule]:
 
 def _resnet(bottleneck: bool) -> list[Rule]:
     branch = "conv_relu_dropblock_layers" if bottleneck else "conv2d_bn_layers"
-    step = 3 if bottleneck else 2  # the official list holds dropout layers between bottleneck convolutions
+    step = 3 if bottleneck else 2  # the official list has dropout layers between bottleneck convolutions
     shortcut = "projection_layers" if bottleneck else "shortcut_layers"
     stem = "encoder/resnet/initial_conv_relu_max_pool"
     block, theirs = r"encoder\.stem\.0\.stages\.(\d+)\.(\d+)", r"encoder/resnet/block_groups/\1/layers/\2"
@@ -186,7 +185,7 @@ def _rules(config: ModelConfig) -> list[Rule]:
 
 
 def plan(parameters: Sequence[str], config: ModelConfig) -> dict[str, tuple[Rule, tuple[str, ...]]]:
-    """For each of our parameters, its rule and the canonical names of the variables it is made from."""
+    """Return, for each of our parameters, its rule and the canonical names of its source variables."""
     compiled = [(re.compile(rule.ours), rule) for rule in _rules(config)]
     found = {}
     for name in parameters:
@@ -196,17 +195,17 @@ def plan(parameters: Sequence[str], config: ModelConfig) -> dict[str, tuple[Rule
                 found[name] = (rule, tuple(match.expand(official) for official in rule.official))
                 break
         else:
-            raise KeyError(f"no rule makes {name}")
+            raise KeyError(f"no rule for parameter {name}")
     return found
 
 
 def make_parameter(name: str, rule: Rule, variables: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-    """One of our parameters from official variables. Raises `ValueError` where heads or widths do not fit."""
+    """Make one of our parameters from official variables. Raises `ValueError` if heads or widths do not match."""
     heads = (config.encoder if name.startswith("encoder.") else config.decoder).num_heads
     parts = []
     for official, variable in variables.items():
         try:
             parts.append(rule.convert(variable, heads))
         except (ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{official} of shape {tuple(variable.shape)} does not fit: {error}") from None
+            raise ValueError(f"{official} of shape {tuple(variable.shape)} does not match: {error}") from None
     return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()

@@ -1,8 +1,7 @@
-"""BLEU by nltk, CIDEr-D and ROUGE-L by pycocoevalcap where it is installed.
+"""Caption scores: BLEU from nltk, CIDEr-D and ROUGE-L from pycocoevalcap if it is installed.
 
-The server of COCO splits captions by Stanford's tokenizer, which needs Java. Here nltk does it,
-by the same conventions, so scores differ from published ones in the last digits; the result says
-which words were counted.
+COCO's server tokenizes captions with Stanford's tokenizer, which needs Java. Here nltk does it with the same
+conventions, so scores differ from published ones in the last digits. The result names the tokenization.
 
 Reference: Papineni et al. 2002 (BLEU), arXiv 1411.5726 (CIDEr-D), Lin 2004 (ROUGE-L), and
 arXiv 1504.00325 for how COCO uses them.
@@ -35,7 +34,7 @@ class CaptionScores(Scores):
     tokenization: str = TOKENIZATION  # of references and predictions alike
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {
             "metrics": self.metrics,
             "num_images": self.num_images,
@@ -49,7 +48,7 @@ class CaptionScores(Scores):
         return Scores({name: self.metrics[name] for name in names}).summary()
 
     def text(self) -> str:
-        """A table for the terminal."""
+        """Return a table for the terminal."""
         show = lambda value: "    -" if value is None else f"{value:5.3f}"  # noqa: E731
         lines = [f"{name:<7}  {show(value)}" for name, value in self.metrics.items()]
         lines.append(f"{self.num_images} images, {self.num_without_prediction} of them without a prediction")
@@ -80,20 +79,19 @@ class CaptionMetric(Metric):
 
 
 def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:
-    """Score one caption an image against its references, both by image id.
+    """Score one caption per image against its references; both mappings are by image id.
 
-    An image without a prediction counts as one with an empty caption, which is legal and scores 0.
-    Images without a reference, or whose references hold no word, are left out. BLEU is that of the
-    corpus, unsmoothed: without a single common 4-gram BLEU-4 is 0. CIDEr-D weighs words by how few
-    of these images have them, so that it depends on the data set, and with one image it is undefined.
-    Raises `InputError` for predictions of unknown images.
+    An image without a prediction counts as an empty caption, which scores 0. Images without a reference
+    that has words are left out. BLEU is for the corpus and not smoothed: without a common 4-gram, BLEU-4 is 0.
+    CIDEr-D weights words by their rarity in these images, so it depends on the data set, and is undefined for
+    one image. Raises `InputError` for predictions of unknown images.
     """
     unknown = [image_id for image_id in predictions if image_id not in references]
     if unknown:
         some = ", ".join(map(str, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
         raise InputError(
             f"{len(unknown)} of {len(predictions)} predicted captions are for images that the references do not have "
-            f"(ids {some}); score them against the split they were made from"
+            f"(ids {some}); score them against the split they were predicted on"
         )
     truths: list[list[list[str]]] = []
     guesses: list[list[str]] = []
@@ -108,11 +106,11 @@ def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping
 
 
 def caption_words(text: str) -> list[str]:
-    """The words that are counted: lower case, `don't` as `do n't`, without punctuation."""
-    from nltk.tokenize import TreebankWordTokenizer  # nltk takes seconds to import, and three tasks of four do without
+    """Return the words to score: lower case, `don't` as `do n't`, without punctuation."""
+    from nltk.tokenize import TreebankWordTokenizer  # nltk takes seconds to import
 
     text = text.lower().translate(_STRAIGHT_QUOTES)
-    # Treebank's rules split only the last full stop, as they expect one sentence at a time.
+    # Treebank's rules split only the last full stop, because they expect a single sentence.
     text = re.sub(r"\.(?=\s)", " . ", text)
     return [word for word in TreebankWordTokenizer().tokenize(text) if not _PUNCTUATION.fullmatch(word)]
 
@@ -123,8 +121,8 @@ def _corpus_bleu(references: list[list[list[str]]], predictions: list[list[str]]
     scores: dict[str, float | None] = {f"BLEU-{n}": None for n in range(1, _MAX_ORDER + 1)}
     if not references:
         return scores
-    # nltk's own corpus_bleu counts a wrong n-gram for each prediction of fewer than n words, where the
-    # paper and COCO's scorer count none, and warns and gives 1e-77 instead of 0. Hence its parts only.
+    # nltk's corpus_bleu counts one wrong n-gram for each prediction shorter than n words; the paper and COCO's
+    # scorer count none. It also warns and returns 1e-77 instead of 0. So only its parts are used.
     matches, total = [0] * _MAX_ORDER, [0] * _MAX_ORDER
     for truth, guess in zip(references, predictions, strict=True):
         for n in range(1, min(_MAX_ORDER, len(guess)) + 1):

@@ -59,7 +59,7 @@ def newest_checkpoint(out: Path, *, weights_only: bool = False) -> Path | None:
     """
     found = list_checkpoints(out)
     for folder in reversed(found):
-        damage = find_damage(folder, leaving_out=STATE_FILES if weights_only else ())
+        damage = find_damage(folder, ignore=STATE_FILES if weights_only else ())
         if damage is None:
             return folder
         print(f"warning: checkpoint {folder} is damaged and skipped: {damage}", file=sys.stderr, flush=True)

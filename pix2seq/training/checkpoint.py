@@ -1,15 +1,15 @@
-"""Checkpoints of a run: complete or absent, and enough to go on as if nothing had happened.
+"""Checkpoints of a run: complete or absent, and enough to resume as if nothing had happened.
 
 OUT/checkpoints/step-00001000/
-    config.json, model.safetensors     what `from_pretrained` opens (averaged weights, if there is an average)
-    state.safetensors, state.json      raw weights and optimiser, and the position; there is no random state,
-                                       because every draw is a function of seed, step and sample
-    state/                             in place of state.safetensors where weights are sharded: a file a rank
-    manifest.json                      sizes and sha256 of all of them
-OUT/checkpoints/best/                  the one with the best metric, and best.json, which says what that is
+    config.json, model.safetensors     for `from_pretrained` (averaged weights, if the run averages them)
+    state.safetensors, state.json      raw weights and optimiser state; the position in the run. There is no random
+                                       state, because every draw is a function of seed, step and sample
+    state/                             replaces state.safetensors if weights are sharded: one file per rank
+    manifest.json                      sizes and sha256 of all files
+OUT/checkpoints/best/                  the checkpoint with the best metric, and best.json with its value
 
-A folder is written under another name and gets its own when every byte is on the disk. What takes the
-place of an older one moves that to .old-NAME first, where it is found if the run dies in between.
+A folder is written under a temporary name and renamed when every byte is on the disk. An older folder of the
+same name is renamed to .old-NAME first, and is found there if the run dies in between.
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pix2seq.errors import InputError
-from pix2seq.files import files_in, find_damage, free_bytes, fsync_folder, seal, sync_files, writing
+from pix2seq.files import (
+    find_damage,
+    free_bytes,
+    fsync_files,
+    fsync_folder,
+    list_files,
+    report_write_errors,
+    write_manifest,
+)
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import (
     POSITION_FILE,
@@ -43,51 +51,58 @@ from pix2seq.model.pretrained import (
     list_checkpoints,
     write_checkpoint,
 )
-from pix2seq.training.distributed import Ranks, local, sharded_like, whole
+from pix2seq.training.distributed import (
+    Ranks,
+    full_tensor,
+    load_shards,
+    local_tensor,
+    save_shards,
+    sharded_like,
+    stored_shapes,
+)
 from pix2seq.training.ema import Ema
-from pix2seq.training.sharded_state import load_shards, save_shards, stored_shapes
 
 BEST = "best"
 BEST_FILE = "best.json"
-SPARE_BYTES = 1 << 20  # room for the JSON files and words beside the tensors
+SPARE_BYTES = 1 << 20  # for the JSON files and the text tokenizer beside the tensors
 
 
 @dataclass
 class RunState:
-    """What a run changes as it goes."""
+    """The parts of a run that change as it trains."""
 
     model: Pix2Seq
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0  # finished optimiser steps
-    seconds: float = 0.0  # spent on training so far, without evaluation and saving
-    skipped: int = 0  # steps that a non-finite loss or gradient made void
+    seconds: float = 0.0  # of training so far, without evaluation and saving
+    skipped: int = 0  # steps without an update, because the loss or gradient was not finite
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
-    weights: Mapping[str, Tensor]  # of model.safetensors, whole: averaged, if there is an average
+    weights: Mapping[str, Tensor]  # full tensors of model.safetensors; averaged, if the run averages them
     tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME
     position: Mapping[str, float]  # of state.json: the numbers of `RunState`
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part of the `tensors`."""
+        """Whether each rank holds a shard of the `tensors`."""
         return any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, those of other ranks too."""
+        """Bytes of all tensors, including those of other ranks."""
         return sum(t.numel() * t.element_size() for group in (self.weights, self.tensors) for t in group.values())
 
 
 def save_checkpoint(state: RunState, out: Path, *, keep: int, ranks: Ranks | None = None) -> Path:
     """Write the checkpoint of this step, then remove all but the newest `keep`; every rank must call this.
 
-    Raises `InputError` for weights or optimiser states that are not finite and for a disk that is full or
-    read-only; then all checkpoints stay as they were.
+    Raises `InputError` if weights or optimiser state are not finite, or the disk is full or read-only. Then all
+    older checkpoints stay as they were.
     """
     ranks = ranks or Ranks(state.model.device)
     snapshot = take_snapshot(state, ranks)
@@ -100,51 +115,52 @@ def save_checkpoint(state: RunState, out: Path, *, keep: int, ranks: Ranks | Non
         name = next(filter(None, not_finite), None)
         if name is not None:
             raise InputError(
-                f"{name} is not finite at step {state.step}, so it was not saved; go on from the checkpoint before it "
-                "with --resume auto and a lower lr"
+                f"{name} is not finite at step {state.step}, so it was not saved; resume from the last checkpoint with "
+                "--resume auto and a lower lr"
             )
-        with _writing(state, out, num_bytes):
-            _sweep(folder.parent)
+        with _saving(state, out, num_bytes):
+            _remove_leftovers(folder.parent)
             if free_bytes(folder) < num_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, not after minutes of writing
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # fail now, not after minutes of writing
             partial.mkdir(parents=True)
 
     def finish() -> None:
-        with _writing(state, out, num_bytes, removing=partial):
+        with _saving(state, out, num_bytes, partial=partial):
             write_checkpoint(partial, state.model.config_json(), snapshot.weights)
             if state.model.text is not None:
                 state.model.text.save(partial)
             if not snapshot.sharded:
                 save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / STATE_FILE)
             (partial / POSITION_FILE).write_text(json.dumps(snapshot.position) + "\n", encoding="utf-8")
-            seal(partial)
+            write_manifest(partial)
             _put_in_place(partial, folder)
             _rotate(out, folder, keep)
 
     ranks.on_first(begin)
     if snapshot.sharded:
-        with _writing(state, out, num_bytes, removing=partial):
+        with _saving(state, out, num_bytes, partial=partial):
             save_shards(snapshot.tensors, partial / SHARDS_FOLDER)
     ranks.on_first(finish)
     return folder
 
 
 @contextmanager
-def _writing(state: RunState, out: Path, num_bytes: int, *, removing: Path | None = None) -> Iterator[None]:
-    with writing(out, f"saving step {state.step}", num_bytes=num_bytes):
+def _saving(state: RunState, out: Path, num_bytes: int, *, partial: Path | None = None) -> Iterator[None]:
+    """Report write errors as `InputError`, and remove the folder `partial` after any error."""
+    with report_write_errors(out, f"saving step {state.step}", num_bytes=num_bytes):
         try:
             yield
         except BaseException:
-            if removing is not None:
-                shutil.rmtree(removing, ignore_errors=True)
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
-    """What a checkpoint of `state` holds; every rank must call this.
+    """Return the content of a checkpoint of `state`; every rank must call this.
 
-    Tensors are the run's own, not copies. Of averages that are sharded over ranks, the first rank gathers whole ones
-    in host memory, and others keep none.
+    Tensors are the run's own, not copies. If averages are sharded over ranks, the first rank gathers the full tensors
+    in host memory, and the other ranks keep none.
     """
     raw = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
@@ -153,7 +169,7 @@ def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
     position = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
     averages = {}
     for name, tensor in (raw if state.ema is None else state.ema.weights).items():
-        gathered = whole(tensor)
+        gathered = full_tensor(tensor)
         if ranks is None or ranks.first:
             averages[name] = gathered.cpu() if gathered is not tensor else tensor
     return Snapshot(averages, tensors, position)
@@ -162,24 +178,24 @@ def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
 def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, higher_is_better: bool = True) -> bool:
     """Make the checkpoint `folder` OUT/checkpoints/best if its `value` of `metric` beats the best so far.
 
-    The files are shared with `folder` where the disk can do that, and stay when it is rotated out. A
-    value that is undefined never wins; one of another metric always loses. Returns whether it won.
+    Files are hard links to those in `folder` if the disk supports them, and stay when `folder` is removed. An
+    undefined value never wins, and a stored best of another metric always loses. Returns whether `folder` won.
     """
     if not is_best(out, metric, value, higher_is_better=higher_is_better):
         return False
-    place = out / "checkpoints" / BEST
-    partial = place.with_name(f".partial-{BEST}")
-    with writing(out, f"keeping {folder.name} as the best"):
+    best = out / "checkpoints" / BEST
+    partial = best.with_name(f".partial-{BEST}")
+    with report_write_errors(out, f"keeping {folder.name} as the best"):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for path in files_in(folder):
+            for path in list_files(folder):
                 if path.name != BEST_FILE:
                     _link(path, partial / path.relative_to(folder))
             content = {"checkpoint": folder.name, "metric": metric, "value": value}
             (partial / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
-            sync_files(partial)
-            _put_in_place(partial, place)
+            fsync_files(partial)
+            _put_in_place(partial, best)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -187,7 +203,7 @@ def mark_best(out: Path, folder: Path, metric: str, value: float | None, *, high
 
 
 def is_best(out: Path, metric: str, value: float | None, *, higher_is_better: bool = True) -> bool:
-    """Whether `value` of `metric` beats that of OUT/checkpoints/best; see `mark_best`."""
+    """Return whether `value` of `metric` beats that of OUT/checkpoints/best; see `mark_best`."""
     if value is None or not math.isfinite(value):
         return False
     best = read_best(out)
@@ -197,7 +213,7 @@ def is_best(out: Path, metric: str, value: float | None, *, higher_is_better: bo
 
 
 def read_best(out: Path) -> dict[str, Any] | None:
-    """`checkpoint`, `metric` and `value` of OUT/checkpoints/best, None where there is none."""
+    """Return `checkpoint`, `metric` and `value` of OUT/checkpoints/best, or None if there is none."""
     try:
         content = json.loads((existing_folder(out / "checkpoints" / BEST) / BEST_FILE).read_text(encoding="utf-8"))
         return {"checkpoint": content["checkpoint"], "metric": content["metric"], "value": float(content["value"])}
@@ -206,13 +222,13 @@ def read_best(out: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(state: RunState, folder: Path) -> None:
-    """Put a run back to where `save_checkpoint` left it; every rank must call this.
+    """Restore a run to the state that `save_checkpoint` wrote; every rank must call this.
 
-    Raises `InputError` if the files are damaged or do not fit.
+    Raises `InputError` if the files are damaged or do not fit the run.
     """
     damage = find_damage(folder)
     if damage is not None:
-        raise InputError(f"checkpoint {folder} is damaged: {damage}; give another one, or --resume auto")
+        raise InputError(f"checkpoint {folder} is damaged: {damage}; give another one, or use --resume auto")
     try:
         position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
         if (folder / SHARDS_FOLDER).is_dir():
@@ -224,13 +240,13 @@ def load_checkpoint(state: RunState, folder: Path) -> None:
         _restore(state, snapshot)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run was "
-            "started with, or start afresh with --resume never and another out="
+            f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run "
+            "started with, or start a new run with --resume never and another out=FOLDER"
         ) from error
 
 
 def _empty_tensors(state: RunState, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Room for all that was stored under these names, sharded as the run's own tensors are."""
+    """Allocate tensors with these names and shapes, sharded as the run's own tensors are."""
     weights = state.model.state_dict()
     parameters = _parameters(state.optimizer)
     tensors = {}
@@ -242,17 +258,17 @@ def _empty_tensors(state: RunState, shapes: Mapping[str, torch.Size]) -> dict[st
 
 
 def _restore(state: RunState, snapshot: Snapshot) -> None:
-    """Put a run back to a snapshot; each rank takes its part of what is sharded."""
+    """Restore a run from a snapshot; each rank takes its own shards."""
     position = snapshot.position
     step, seconds = int(_number(position["step"])), _number(position["seconds"])
     skipped = int(_number(position.get("skipped", 0)))
     weights = state.model.state_dict()
-    raw = _under("weights/", snapshot.tensors)
+    raw = _with_prefix("weights/", snapshot.tensors)
     state.model.load_state_dict({name: sharded_like(weights.get(name), value) for name, value in raw.items()})
     parameters = _parameters(state.optimizer)
     optimizer_state = state.optimizer.state_dict()
     optimizer_state["state"] = {}
-    for key, value in _under("optimizer/", snapshot.tensors).items():
+    for key, value in _with_prefix("optimizer/", snapshot.tensors).items():
         index, entry = key.split("/")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
@@ -270,7 +286,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name. The one that had it stays findable until then."""
+    """Rename a finished folder to its final name. An older folder of that name stays findable until then."""
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -280,8 +296,8 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(checkpoints: Path) -> None:
-    """Remove what a run that died while it saved has left."""
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Remove the files of a run that died while it saved."""
     for path in [*checkpoints.glob(".partial-*"), *checkpoints.glob(".removed-*")]:
         shutil.rmtree(path)
     for path in checkpoints.glob(".old-*"):
@@ -290,14 +306,14 @@ def _sweep(checkpoints: Path) -> None:
 
 
 def _rotate(out: Path, newest: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` intact checkpoints up to `newest`, damaged or not."""
+    """Keep the newest `keep` intact checkpoints up to `newest`; remove all older ones, damaged or not."""
     found = [folder for folder in list_checkpoints(out) if folder.name.removeprefix(".old-") <= newest.name]
     intact = [folder for folder in found if find_damage(folder, quick=True) is None]
     if len(intact) < keep:
         return
     for folder in found[: found.index(intact[-keep])]:
         removed = folder.with_name(f".removed-{folder.name}")
-        folder.rename(removed)  # or a run that dies here would leave half a checkpoint
+        folder.rename(removed)  # so that a run that dies during the removal does not leave half a checkpoint
         shutil.rmtree(removed)
 
 
@@ -305,12 +321,12 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     try:
         target.hardlink_to(source)
-    except OSError:  # a file system without hard links
+    except OSError:  # this file system has no hard links
         shutil.copy2(source, target)
 
 
 def _not_finite(snapshot: Snapshot) -> str | None:
-    """Name of this rank's first tensor with a value that is not finite; one wait for the device, not one a tensor."""
+    """Return the name of this rank's first non-finite tensor; wait for the device once, not once per tensor."""
     floats = {
         name: tensor
         for name, tensor in {**snapshot.tensors, **snapshot.weights}.items()
@@ -319,15 +335,15 @@ def _not_finite(snapshot: Snapshot) -> str | None:
     if not floats:
         return None
     device = next(iter(floats.values())).device
-    finite = torch.stack([local(tensor).isfinite().all().to(device) for tensor in floats.values()])
+    finite = torch.stack([local_tensor(tensor).isfinite().all().to(device) for tensor in floats.values()])
     return next((name for name, good in zip(floats, finite.tolist(), strict=True) if not good), None)
 
 
 def _number(value: float | None) -> float:
     if not isinstance(value, int | float):
-        raise ValueError(f"{POSITION_FILE} holds {value!r} in place of a number")
+        raise ValueError(f"{POSITION_FILE} holds {value!r} instead of a number")
     return value
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

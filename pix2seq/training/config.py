@@ -21,7 +21,7 @@ from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
-from pix2seq.training.schedule import ScheduleConfig
+from pix2seq.training.optimizer import ScheduleConfig
 
 PARALLEL = ("ddp", "fsdp")
 COUNTS = (

@@ -1,17 +1,18 @@
-"""Several processes that train one model: who they are, what they tell each other, and what each holds of it.
+"""Training one model in several processes: how they communicate, and which part of the tensors each one holds.
 
 `torchrun --nproc-per-node N -m pix2seq.cli train ...` starts N processes, called ranks. Every rank reads its part of
-each batch and computes gradients; PyTorch's DDP adds them up, or its FSDP2 does and leaves each rank a shard of the
-weights. Words between ranks go over gloo in host memory, so that the GPU is not waited for.
+each batch and computes gradients. PyTorch's DDP sums them, or its FSDP2 does and leaves each rank a shard of the
+weights. Small messages between ranks use gloo in host memory, so that they do not wait for the GPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,12 +29,12 @@ from pix2seq.training.sync_batch_norm import synchronize_batch_norms
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=1)  # with a rank that scores an evaluation or writes a checkpoint
+_TIMEOUT = timedelta(hours=1)  # of waiting for a rank that scores an evaluation or writes a checkpoint
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone, every exchange costs nothing."""
+    """This process among those that train together; with one process, every exchange is free."""
 
     device: torch.device
     rank: int = 0
@@ -45,17 +46,17 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of all ranks' values, in host memory where they are there and on the GPU where they are there."""
+        """Return the sum of all ranks' values, on the device of `values`: host or GPU."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Return whether `flag` is true on any rank."""
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, value: T) -> list[T]:
-        """All ranks' values on the first, in their order; nothing on the others."""
+        """Return all ranks' values in order on the first rank, and an empty list on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.first else None
@@ -63,7 +64,7 @@ class Ranks:
         return values or []
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` gives on the first rank, on every rank. An `InputError` there ends them all."""
+        """Call `action` on the first rank and return its result on every rank. An `InputError` there ends all ranks."""
         if self.size == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -82,10 +83,10 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun started, if it did, and part from them at the end.
+    """Connect to the other processes that torchrun started, if any, and disconnect at the end.
 
-    Raises `InputError` where `num_processes` (0: any number) are not what was started, and where there are
-    more of them than GPUs.
+    Raises `InputError` if another number than `num_processes` (0: any number) was started, or more processes
+    than there are GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes and num_processes != size:
@@ -102,21 +103,22 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"{os.environ.get('LOCAL_WORLD_SIZE', size)} processes were started on a machine with "
-                f"{torch.cuda.device_count()} GPUs; start one a GPU with --nproc-per-node"
+                f"{torch.cuda.device_count()} GPUs; start one process per GPU with --nproc-per-node"
             )
         picked = torch.device("cuda", local_rank)
         torch.cuda.set_device(picked)
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]}); start all with torchrun"
+            f"rank {rank} of {size} cannot connect to the others ({str(error).splitlines()[0]}); "
+            "start all of them with torchrun"
         ) from error
     try:
         yield Ranks(picked, rank, size)
-        # gloo's threads drop the tensors of an exchange a moment after it; one that meets the interpreter
-        # at its end aborts the process. An exchange without tensors lets them finish.
+        # gloo's threads release the tensors of an exchange shortly after it ends. If that happens while the
+        # interpreter shuts down, the process aborts. An exchange without tensors gives them time to finish.
         dist.barrier(device_ids=[local_rank] if picked.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
@@ -141,17 +143,17 @@ def spread(module: nn.Module, ranks: Ranks, how: str, *, blocks: Sequence[nn.Mod
     return module
 
 
-def accumulating(module: nn.Module) -> AbstractContextManager[None]:
-    """Around a forward and backward pass that is not the step's last: gradients stay where they are until then."""
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context without gradient exchange, for every micro-batch of a step but the last."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     if isinstance(module, FSDPModule):
-        return _unsynchronized(module)
+        return _fsdp_no_sync(module)
     return nullcontext()
 
 
 @contextmanager
-def _unsynchronized(module: FSDPModule) -> Iterator[None]:
+def _fsdp_no_sync(module: FSDPModule) -> Iterator[None]:
     module.set_requires_gradient_sync(False)
     try:
         yield
@@ -159,18 +161,61 @@ def _unsynchronized(module: FSDPModule) -> Iterator[None]:
         module.set_requires_gradient_sync(True)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards, where it is sharded; every rank must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor, gathered if it is sharded; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, sharing its memory; all of it where it is not sharded."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, sharing its memory, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor | None, value: Tensor) -> Tensor:
-    """A whole `value`, or this rank's shard of it where `tensor` is sharded; one that is sharded already as it is."""
+    """Shard a full `value` as `tensor` is; return it unchanged if `tensor` is not sharded or `value` already is."""
     if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write this rank's shards of `tensors` into a folder, one safetensors file per rank; all ranks must call this.
+
+    Any number of ranks can read the folder back, as other shards or as full tensors. An error on any rank, such
+    as an `OSError`, is raised on every rank.
+    """
+    # Imported here because it takes seconds, and most runs do not need it.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _unwrap_errors(lambda: save(dict(tensors), storage_writer=writer))
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Return the names and full shapes of the tensors in a folder of shards."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: stored.size for name, stored in found.items() if isinstance(stored, TensorStorageMetadata)}
+
+
+def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill `tensors` in place, sharded ones with this rank's shards; all ranks must call this."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    _unwrap_errors(lambda: load(dict(tensors), storage_reader=reader))
+
+
+def _unwrap_errors(action: Callable[[], object]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        action()
+    except CheckpointException as error:
+        # A `CheckpointException` is not an `Exception`; it holds the error of each rank.
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error

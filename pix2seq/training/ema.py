@@ -1,17 +1,17 @@
-"""An exponential moving average of the weights, which is what gets evaluated and shipped."""
+"""An exponential moving average of the weights. Evaluation and checkpoints for inference use it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from pix2seq.training.distributed import local
+from pix2seq.training.distributed import local_tensor
 
 
 class Ema:
-    """Averaged copies of a model's weights and buffers, kept in float32.
+    """Averaged float32 copies of a model's weights and buffers.
 
-    Early averages follow the weights quickly: at step t the decay is min(decay, (1 + t) / (10 + t)).
+    The average follows the weights quickly at first: at step t the decay is min(decay, (1 + t) / (10 + t)).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -28,8 +28,8 @@ class Ema:
         current: list[Tensor] = []
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                averages.append(local(self.weights[name]))
-                current.append(local(tensor.detach()))
+                averages.append(local_tensor(self.weights[name]))
+                current.append(local_tensor(tensor.detach()))
             else:
                 self.weights[name].copy_(tensor)
         torch._foreach_lerp_(averages, current, share)

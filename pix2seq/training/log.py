@@ -1,24 +1,116 @@
-"""Where a run's numbers go: a JSON line each, and trackers."""
+"""What a run reports on its first rank: JSON lines in OUT/log.jsonl, numbers for trackers, a progress bar."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pix2seq.files import output_folder, write_durably, writing
+from tqdm import tqdm
+
+from pix2seq.evaluation import EvalResult
+from pix2seq.files import output_folder, report_write_errors, write_atomically
+from pix2seq.training.checkpoint import RunState
+from pix2seq.training.config import TrainConfig
+from pix2seq.training.distributed import Ranks
+from pix2seq.training.memory import memory_mb
+from pix2seq.training.recipe import Recipe
+from pix2seq.training.step import StepResult
 from pix2seq.training.trackers import make_trackers
 
 LOG_FILE = "log.jsonl"
 
 
-class RunLog:
-    """Appends to OUT/log.jsonl and to trackers. A resumed run goes on in the same places.
+class Report:
+    """A progress bar, and a log line every `log_every` steps and for every evaluation."""
 
-    `start` is the step it goes on from: what a killed run wrote after that comes again and is dropped first, so that
-    the file reads as one run. `evaluated` is the last step whose evaluation is in it, 0 where there is none.
+    def __init__(self, config: TrainConfig, recipe: Recipe, state: RunState, ranks: Ranks) -> None:
+        self.config = config
+        self.images_per_step = sum(config.batch_size_of(name) for name in config.tasks)
+        self._log: RunLog | None = None
+
+        def open_log() -> int:
+            self._log = RunLog(Path(config.out), start=state.step, trackers=config.trackers, config=asdict(config))
+            return self._log.evaluated
+
+        self.evaluated = ranks.on_first(open_log)  # the last step with an evaluation in the log
+        self._bar = tqdm(
+            total=config.steps,
+            initial=state.step,
+            unit="step",
+            smoothing=0.05,
+            mininterval=1.0,
+            disable=not ranks.first,
+        )
+        self._waited = 0.0  # seconds of waiting for data since the last line
+        self._logged_step, self._logged_seconds = state.step, state.seconds
+        if ranks.first:
+            sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
+            millions = sum(p.numel() for p in state.model.parameters()) / 1e6
+            processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
+            print(
+                f"{sizes}, {millions:.1f} M parameters, {processes}{ranks.device}, from step {state.step}", flush=True
+            )
+
+    def step(self, state: RunState, result: StepResult, *, rate: float, waited: float) -> None:
+        """Report optimiser step `state.step`, which waited `waited` seconds for its data."""
+        self._bar.update()
+        self._waited += waited
+        config = self.config
+        if self._log is None or not (state.step % config.log_every == 0 or state.step == config.steps):
+            return
+        seconds = state.seconds - self._logged_seconds
+        steps = state.step - self._logged_step
+        values: dict[str, float | None] = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
+        if len(result.task_losses) > 1:
+            values |= {f"loss/{name}": loss.item() for name, loss in result.task_losses.items()}
+        values |= {
+            "images_per_second": steps * self.images_per_step / seconds,
+            "data_wait_share": self._waited / seconds,
+            **memory_mb(),
+            "minutes_left": (config.steps - state.step) * seconds / steps / 60,
+            "skipped_steps": state.skipped,
+            **self._progress(state),
+        }
+        self._log.write(state.step, "train", values)
+        self._bar.set_postfix(loss=f"{values['loss']:.3f}", img_s=f"{values['images_per_second']:.0f}")
+        self._waited = 0.0
+        self._logged_step, self._logged_seconds = state.step, state.seconds
+
+    def evaluation(self, state: RunState, result: EvalResult) -> None:
+        """Report an evaluation at `state.step`."""
+        if self._log is not None:
+            self._log.write(state.step, "eval", self._progress(state) | result.metrics)
+            tqdm.write(f"step {state.step}: {result.summary()}")
+
+    def skipped(self, state: RunState, **fields: Any) -> None:
+        """Report a step with a non-finite loss or gradient; `fields` describe it."""
+        if self._log is not None:
+            self._log.event(state.step, "skipped", **fields)
+
+    def _progress(self, state: RunState) -> dict[str, float | None]:
+        return {"images": state.step * self.images_per_step, "minutes": state.seconds / 60}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._log is not None:
+            self._log.__exit__(kind, error, trace)
+
+
+class RunLog:
+    """Append to OUT/log.jsonl and to trackers. A resumed run continues both.
+
+    `start` is the step to resume from. Lines of a killed run after that step are dropped first, because the resumed
+    run writes them again; so the file reads as one run. `evaluated` is the last step with an evaluation in the
+    file, or 0.
     """
 
     def __init__(
@@ -31,10 +123,10 @@ class RunLog:
     ) -> None:
         output_folder(out)
         self._path = out / LOG_FILE
-        with writing(self._path, "opening the log"):
+        with report_write_errors(self._path, "opening the log"):
             kept = _drop_lines_after(self._path, start)
-            # Unbuffered: a line is one write, so that a killed run tears at most its last.
-            self._lines = self._path.open("ab", buffering=0)
+            # Unbuffered: each line is one write, so that a kill can tear only the last line.
+            self._file = self._path.open("ab", buffering=0)
         self.evaluated = max((entry["step"] for entry in kept if entry["kind"] == "eval"), default=0)
         self._trackers = make_trackers(trackers, out, start=start, config=config)
 
@@ -47,7 +139,7 @@ class RunLog:
             tracker.log(step, defined)
 
     def event(self, step: int, kind: str, **fields: Any) -> None:
-        """Record what is not a number, such as the samples of a step that was skipped; trackers do not get it."""
+        """Record values that are not numbers, such as the images of a skipped step; trackers do not get them."""
         self._append({"step": step, "kind": kind, **fields})
 
     def __enter__(self) -> Self:
@@ -56,31 +148,31 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
+        self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _append(self, content: Mapping[str, Any]) -> None:
         line = (json.dumps(content) + "\n").encode()
-        with writing(self._path, f"logging step {content['step']}", num_bytes=len(line)):
-            written = self._lines.write(line)
+        with report_write_errors(self._path, f"logging step {content['step']}", num_bytes=len(line)):
+            written = self._file.write(line)
             if written != len(line):
-                self._lines.write(line[written:])  # the disk is full, and says so now
+                self._file.write(line[written:])  # the disk is full; this write raises the error
 
 
 def _drop_lines_after(path: Path, start: int) -> list[dict[str, Any]]:
-    """Leave what belongs to a run up to a step, and give it; a line that a crash tore is dropped too."""
+    """Keep only the intact lines up to step `start`, and return their entries."""
     if not path.exists():
         return []
     content = path.read_text(encoding="utf-8", errors="replace")
     kept = [(line, entry) for line in content.splitlines(keepends=True) if (entry := _entry(line, start)) is not None]
     if len(kept) < len(content.splitlines()):
-        write_durably(path, "".join(line for line, _ in kept))
+        write_atomically(path, "".join(line for line, _ in kept))
     return [entry for _, entry in kept]
 
 
 def _entry(line: str, start: int) -> dict[str, Any] | None:
-    """What a whole line of a step up to `start` says."""
+    """Return the content of a complete line up to step `start`, else None."""
     try:
         entry = json.loads(line)
         return entry if line.endswith("\n") and entry["step"] <= start and entry["kind"] else None

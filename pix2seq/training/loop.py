@@ -21,17 +21,16 @@ from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
 from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
-from pix2seq.training.compilation import compile_model
 from pix2seq.training.config import TrainConfig, save_config
-from pix2seq.training.distributed import Ranks, join_ranks, whole
+from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
 from pix2seq.training.ema import Ema
-from pix2seq.training.log import LOG_FILE
+from pix2seq.training.initialize import initialize_from, with_init_model
+from pix2seq.training.log import LOG_FILE, Report
+from pix2seq.training.memory import keep_freed_memory
+from pix2seq.training.optimizer import build_optimizer, learning_rate
 from pix2seq.training.recipe import Recipe, prepare
-from pix2seq.training.report import Report
 from pix2seq.training.run_lock import run_lock
-from pix2seq.training.schedule import learning_rate
-from pix2seq.training.start import start_from, with_model_of_start
-from pix2seq.training.step import Learner, StepResult, TaskBatches, build_optimizer, train_step
+from pix2seq.training.step import StepResult, TaskBatches, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
 
 
@@ -46,7 +45,7 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.device, config.num_processes))
         resumed = ranks.on_first(lambda: _enter(stack, out, resume))
-        config = with_model_of_start(config)
+        config = with_init_model(config)
         recipe = prepare(config, resumed=resumed)
         trainer = _Trainer(config, recipe, ranks)
         if resumed is not None:
@@ -84,7 +83,7 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
-        self.learner = Learner(
+        self.learner = TrainingModel(
             model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
         )
         optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
@@ -233,7 +232,7 @@ class _Trainer:
         copy = build_model(model.config, model.categories, model.text, load_pretrained=False)
         copy.task_settings = model.task_settings
         weights = self.state.ema.weights if self.state.ema is not None else model.state_dict()
-        copy.load_state_dict({name: whole(tensor) for name, tensor in weights.items()})
+        copy.load_state_dict({name: full_tensor(tensor) for name, tensor in weights.items()})
         return Predictor(copy.to(model.device).eval(), bf16=self.config.bf16)
 
 
@@ -250,5 +249,5 @@ def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:
         )
     if config.init is not None:
         start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
-        print(f"from {config.init}: {start_from(model, start, config.init)}")
+        print(f"from {config.init}: {initialize_from(model, start, config.init)}")
     return model

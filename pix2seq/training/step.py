@@ -1,10 +1,12 @@
-"""One optimiser step.
+"""One training step: loss, gradients and update.
 
-Shapes: B images, I sequences an image, T tokens, S scored tokens, V vocabulary.
+Shapes: B images, I sequences per image, T tokens, L packed tokens, S scored tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,25 +17,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pix2seq.errors import InputError
 from pix2seq.examples import Batch
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
-from pix2seq.training.distributed import Ranks, accumulating, spread, whole
+from pix2seq.training.distributed import Ranks, full_tensor, no_sync, parallelize
 
-LOGITS_AT_ONCE = 2**24  # of the loss: 64 MiB in float32
+LOGITS_AT_ONCE = 2**24  # in one chunk of the loss: 64 MiB in float32
 
 
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy (S,) of logits (S, V), in float32; see `F.cross_entropy` for the smoothing."""
+    """Return the cross entropy (S,) of logits (S, V) in float32; `F.cross_entropy` explains the smoothing."""
     return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Sum over tokens of weight times cross entropy, a scalar in float32.
+    """Return the sum over tokens of weight times cross entropy, a scalar in float32.
 
-    Only scored places meet the output layer: padding, prompts and the coordinates of noise objects
-    would cost a row of V logits each and count for nothing.
+    The output layer runs at scored positions only. Padding, prompts and the coordinates of noise objects
+    have weight 0, and would cost a row of V logits each.
     """
     images = batch.images.to(model.device).float() / 255
     memory = model.encode(images)
@@ -51,9 +54,9 @@ def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0)
 
 
 def output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
-    """Sum of weight times cross entropy of hidden states (S, D) whose logits are never all there at once.
+    """Return the sum of weight times cross entropy of hidden states (S, D), without all logits in memory.
 
-    Beyond `LOGITS_AT_ONCE`, logits are computed piece by piece, and again for the gradient.
+    Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass.
     """
 
     def loss(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -62,18 +65,15 @@ def output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tens
     size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
     if len(hidden) <= size:
         return loss(hidden, targets, weights)
-    pieces = zip(hidden.split(size), targets.split(size), weights.split(size), strict=True)
-    # No draw is made inside, so the random state need not be kept.
-    losses = [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    chunks = zip(hidden.split(size), targets.split(size), weights.split(size), strict=True)
+    # The chunks draw no random numbers, so the random state does not have to be saved.
+    losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
-
-
-NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
 
 
 @dataclass(frozen=True)
 class TaskBatches:
-    """What one task brings to a step."""
+    """The micro-batches of one task in a training step."""
 
     name: str
     loss_weight: float
@@ -82,18 +82,18 @@ class TaskBatches:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalar tensors on the model's device, equal on all ranks."""
+    """What a training step computed. Tensors are scalars on the model's device, equal on all ranks."""
 
-    loss: Tensor  # sum over tasks of weight times loss
-    task_losses: dict[str, Tensor]  # each per scored token, without its weight
+    loss: Tensor  # weighted sum of the tasks' losses
+    task_losses: dict[str, Tensor]  # per scored token, before weighting
     grad_norm: Tensor  # before clipping
-    finite: bool  # or else the weights were left as they were
+    finite: bool  # if false, the weights were not updated
 
 
-class Learner:
-    """A model with the loss that it is trained by, on one rank or spread over several.
+class TrainingModel:
+    """Wrap a model for training on one or several ranks.
 
-    Build optimisers from `parameters` afterwards: FSDP puts others in their place.
+    Build the optimiser from the model's `parameters` afterwards, because FSDP replaces them.
     """
 
     def __init__(
@@ -113,29 +113,29 @@ class Learner:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
     def backward(self, batch: Batch, *, scored: Tensor, weight: float, last: bool) -> Tensor:
-        """Add the gradients of `weight` times the batch's loss per `scored` token; give the loss, a scalar.
+        """Add the gradients of `weight` times the batch's loss per `scored` token; return the loss without `weight`.
 
-        With the `last` batch of a step gradients are summed over ranks, so every rank calls this as often.
+        Gradients are summed over ranks with the `last` batch of a step, so all ranks must call this equally often.
         """
-        with nullcontext() if last else accumulating(self._loss):
+        with nullcontext() if last else no_sync(self._loss):
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self._loss(batch.to(self.model.device)) / scored
-            # DDP and FSDP average over ranks, and this is to be the sum.
+            # DDP and FSDP average over ranks, but the step needs the sum.
             (loss * (weight * self.ranks.size)).backward()
         return loss.detach()
 
-    def statistics(self) -> list[Tensor]:
-        """What a forward pass alone changes: copies of the running statistics of batch norms."""
+    def running_statistics(self) -> list[Tensor]:
+        """Return copies of the running statistics of batch norms, the only state that a forward pass changes."""
         return [buffer.clone() for buffer in self._statistics]
 
-    def restore(self, statistics: Sequence[Tensor]) -> None:
-        """Put back what `statistics` gave."""
+    def restore_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Set the running statistics to what `running_statistics` returned."""
         for buffer, value in zip(self._statistics, statistics, strict=True):
             buffer.copy_(value)
 
 
 class _SequenceLoss(nn.Module):
-    """`sequence_loss` as a module, because DDP and FSDP act when a module is called."""
+    """`sequence_loss` as a module, because DDP and FSDP hook into module calls."""
 
     def __init__(self, model: Pix2Seq, label_smoothing: float) -> None:
         super().__init__()
@@ -147,55 +147,57 @@ class _SequenceLoss(nn.Module):
 
 
 def train_step(
-    learner: Learner,
+    training_model: TrainingModel,
     optimizer: torch.optim.Optimizer,
     tasks: Sequence[TaskBatches],
     *,
     max_grad_norm: float,
 ) -> StepResult:
-    """Update the weights once, by the weighted sum of all tasks' losses.
+    """Update the weights once, with the gradient of the weighted sum of the tasks' losses.
 
-    Each task's loss is per scored token of all ranks, however its images are split into ranks and micro-batches.
-    Where the loss or a gradient is not finite on any rank, every rank's model stays as it was.
+    Each task's loss is per scored token over all ranks, however its images are split into ranks and micro-batches.
+    If the loss or a gradient is not finite on any rank, the model stays unchanged on all ranks.
     """
-    model, ranks = learner.model, learner.ranks
-    statistics = learner.statistics()
+    model, ranks = training_model.model, training_model.ranks
+    statistics = training_model.running_statistics()
     scored = ranks.sum(torch.stack([_num_scored(task.micro_batches) for task in tasks])).clamp(min=1e-9)
     losses = torch.zeros(len(tasks), device=model.device)
     for i, task in enumerate(tasks):
         for batch in task.micro_batches:
             last = task is tasks[-1] and batch is task.micro_batches[-1]
-            losses[i] += learner.backward(batch, scored=scored[i].float(), weight=task.loss_weight, last=last)
+            losses[i] += training_model.backward(batch, scored=scored[i].float(), weight=task.loss_weight, last=last)
     losses = ranks.sum(losses)
     total = (losses * torch.tensor([task.loss_weight for task in tasks], device=losses.device)).sum()
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else torch.inf))
+    max_norm = max_grad_norm if max_grad_norm > 0 else torch.inf
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     finite = bool((total + grad_norm).isfinite())
     if finite:
         optimizer.step()
     else:
-        learner.restore(statistics)
+        training_model.restore_statistics(statistics)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, {task.name: loss for task, loss in zip(tasks, losses, strict=True)}, grad_norm, finite)
 
 
 def _num_scored(batches: Sequence[Batch]) -> Tensor:
-    """The weights of all scored tokens together, a scalar in host memory."""
+    """Return the sum of all token weights, a scalar in host memory."""
     return torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum().cpu()
 
 
-def build_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
-) -> torch.optim.AdamW:
-    """AdamW. Matrices and kernels decay; norms, biases and embeddings do not.
+def compile_model(model: Pix2Seq) -> None:
+    """Compile the blocks of encoder and decoder in place; the compiler runs at the first step.
 
-    The official code decays every variable; pulling norm gains and rarely seen embedding rows
-    towards zero helps nobody.
+    Weights keep their names. Generation and evaluation stay uncompiled, because they call other methods.
+    Raises `InputError` if the model is on the CPU and there is no C++ compiler.
     """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        is_embedding = id(parameter) in embeddings or name.endswith(NOT_DECAYED)
-        (kept if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    if model.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise InputError("compile=true found no C++ compiler, which the CPU needs; install g++, or leave compile out")
+    import torch._dynamo  # takes seconds
+
+    blocks = model.units()
+    # Blocks that differ in a number, such as timm's drop rates, are variants of one function. Beyond this limit
+    # torch.compile silently leaves the rest uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()

@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM lets a run save and leave, whatever it is doing."""
+"""Clean stop on SIGTERM: a run saves its state and ends, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Self
 
 
 class Interrupted(BaseException):
-    """Leaves a wait or an evaluation from within; no `except Exception` may swallow it."""
+    """Raised inside a wait or an evaluation to leave it. Not an `Exception`, so that `except Exception` misses it."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop, while the context lasts.
+    """Record whether this process was asked to stop while the context is active.
 
-    A schedulers' SIGTERM may come at any time. In the middle of an optimiser step or of a save it is only
-    noted; inside `interruptible` it raises `Interrupted` at once.
+    A scheduler's SIGTERM may come at any time. During an optimiser step or a save it is only recorded;
+    inside `interruptible` it raises `Interrupted` at once.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A part of the work that can be left anywhere, because nothing is half done."""
+        """Mark work that can stop anywhere, because it leaves nothing half done."""
         self._interruptible = True
         try:
             if self.requested:
@@ -37,7 +37,7 @@ class StopRequest:
             self._interruptible = False
 
     def __enter__(self) -> Self:
-        # Python lets only the main thread set handlers; a run in another is stopped as its host likes.
+        # Python allows only the main thread to set handlers. In another thread, the host program handles SIGTERM.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
@@ -50,5 +50,5 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if self._interruptible:
-            self._interruptible = False  # once is enough, a second signal finds the run leaving
+            self._interruptible = False  # a second signal must not interrupt the exit
             raise Interrupted

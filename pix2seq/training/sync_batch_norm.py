@@ -1,6 +1,6 @@
-"""Batch normalisation over the batch of all ranks, on the CPU too.
+"""Batch normalisation over the batch of all ranks, also on the CPU.
 
-PyTorch's `SyncBatchNorm` is for GPUs alone. Without either, what a model learns would depend on how many
+PyTorch's `SyncBatchNorm` needs GPUs. Without synchronisation, the result of training would depend on how many
 processes share a batch.
 """
 
@@ -13,31 +13,31 @@ from torch.autograd.function import FunctionCtx
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks; every rank's loss depends on every rank's summand, so gradients are summed as well."""
+    """The sum over ranks. Every rank's loss depends on every rank's summand, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        return _summed(x)
+        return _all_reduce(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
-        return _summed(grads[0])
+        return _all_reduce(grads[0])
 
 
-def _summed(x: Tensor) -> Tensor:
+def _all_reduce(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with the statistics of every rank's images (B, C, H, W), however many each has."""
+    """`nn.BatchNorm2d` with the statistics of all ranks' images (B, C, H, W); B may differ between ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         x32 = x.float()
-        count = _summed(torch.tensor(x.numel() / x.shape[1]))
+        count = _all_reduce(torch.tensor(x.numel() / x.shape[1]))
         mean = _Sum.apply(x32.sum(dim=(0, 2, 3))) / count
         centred = x32 - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
@@ -53,7 +53,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
-    """Let every `nn.BatchNorm2d` inside use the statistics of all ranks. Names and weights stay."""
+    """Make every `nn.BatchNorm2d` in the module use the statistics of all ranks. Names and weights stay the same."""
     if next(module.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return

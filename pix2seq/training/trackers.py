@@ -1,4 +1,4 @@
-"""Programs that draw a run's numbers, behind one small interface. The JSON lines of `RunLog` need none."""
+"""Experiment trackers behind one small interface. The JSON lines of `RunLog` do not depend on them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Protocol
 from pix2seq.errors import InputError, unknown_name
 
 PROJECT = "pix2seq"
-ID_FILE = "run_id"  # names the run to trackers, so that a resumed one goes on in the same place
+ID_FILE = "run_id"  # identifies the run to trackers, so that a resumed run continues the same record
 
 
 class Tracker(Protocol):
-    """Takes named numbers of a step."""
+    """Records named numbers per step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers at a step; steps never go back."""
+        """Record numbers at a step; steps never decrease."""
 
     def close(self) -> None:
-        """Bring everything to its place."""
+        """Flush and close."""
 
 
 class TensorBoard:
-    """Writes to OUT/tensorboard, and hides there what an earlier process wrote after step `start`."""
+    """Writes to OUT/tensorboard; hides what an earlier process wrote there after step `start`."""
 
     def __init__(self, out: Path, *, start: int, config: Mapping[str, Any]) -> None:
         board = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
@@ -41,7 +41,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Writes to OUT/wandb without the network, to be sent with `wandb sync`; WANDB_MODE=online sends at once."""
+    """Writes to OUT/wandb offline, for `wandb sync`; with WANDB_MODE=online, uploads at once."""
 
     def __init__(self, out: Path, *, start: int, config: Mapping[str, Any]) -> None:
         wandb = _import("wandb", "wandb", "wandb")
@@ -63,7 +63,7 @@ class WandB:
 
 
 class Trackio:
-    """Writes to trackio's own folder on this machine; `trackio show` draws it."""
+    """Writes to trackio's own folder on this machine; `trackio show` displays it."""
 
     def __init__(self, out: Path, *, start: int, config: Mapping[str, Any]) -> None:
         trackio = _import("trackio", "trackio", "trackio")
@@ -86,21 +86,16 @@ class Trackio:
 TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `InputError` for a name that is no tracker's."""
-    for name in names:
-        if name not in TRACKERS:
-            raise unknown_name("tracker", name, TRACKERS)
-
-
 def make_trackers(
     names: Sequence[str], out: Path, *, start: int = 0, config: Mapping[str, Any] | None = None
 ) -> list[Tracker]:
-    """Open trackers for a run in `out` that goes on after step `start`; `config` is shown beside its numbers.
+    """Open trackers for a run in `out` that continues after step `start`; they also show `config`.
 
-    Raises `InputError` for an unknown name and for one whose package is not installed.
+    Raises `InputError` for an unknown name and for a tracker that is not installed.
     """
-    check_trackers(names)
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
     return [TRACKERS[name](out, start=start, config=config or {}) for name in dict.fromkeys(names)]
 
 
