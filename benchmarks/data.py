@@ -58,7 +58,6 @@ from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.examples import collate
-from pix2seq.geometry.affine import Affine
 from pix2seq.tasks import TASKS
 from pix2seq.tasks.captioning import CaptioningConfig, make_tokenizer, with_text
 from pix2seq.tasks.detection import Detection, DetectionConfig
@@ -129,8 +128,8 @@ def write_images(root: Path, count: int) -> int:
 def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
     """The stages of a sample, as `TrainingSet` calls them, with their processor time added up."""
     places: list[tuple[Any, str, str]] = [
-        (training_set_module, "read_picture", "decode"),
-        (Affine, "image", "affine"),
+        (training_set_module, "read_record_image", "decode"),
+        (training_set_module, "warp_image", "affine"),
         (training_set_module, "color_jitter", "photometry"),
         (training_set_module, "transform_target", "sequences"),
         (CocoDataset, "target", "sequences"),

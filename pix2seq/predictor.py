@@ -18,13 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from pix2seq.data.dataset import same_name
-from pix2seq.data.image import read_image
-from pix2seq.data.transforms import object_region
+from pix2seq.data.image import read_image, warp_image
 from pix2seq.device import pick_device
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.geometry.affine import fit_affine
-from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
 from pix2seq.model.decoding.generate import Generated, GenerationConfig
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
@@ -35,7 +33,7 @@ from pix2seq.tasks.keypoint import Keypoint
 from pix2seq.tasks.segmentation import Segmentation
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
-from pix2seq.types import Caption, Category, Instance
+from pix2seq.types import Caption, Category, Instance, category_key
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Boxes = Sequence[Instance] | ArrayLike
@@ -80,7 +78,7 @@ class Predictor:
         self.tasks: dict[str, Task[Any]] = {name: TASKS[name].from_model(model) for name in model.task_settings}
         task = next(iter(self.tasks.values()), None)  # all know the same classes
         known = [] if task is None else task.categories.values()
-        self._categories = {same_name(category.name): category for category in known}
+        self._categories = {category_key(category.name): category for category in known}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
@@ -98,7 +96,7 @@ class Predictor:
         pictures = [load_pixels(image) for image in images]
         size = self.model.config.image_size
         affines = [fit_affine(pixels.shape[:2], size) for pixels in pictures]
-        inputs = np.stack([affine.image(pixels, size) for affine, pixels in zip(affines, pictures, strict=True)])
+        inputs = np.stack([warp_image(pixels, affine, size) for affine, pixels in zip(affines, pictures, strict=True)])
         batch = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(self.model.device).float() / 255
         with torch.inference_mode(), self._autocast():
             memory = self.model.encode(batch)
@@ -364,15 +362,15 @@ class Predictor:
         ]
 
     def _category(self, name: str) -> Category:
-        if same_name(name) not in self._categories:
+        if category_key(name) not in self._categories:
             raise unknown_name("category", name, [category.name for category in self._categories.values()])
-        return self._categories[same_name(name)]
+        return self._categories[category_key(name)]
 
     def _crops(
         self, image: EncodedImage, instances: Sequence[Instance], padding: float
     ) -> list[tuple[EncodedImage, NDArray[np.float64]]]:
         """An image of each object, encoded, and where its corner lies in the whole image."""
-        regions = [object_region(np.array(instance.box_xyxy), *image.size, padding) for instance in instances]
+        regions = [padded_region(np.array(instance.box_xyxy), *image.size, padding) for instance in instances]
         crops = self.encode_batch([image.pixels[y0:y1, x0:x1] for x0, y0, x1, y1 in regions])
         return [(crop, np.array(region[:2], np.float64)) for crop, region in zip(crops, regions, strict=True)]
 

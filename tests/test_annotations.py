@@ -21,8 +21,7 @@ from pix2seq.data.formats import json_stream
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.errors import InputError
-from pix2seq.geometry.polygons import rle_to_mask
-from pix2seq.geometry.run_lengths import run_lengths
+from pix2seq.geometry.polygons import rle_to_mask, run_lengths
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -172,7 +171,7 @@ def test_gathered_pieces_lie_end_to_end(sizes, data):
 
 
 def test_more_than_one_load_is_gathered(monkeypatch):
-    monkeypatch.setattr("pix2seq.data.annotations._GATHERED", 7)
+    monkeypatch.setattr("pix2seq.data.annotations._GATHER_CHUNK", 7)
     test_gathered_pieces_lie_end_to_end()
 
 

@@ -323,7 +323,7 @@ def test_without_any_image_that_can_be_read_training_ends(tmp_path):
     dataset = open_dataset(write_coco(tmp_path, [thing()]), "train")
     (tmp_path / "train/a.png").write_bytes(b"junk")
     samples = training_set(dataset)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no image that can be read"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no readable image"):
         samples[0, 0]
 
 
@@ -344,12 +344,15 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([1], "category without a whole id and a name"),
-        ([{"id": 7}], "category without a whole id and a name"),
-        ([{"id": "7", "name": "cat"}], "category without a whole id and a name"),
-        ([{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}], "gives the category id 7 to 'dog', and it is 'cat'"),
-        ([{"id": 7, "name": "cat", "keypoints": 5}], "keypoints or a skeleton that cannot be read"),
-        ([{"id": 7, "name": "cat", "skeleton": [1]}], "keypoints or a skeleton that cannot be read"),
+        ([1], "category without an integer id and a name"),
+        ([{"id": 7}], "category without an integer id and a name"),
+        ([{"id": "7", "name": "cat"}], "category without an integer id and a name"),
+        (
+            [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}],
+            "category id 7 to 'dog', but 'cat' has it already",
+        ),
+        ([{"id": 7, "name": "cat", "keypoints": 5}], "unreadable keypoints or skeleton"),
+        ([{"id": 7, "name": "cat", "skeleton": [1]}], "unreadable keypoints or skeleton"),
         ([], "has no categories"),
     ],
 )
@@ -561,10 +564,10 @@ def test_voc_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     assert len(read_and_check(root).objects) == 1
     bomb = '<!DOCTYPE a [<!ENTITY b "cc">]>'
     for content, message in (
-        (text[:80].encode(), "no readable XML"),
-        (b"", "no readable XML"),
+        (text[:80].encode(), "not readable XML"),
+        (b"", "not readable XML"),
         (b'<?xml version="1.0" encoding="nonsense"?>' + text.encode(), "unknown encoding"),
-        (b'<?xml version="1.0" encoding="shift_jis"?>' + text.encode(), "no readable XML"),
+        (b'<?xml version="1.0" encoding="shift_jis"?>' + text.encode(), "not readable XML"),
         ((bomb + text).encode(), "XML entities"),
         ((bomb + text).encode("utf-16"), "XML entities"),
     ):

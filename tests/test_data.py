@@ -133,8 +133,8 @@ def test_images_that_cannot_be_used_end_in_one_line(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     cases = {
         "nowhere.jpg": "does not exist",
-        "text.jpg": "no image",
-        "empty.png": "no image",
+        "text.jpg": "not a readable image",
+        "empty.png": "not a readable image",
         "cut.jpg": "(?i)truncated",
     }
     for name, message in cases.items():
@@ -357,7 +357,7 @@ def test_difficult_objects_are_set_aside_and_damaged_xml_is_named(tmp_path):
     with pytest.raises(InputError, match="splits of this data set: train"):
         VocDataset.read(tmp_path, "val")
     path.write_text("<annotation><object>")
-    with pytest.raises(InputError, match=r"a\.xml is no readable XML"):
+    with pytest.raises(InputError, match=r"a\.xml is not readable XML"):
         VocDataset.read(tmp_path, "train")
 
 

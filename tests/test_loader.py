@@ -105,7 +105,7 @@ def fail(epoch, index):
         (
             end_yourself,
             InputError,
-            r"a data worker \(process \d+\) was ended by SIGKILL, .* lower num_workers \(it is 2\)",
+            r"a data worker \(process \d+\) was killed by SIGKILL; .* lower num_workers \(it is 2\)",
         ),
         (hang, InputError, r"no batch came from the 2 data workers for 1.5 s; .* raise worker_timeout"),
         (refuse, InputError, r"^image 7 is a lie; replace it$"),

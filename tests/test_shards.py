@@ -57,9 +57,9 @@ def test_what_is_read_back_is_the_data_set(dataset, folder):
     assert len(index) == NUM
     assert index.categories == dataset.categories
     assert [shard.num_samples for shard in index.shards] == [5, 5, 5, 5, 3]
-    place = {image.id: i for i, image in enumerate(dataset.images)}
+    position = {image.id: i for i, image in enumerate(dataset.images)}
     for sample in islice(ShardStream(index, seed=0), NUM):
-        theirs = dataset.target(place[sample.target.image.id])
+        theirs = dataset.target(position[sample.target.image.id])
         assert sample.image == theirs.image.path.read_bytes()
         assert (sample.target.image.width, sample.target.image.height) == (theirs.image.width, theirs.image.height)
         assert sample.target.image.path.as_posix() == theirs.image.path.relative_to(dataset.root).as_posix()
@@ -69,10 +69,10 @@ def test_what_is_read_back_is_the_data_set(dataset, folder):
 def test_masks_of_run_lengths_come_back(shared, tmp_path):
     coco = open_dataset(shared / "data/coco_mini", "train")
     write_shards(coco, tmp_path, samples_per_shard=40)
-    place = {image.id: i for i, image in enumerate(coco.images)}
+    position = {image.id: i for i, image in enumerate(coco.images)}
     crowds = 0
     for sample in islice(ShardStream(ShardIndex.read(tmp_path, "train"), seed=0), len(coco)):
-        assert_same_target(sample.target, coco.target(place[sample.target.image.id]))
+        assert_same_target(sample.target, coco.target(position[sample.target.image.id]))
         crowds += sum(isinstance(mask, dict) for mask in sample.target.segmentations)
     assert crowds
 
@@ -133,12 +133,12 @@ def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, t
     assert not list(folder.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2, 5])
-def test_each_epoch_holds_every_image_once_over_all_lanes(folder, num_lanes):
+@pytest.mark.parametrize("num_readers", [1, 2, 5])
+def test_each_epoch_holds_every_image_once_over_all_readers(folder, num_readers):
     index = ShardIndex.read(folder, "train")
     seen = []
-    for lane in range(num_lanes):
-        stream = iter(ShardStream(index, seed=3, lane=lane, num_lanes=num_lanes, mix=2))
+    for reader in range(num_readers):
+        stream = iter(ShardStream(index, seed=3, reader=reader, num_readers=num_readers, mix=2))
         for sample in stream:
             if sample.epoch == 2:
                 break
@@ -148,7 +148,7 @@ def test_each_epoch_holds_every_image_once_over_all_lanes(folder, num_lanes):
 
 def test_a_stream_goes_on_where_another_stopped(folder):
     index = ShardIndex.read(folder, "train")
-    options = {"seed": 5, "lane": 1, "num_lanes": 2, "mix": 2}
+    options = {"seed": 5, "reader": 1, "num_readers": 2, "mix": 2}
     whole = ids(ShardStream(index, **options), 40)
     assert whole != ids(ShardStream(index, **options | {"seed": 6}), 40)
     for start in range(30):
@@ -237,13 +237,13 @@ PART = {"name": "a.tar", "num_samples": 1, "num_bytes": 1, "sha256": "", "num_wi
     ("change", "message"),
     [
         ({"format": 9}, "format 9, expected 2"),
-        ({"shards": 5}, "no index of shards"),
+        ({"shards": 5}, "not an index of shards"),
         ({"shards": [PART | {"name": "pipe:ls.tar"}]}, "cannot be read"),
-        ({"shards": [PART | {"name": "../a.tar"}]}, "that cannot be"),
-        ({"shards": [PART | {"num_samples": 0}]}, "that cannot be"),
-        ({"shards": [PART | {"num_with": {"object": 1}}]}, "that cannot be"),
-        ({"captions_file": PART | {"name": "../../a.json"}}, "that cannot be"),
-        ({"captions_file": None}, "no index of shards"),
+        ({"shards": [PART | {"name": "../a.tar"}]}, "invalid entry"),
+        ({"shards": [PART | {"num_samples": 0}]}, "invalid entry"),
+        ({"shards": [PART | {"num_with": {"object": 1}}]}, "invalid entry"),
+        ({"captions_file": PART | {"name": "../../a.json"}}, "invalid entry"),
+        ({"captions_file": None}, "not an index of shards"),
     ],
 )
 def test_an_index_that_cannot_be_is_refused(folder, change, message):
@@ -258,7 +258,7 @@ def test_what_cannot_be_written_or_shared_out_is_refused(dataset, folder, tmp_pa
         write_shards(dataset, folder)
     index = ShardIndex.read(folder, "train")
     with pytest.raises(InputError, match="5 shards of split 'train', too few for 6 readers"):
-        ShardStream(index, seed=0, num_lanes=6)
+        ShardStream(index, seed=0, num_readers=6)
     with pytest.raises(InputError, match=r"val\.json cannot be read"):
         ShardIndex.read(folder, "val")
 

@@ -89,7 +89,7 @@ def test_a_stream_goes_on_where_it_stopped_also_over_http(shards, address, num_w
 
 
 def test_each_rank_and_worker_reads_images_of_its_own(shards, data):
-    # 6 shards and 4 lanes: within the first 2 shards' worth of each lane, nothing comes twice.
+    # 6 shards and 4 readers: the first 2 batches of each rank have no image twice.
     options = {"batch_size": 4, "num_workers": 2, "world_size": 2}
     parts = [take(stream(shards), 2, **options, rank=rank) for rank in range(2)]
     ids = [i for batches_of_rank in parts for batch in batches_of_rank for i in batch.image_ids]
@@ -103,11 +103,11 @@ def test_an_image_is_cropped_anew_each_epoch_around_one_of_its_objects(shards, d
     dataset = open_dataset(data, "train")
     people = [i for i in range(NUM) if (dataset.target(i).keypoints[..., 2] > 0).any()]
     assert len(samples) == len(people)
-    found = list(islice(samples.lane(0, 1), 2 * len(people)))
+    found = list(islice(samples.read(0, 1), 2 * len(people)))
     assert sorted(s.image_id for s in found) == sorted([dataset.images[i].id for i in people] * 2)
     first, second = ({s.image_id: s for s in part} for part in (found[: len(people)], found[len(people) :]))
     assert any(not np.array_equal(first[i].image, second[i].image) for i in first)
-    again = list(islice(samples.lane(0, 1, start=3), 4))
+    again = list(islice(samples.read(0, 1, start=3), 4))
     assert all(np.array_equal(a.image, b.image) for a, b in zip(again, found[3:7], strict=True))
 
 

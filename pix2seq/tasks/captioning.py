@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +56,7 @@ def make_tokenizer(config: CaptioningConfig, captions: Iterable[str]) -> TextTok
 
 def with_text(vocab: Vocab, text: TextTokenizer) -> Vocab:
     """The vocabulary, made large enough for a tokenizer's ids."""
-    if vocab.num_text:
-        if text.size > vocab.num_text:
-            raise InputError(
-                f"the captions need {text.size} text ids, but model.vocab.num_text is {vocab.num_text}; raise it, "
-                "or lower captioning.text_size"
-            )
-        return vocab
-    return replace(vocab, num_text=text.size, size=max(vocab.size, vocab.text_base + text.size))
+    return vocab.with_text(text.size)
 
 
 class Captioning(Task[CaptioningConfig]):
@@ -87,7 +80,7 @@ class Captioning(Task[CaptioningConfig]):
         """Tokens of the longest sequence, prompt and end included."""
         return 1 + self.config.max_tokens
 
-    def places(self, target: Target) -> list[int | None]:
+    def samples(self, target: Target) -> list[int | None]:
         """Whole images with a caption."""
         return [None] if target.captions else []
 

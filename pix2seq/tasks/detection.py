@@ -63,7 +63,7 @@ class Detection(Task[DetectionConfig]):
         """Tokens of the longest sequence, prompt and end included."""
         return 2 + TOKENS_PER_OBJECT * max(self.config.max_objects, self.config.num_objects or 0)
 
-    def places(self, target: Target) -> list[int | None]:
+    def samples(self, target: Target) -> list[int | None]:
         """Whole images with an object that is no crowd."""
         return [None] if (~target.iscrowd).any() else []
 

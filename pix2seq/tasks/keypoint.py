@@ -67,7 +67,7 @@ class Keypoint(Task[KeypointConfig]):
         """See `Task`."""
         return self.config.crop_padding if self.config.crop else None
 
-    def places(self, target: Target) -> list[int | None]:
+    def samples(self, target: Target) -> list[int | None]:
         """Objects with a labelled point, or the whole image if it has such an object."""
         found = [i for i in range(len(target.labels)) if self._usable(target, i)]
         return [*found] if self.config.crop else [None] if found else []

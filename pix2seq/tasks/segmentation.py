@@ -64,7 +64,7 @@ class Segmentation(Task[SegmentationConfig]):
         """Length of the longest response."""
         return 2 * self.config.max_points + 1
 
-    def places(self, target: Target) -> list[int | None]:
+    def samples(self, target: Target) -> list[int | None]:
         """Whole images with a mask that is no crowd's."""
         return [None] if any(self._usable(target, i) for i in range(len(target.labels))) else []
 

@@ -130,7 +130,7 @@ class Task(ABC, Generic[Config]):
         return None
 
     @abstractmethod
-    def places(self, target: Target) -> list[int | None]:
+    def samples(self, target: Target) -> list[int | None]:
         """What of an image is a training sample: None for all of it, a number for a crop around that object."""
 
     @abstractmethod

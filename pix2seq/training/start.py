@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pix2seq.data.dataset import same_name
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
+from pix2seq.types import category_key
 from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
@@ -65,11 +65,11 @@ def _rows_by_meaning(model: Pix2Seq, start: Pix2Seq) -> tuple[Tensor, Tensor, st
     pairs = [(token, token) for token in range(CLASS_BASE)]
     if ours.num_bins == theirs.num_bins:
         pairs += [(ours.coord_base + i, theirs.coord_base + i) for i in range(ours.num_bins)]
-    known = {same_name(category.name): category.label for category in start.categories}
+    known = {category_key(category.name): category.label for category in start.categories}
     classes = [
-        (CLASS_BASE + category.label, CLASS_BASE + known[same_name(category.name)])
+        (CLASS_BASE + category.label, CLASS_BASE + known[category_key(category.name)])
         for category in model.categories
-        if same_name(category.name) in known
+        if category_key(category.name) in known
     ]
     words: list[tuple[int, int]] = []
     if model.text is not None and start.text is not None:
