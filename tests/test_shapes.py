@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.shapes import contact_sheet, write_shapes
-from pix2seq.data.shapes.captions import captions, noun, phrase, place
-from pix2seq.data.shapes.figures import OUTLINES
+from pix2seq.data.shapes.captions import captions, location, noun, phrase
+from pix2seq.data.shapes.figures import POLYGONS
 from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, make_scene
 from pix2seq.errors import InputError
 
@@ -97,7 +97,7 @@ def independent_masks(seed, size):
         made = make_scene(np.random.default_rng(seed), size)
     finally:
         module._paint = original
-    side = size * module.FINE
+    side = size * module.SUPERSAMPLING
     owner = np.zeros((side, side), int)
     for number, candidate in enumerate(placed, start=1):
         top, left, bottom, right = candidate.window
@@ -108,13 +108,13 @@ def independent_masks(seed, size):
 def test_polygons_cover_what_is_visible():
     from pycocotools import mask as mask_utils
 
-    from pix2seq.data.shapes.scene import FINE
+    from pix2seq.data.shapes.scene import SUPERSAMPLING
 
     ious = []
     for seed in range(40):
         made, owner = independent_masks((5, seed), 96)
         for number, figure in enumerate(made.figures, start=1):
-            rings = [(ring * FINE).ravel().tolist() for ring in figure.rings]
+            rings = [(ring * SUPERSAMPLING).ravel().tolist() for ring in figure.rings]
             drawn = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(rings, *owner.shape))).astype(bool)
             seen = owner == number
             ious.append((drawn & seen).sum() / (drawn | seen).sum())
@@ -126,7 +126,7 @@ def test_there_are_one_to_eight_figures_of_all_classes_some_in_several_parts(sce
     counts = [len(scene.figures) for scene in scenes]
     assert (min(counts), max(counts)) == (1, 8)
     assert {figure.name for scene in scenes for figure in scene.figures} == set(CLASS_NAMES)
-    assert len(CLASS_NAMES) == len(OUTLINES) + 1 >= 6
+    assert len(CLASS_NAMES) == len(POLYGONS) + 1 >= 6
     assert any(len(figure.rings) > 1 for scene in scenes for figure in scene.figures)
 
 
@@ -211,7 +211,7 @@ def test_easy_scenes_are_plain_and_few():
 def test_places_are_ninths_of_the_image(scenes):
     for figure in scenes[0].figures:
         x, y = figure.centre
-        words = place(figure, 128)
+        words = location(figure, 128)
         assert ("left" in words) == (x < 128 / 3)
         assert ("bottom" in words) == (y >= 256 / 3)
         assert phrase(figure)

@@ -217,20 +217,20 @@ def box_annotations(
     **more: Any,
 ) -> Annotations:
     """Build annotations from boxes and the optional fields in `more`."""
-    none, edge, no_bytes = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    no_owners, no_edges, no_bytes = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint8)
     empty: dict[str, Any] = {
         "num_keypoints": 0,
-        "ring_owner": none,
-        "first_point": edge,
+        "ring_owner": no_owners,
+        "first_point": no_edges,
         "points": np.zeros((0, 2), np.float32),
-        "rle_owner": none.copy(),
-        "first_byte": edge.copy(),
+        "rle_owner": no_owners.copy(),
+        "first_byte": no_edges.copy(),
         "rle_counts": no_bytes,
         "rle_is_list": np.zeros(0, np.bool_),
-        "keypoint_owner": none.copy(),
+        "keypoint_owner": no_owners.copy(),
         "keypoints": np.zeros((0, more.get("num_keypoints", 0), 3), np.float32),
-        "caption_owner": none.copy(),
-        "first_char": edge.copy(),
+        "caption_owner": no_owners.copy(),
+        "first_char": no_edges.copy(),
         "captions": no_bytes.copy(),
     }
     return Annotations(

@@ -354,9 +354,9 @@ def _boxes(
                     xyxy[i] = box
                     row_defects.append((row, _BOX, "no box", "rebuilt from mask or keypoints", ""))
                     continue
-            said = columns.as_written.get((row, "bbox")) or f"[{', '.join(f'{v:.12g}' for v in xywh[row].tolist())}]"
+            detail = columns.as_written.get((row, "bbox")) or f"[{', '.join(f'{v:.12g}' for v in xywh[row].tolist())}]"
             action = "dropped" if np.isnan(xyxy[i, 0]) else "clipped"
-            row_defects.append((row, _BOX, str(BOX_DEFECTS[codes[i]]), action, said))
+            row_defects.append((row, _BOX, str(BOX_DEFECTS[codes[i]]), action, detail))
         boxes[rows] = xyxy
         area = written_areas[rows]
         box_area = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
