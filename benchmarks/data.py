@@ -129,8 +129,8 @@ def write_images(root: Path, count: int) -> int:
 def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
     """The stages of a sample, as `TrainingSet` calls them, with their processor time added up."""
     places: list[tuple[Any, str, str]] = [
-        (training_set_module, "read_picture", "decode"),
-        (Affine, "image", "affine"),
+        (training_set_module, "read_record_image", "decode"),
+        (training_set_module, "warp_image", "affine"),
         (training_set_module, "color_jitter", "photometry"),
         (training_set_module, "transform_target", "sequences"),
         (CocoDataset, "target", "sequences"),

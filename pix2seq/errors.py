@@ -1,4 +1,4 @@
-"""Ends of a command that are no bug: wrong input, and a polite stop."""
+"""Exceptions that end a command without being a bug: wrong input, and a requested stop."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A value, file or folder that a user gave cannot be used.
+    """A value, file or folder from the user cannot be used.
 
     The message is one line: what came, what was expected, what to do. The command line prints it
-    without a traceback and exits with 2; every other exception is a bug and exits with 1.
+    without a traceback and exits with 2; any other exception is a bug and exits with 1.
     """
 
 
 class InputErrorElsewhere(InputError):
-    """An `InputError` of another process that trains with this one, and that reports it."""
+    """An `InputError` of another process of the same training run; that process reports it."""
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved its state; the command line exits with 143, as after SIGTERM."""
+    """A run stopped on request after saving its state; the command line exits with 143, as after SIGTERM."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """An `InputError` for a name that is not in `known`, with the nearest known one as a suggestion."""
+    """Return an `InputError` for a name that is not in `known`; it suggests the nearest known name."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -1,7 +1,7 @@
-"""The nouns that everyone shares: categories, images, their annotations and predicted objects, in pixels.
+"""Types shared by all modules: categories, images, annotations and predictions, in pixels.
 
-Pixel coordinates are x to the right and y down, the left edge of the first column is 0.0 and the
-right edge of the last is `width`; shapes use N objects and K keypoints.
+Pixel coordinates are x to the right and y down; the left edge of the first column is 0.0 and the
+right edge of the last is `width`. Shapes use N objects and K keypoints.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 MaskAnnotation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
-"""Either the outer rings of a mask, each (P, 2) as x, y with P >= 3, or a COCO RLE with `size` (h, w) and `counts`."""
+"""A mask as outer rings, each (P, 2) as x, y with P >= 3, or as a COCO RLE with `size` (h, w) and `counts`."""
 
 
 @dataclass(frozen=True)
 class Category:
-    """A class of objects. `label` is the model's number for it, `id` the data set's."""
+    """A class of objects, numbered `label` by the model and `id` by the data set."""
 
     label: int  # 1 to 899; its token is 100 + label
-    id: int  # as written in the data set's files
+    id: int  # as in the data set's files
     name: str
     keypoints: tuple[str, ...] = ()  # names of the K points, in order
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of indices into `keypoints`, from 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a config file, the inverse of `from_json`."""
+        """Return plain values for a config file, the inverse of `from_json`."""
         return {
             "label": self.label,
             "id": self.id,
@@ -49,9 +49,14 @@ class Category:
         )
 
 
+def category_key(name: str) -> str:
+    """Return the key by which class names are compared: case and outer spaces aside."""
+    return name.strip().lower()
+
+
 @dataclass(frozen=True)
 class ImageRecord:
-    """Where an image lies and how large it is once its EXIF orientation is applied."""
+    """The path of an image, and its size after its EXIF orientation is applied."""
 
     id: int
     path: Path
@@ -61,12 +66,12 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Target:
-    """The annotations of one image that survived the checks of the reader."""
+    """The annotations of one image that passed the checks of the reader."""
 
     image: ImageRecord
     boxes_xyxy: NDArray[np.float32]  # (N, 4) in pixels, x1 > x0 and y1 > y0, inside the image
     labels: NDArray[np.int64]  # (N,) `Category.label`
-    areas: NDArray[np.float32]  # (N,) mask area in square pixels, the box's where there is no mask
+    areas: NDArray[np.float32]  # (N,) mask area in square pixels, or the box area if there is no mask
     iscrowd: NDArray[np.bool_]  # (N,)
     annotation_ids: NDArray[np.int64]  # (N,)
     segmentations: tuple[MaskAnnotation | None, ...]  # N entries
@@ -80,10 +85,10 @@ class Caption:
 
     text: str
     score: float  # mean log-probability of its tokens, at most 0
-    truncated: bool = False  # whether it was cut at the longest length
+    truncated: bool = False  # whether it was cut at the maximum length
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of NAME.json."""
+        """Return the entry for NAME.json."""
         return {"text": self.text, "score": round(self.score, 6)}
 
 
@@ -93,15 +98,15 @@ class Instance:
 
     box_xyxy: tuple[float, float, float, float]
     category: Category
-    score: float  # 0 to 1, what it is ranked by
+    score: float  # 0 to 1; objects are ranked by it
     polygons: list[NDArray[np.float32]] = field(default_factory=list)  # rings (P, 2) as x, y
     keypoints: NDArray[np.float32] | None = None  # (K, 3) x, y, visibility
-    rle: dict[str, Any] | None = None  # the mask as COCO run lengths, where rings cannot say it: holes
-    mask_score: float | None = None  # mean likelihood of the outline's tokens
-    keypoint_score: float | None = None  # mean likelihood of the keypoints' tokens
+    rle: dict[str, Any] | None = None  # the mask as a COCO RLE, if rings cannot express it: holes
+    mask_score: float | None = None  # mean likelihood of the polygon tokens
+    keypoint_score: float | None = None  # mean likelihood of the keypoint tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The COCO-like entry of NAME.json: `bbox` is x, y, width, height."""
+        """Return the COCO-like entry for NAME.json: `bbox` is x, y, width, height."""
         x0, y0, x1, y1 = self.box_xyxy
         points = [] if self.keypoints is None else [round(float(v), 2) for v in self.keypoints.ravel()]
         parts = {"mask_score": self.mask_score, "keypoint_score": self.keypoint_score}

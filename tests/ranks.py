@@ -5,7 +5,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from pix2seq.data.sampler import rank_part
+from pix2seq.data.sampler import rank_slice
 from pix2seq.examples import Batch
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
@@ -44,7 +44,7 @@ def train(ranks, parallel, stem, trait=None):
     training_model = TrainingModel(model, ranks=ranks, parallel=parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ema = Ema(model, 0.9)
-    part = rank_part(BATCH_SIZE, ranks.rank, ranks.size)
+    part = rank_slice(BATCH_SIZE, ranks.rank, ranks.size)
     if trait == "uneven" and ranks.size == 2:
         part = [slice(3), slice(3, BATCH_SIZE)][ranks.rank]
     steps = []

@@ -1,4 +1,4 @@
-"""Annotations in flat arrays: against the JSON they come from, and against slower ways to do the same."""
+"""Flat annotation arrays against their JSON files and against slow reference implementations."""
 
 import gc
 import importlib
@@ -21,12 +21,11 @@ from pix2seq.data.formats import json_stream
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.errors import InputError
-from pix2seq.geometry.polygons import rle_to_mask
-from pix2seq.geometry.run_lengths import run_lengths
+from pix2seq.geometry.polygons import rle_to_mask, run_lengths
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_every_target_of_coco_mini_is_what_the_json_says(shared, split):
+def test_targets_of_coco_mini_equal_the_json(shared, split):
     root = shared / "data/coco_mini"
     files = {
         kind: json.loads((root / "annotations" / f"{kind}_{split}2017.json").read_text())
@@ -69,7 +68,7 @@ def test_every_target_of_coco_mini_is_what_the_json_says(shared, split):
 
 
 def write_boxes(root, num_images, each):
-    """A set of empty image files with boxes only."""
+    """Write a data set of empty image files and boxes."""
     (root / "annotations").mkdir(parents=True)
     (root / "train").mkdir()
     images = [{"id": i, "file_name": f"{i}.png", "width": 640, "height": 480} for i in range(num_images)]
@@ -90,14 +89,14 @@ def test_a_box_takes_few_bytes_and_no_python_object(tmp_path):
     annotations = dataset.annotations
     assert len(annotations) == 5000
     assert annotations.num_bytes / len(annotations) < 34
-    # What the collector does not track cannot be a container, and a worker's reference counts stay away from it.
+    # Arrays hold no Python objects, so the collector tracks few, and workers change no reference counts in them.
     before = len(gc.get_objects())
     many = CocoDataset.read(write_boxes(tmp_path / "more", 500, 100), "train")
     assert len(gc.get_objects()) - before < 500
     assert len(many.annotations) == 50_000
 
 
-def test_what_a_caller_does_to_a_target_stays_with_the_caller(shared):
+def test_changing_a_target_does_not_change_the_data_set(shared):
     dataset = CocoDataset.read(shared / "data/coco_mini", "val")
     target = dataset.target(0)
     for array in (target.boxes_xyxy, target.labels, target.areas, target.keypoints, target.segmentations[0][0]):
@@ -120,7 +119,7 @@ def test_the_table_of_images_is_a_sequence(tmp_path):
         images[5]
 
 
-def test_a_spawned_worker_maps_the_arrays_and_any_other_pickle_holds_them(tmp_path):
+def test_a_spawned_worker_maps_the_arrays_and_other_pickles_contain_them(tmp_path):
     dataset = CocoDataset.read(write_boxes(tmp_path, 20, 50), "train")
     whole = pickle.dumps(dataset)
     assert len(whole) > dataset.annotations.num_bytes
@@ -143,11 +142,11 @@ def test_a_spawned_worker_maps_the_arrays_and_any_other_pickle_holds_them(tmp_pa
     del dataset
     gc.collect()
     assert not folder.exists()
-    if multiprocessing.get_all_start_methods()[0] == "fork":  # elsewhere, a file in use may not be removable
+    if multiprocessing.get_all_start_methods()[0] == "fork":  # on other systems, a file in use may not be removable
         assert len(copy.target(7).labels) == 50
 
 
-def test_a_worker_process_that_is_spawned_reads_the_same_targets(tmp_path, monkeypatch):
+def test_a_spawned_worker_reads_the_same_targets(tmp_path, monkeypatch):
     dataset = CocoDataset.read(write_boxes(tmp_path / "data", 4, 3), "train")
     (tmp_path / "worker_of_this_test.py").write_text(
         "def run(dataset, queue):\n    queue.put([dataset.target(i).boxes_xyxy.tolist() for i in range(4)])\n"
@@ -163,7 +162,7 @@ def test_a_worker_process_that_is_spawned_reads_the_same_targets(tmp_path, monke
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.data())
-def test_gathered_pieces_lie_end_to_end(sizes, data):
+def test_gathered_pieces_are_concatenated(sizes, data):
     edges = offsets(np.array(sizes, np.int64))
     values = np.arange(edges[-1] * 2).reshape(-1, 2)
     order = np.array(data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=40)) if sizes else [], np.int64)
@@ -171,9 +170,9 @@ def test_gathered_pieces_lie_end_to_end(sizes, data):
     np.testing.assert_array_equal(gather(values, edges, order), np.concatenate([values[:0], *pieces]))
 
 
-def test_more_than_one_load_is_gathered(monkeypatch):
-    monkeypatch.setattr("pix2seq.data.annotations._GATHERED", 7)
-    test_gathered_pieces_lie_end_to_end()
+def test_pieces_are_gathered_in_several_chunks(monkeypatch):
+    monkeypatch.setattr("pix2seq.data.annotations._GATHER_CHUNK", 7)
+    test_gathered_pieces_are_concatenated()
 
 
 # JSON, entry by entry
@@ -183,7 +182,7 @@ VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionari
 
 
 @given(st.lists(VALUES, max_size=5), st.lists(VALUES, max_size=5), VALUES, st.sampled_from([None, 1]), st.booleans())
-def test_a_stream_is_what_json_loads_gives(tmp_path_factory, images, annotations, info, indent, plain):
+def test_a_stream_equals_json_loads(tmp_path_factory, images, annotations, info, indent, plain):
     content = {"info": info, "images": images, "annotations": annotations, "last": 12.5}
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=plain), encoding="utf-8", errors="replace")
@@ -196,7 +195,7 @@ def test_a_stream_is_what_json_loads_gives(tmp_path_factory, images, annotations
         assert dict(found)["last"] == 12.5
 
 
-def test_numbers_and_words_cut_by_the_end_of_a_chunk_are_read_whole(tmp_path):
+def test_numbers_and_words_cut_by_the_end_of_a_chunk_are_read_completely(tmp_path):
     path = tmp_path / "a.json"
     text = '\ufeff {"images" : [123456, -1.5e+10, NaN, -Infinity, true, "a\\u00e9\\n"] , "annotations":[ ] }\n '
     path.write_text(text, encoding="utf-8")
@@ -215,11 +214,11 @@ def test_a_cut_file_is_refused_where_json_loads_refuses_it(tmp_path):
         for chunk in (3, 1000):
             with pytest.raises(InputError) as ours:
                 list(stream_json(path, ("images", "annotations"), chunk_chars=chunk))
-            place = f"line {theirs.value.lineno}, column {theirs.value.colno} ("
-            assert place in str(ours.value), (text[:length], str(theirs.value))
+            position = f"line {theirs.value.lineno}, column {theirs.value.colno} ("
+            assert position in str(ours.value), (text[:length], str(theirs.value))
 
 
-def test_a_mistake_early_in_a_long_file_is_told_without_reading_all_of_it(tmp_path, monkeypatch):
+def test_an_early_error_in_a_long_file_is_reported_without_reading_the_rest(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text('{"images": [{"id" 1}, ' + "0, " * 10_000 + '0], "annotations": []}')
     held = []
@@ -234,7 +233,7 @@ def test_a_mistake_early_in_a_long_file_is_told_without_reading_all_of_it(tmp_pa
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_run_lengths_are_those_of_pycocotools(height, width, seed, share):
+def test_run_lengths_equal_those_of_pycocotools(height, width, seed, share):
     mask = np.random.default_rng(seed).random((height, width)) < share
     compressed = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     columns = mask.T.ravel()
@@ -245,7 +244,7 @@ def test_run_lengths_are_those_of_pycocotools(height, width, seed, share):
 
 
 @given(st.text(alphabet=[chr(c) for c in range(40, 120)], max_size=20))
-def test_a_string_of_counts_is_sound_where_the_slow_decoder_draws_it(text):
+def test_a_string_of_counts_is_valid_if_the_decoder_accepts_it(text):
     lengths = run_lengths(text)
     if lengths is None:
         assume(len(text))
@@ -258,7 +257,7 @@ def test_a_string_of_counts_is_sound_where_the_slow_decoder_draws_it(text):
 
 
 @pytest.mark.parametrize("counts", [None, 5, [1.0], [True], [-1], [2**31], "é", " ", "o", "ooooooo0", {"a": 1}])
-def test_counts_that_are_none_are_told(counts):
+def test_invalid_counts_give_none(counts):
     assert run_lengths(counts) is None
 
 
@@ -268,7 +267,7 @@ COORDINATES = st.one_of(st.floats(-60, 60), st.sampled_from([0.0, 1e9, 1e7, -1e7
 
 
 @given(st.lists(st.tuples(*[COORDINATES] * 4), max_size=20))
-def test_boxes_are_clipped_as_one_would_by_hand(boxes):
+def test_boxes_are_clipped_as_by_hand(boxes):
     width, height = 40, 30
     xywh = np.array(boxes, np.float64).reshape(-1, 4)
     found, codes = clip_boxes(xywh, np.full(len(xywh), width), np.full(len(xywh), height))

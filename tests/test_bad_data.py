@@ -1,4 +1,4 @@
-"""Data that lie: each defect has its policy, and the check reports what the reader does."""
+"""Bad data: each defect has its policy, and the check reports what the reader does."""
 
 import json
 import math
@@ -44,12 +44,12 @@ def write_coco(root, annotations, images=(IMAGE,), categories=(CATEGORY,), kind=
     return root
 
 
-def thing(**fields):
+def annotation(**fields):
     return {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 1, 5, 5]} | fields
 
 
-def sound(number):
-    return thing(id=100 + number, bbox=[1, 2, 3, 4])
+def good(number):
+    return annotation(id=100 + number, bbox=[1, 2, 3, 4])
 
 
 def rle(counts, size=(30, 40)):
@@ -57,7 +57,7 @@ def rle(counts, size=(30, 40)):
 
 
 def read_and_check(root):
-    """The data set as training reads it, once the check has reported the same, defect by defect."""
+    """Open a data set for training, and assert that the check reports the same defects."""
     dataset = open_dataset(root, "train")
     (report,) = check_dataset(root, "train").splits
     of_check = report.defects.to_numpy().tolist()
@@ -106,7 +106,7 @@ CASES += [
 CASES += [({"bbox": [1, 1, value, 5]}, NOT_FOUR, "dropped") for value in (NAN, INF, -INF, HUGE_INT)]
 CASES += [({"bbox": value}, "box is absurdly large", "dropped") for value in ([1e9] * 4, [-1e9, 0, 2e9, 5])]
 CASES += [
-    # The last two have an area, but not in single precision, which boxes are kept in.
+    # The last two have an area, but not in the single precision in which boxes are stored.
     ({"bbox": value}, NO_AREA, "dropped")
     for value in ([0] * 4, [1, 1, 0, 5], [1, 1, 5, -5], [35, 1, 1e-7, 5], [1, 29, 5, 1e-9])
 ]
@@ -129,7 +129,7 @@ CASES += [
 ]
 CASES += [
     ({"segmentation": rle(counts)}, BAD_RLE, "mask left out")
-    # Too few, too many, none, negative, no numbers; compressed ones cut off, of other characters, too long.
+    # Too few, too many, none, negative, not numbers; compressed ones cut off, with other characters, too long.
     for counts in ([3, 4], [1300], [], [-1, 1201], ["a"], [600.0, 600.0], [HUGE_INT], None, 5)
     + ("", "T", "zzzz", "\x00\x01", "é", "0" * 50, "ooooooooo0", "PPPP")
 ]
@@ -151,7 +151,7 @@ CASES += [({"bbox": None, "keypoints": [2, 3, 2, 9, 9, 1]}, "no box", "rebuilt f
 
 @pytest.mark.parametrize(("fields", "defect", "action"), CASES, ids=lambda value: str(value)[:50])
 def test_each_defect_of_an_annotation_has_its_policy(tmp_path, fields, defect, action):
-    dataset = read_and_check(write_coco(tmp_path, [sound(0), thing(**fields), sound(1)]))
+    dataset = read_and_check(write_coco(tmp_path, [good(0), annotation(**fields), good(1)]))
     assert dataset.defects[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
     target = dataset.target(0)
     assert len(target.labels) == (2 if action == "dropped" else 3)
@@ -161,15 +161,15 @@ def test_each_defect_of_an_annotation_has_its_policy(tmp_path, fields, defect, a
 
 
 @pytest.mark.parametrize("area", [0, -5, NAN, INF, HUGE_INT, "3", [1], None])
-def test_an_area_that_is_none_is_the_boxs(tmp_path, area):
-    target = read_and_check(write_coco(tmp_path, [thing(area=area)])).target(0)
+def test_an_unusable_area_is_replaced_by_that_of_the_box(tmp_path, area):
+    target = read_and_check(write_coco(tmp_path, [annotation(area=area)])).target(0)
     assert target.areas.tolist() == [25]
 
 
-def test_sound_run_lengths_come_back_as_they_were_written(tmp_path):
+def test_valid_rles_are_returned_as_written(tmp_path):
     compressed = mask_utils.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))["counts"].decode()
     masks = [rle([600, 600]), rle(compressed)]
-    annotations = [thing(id=i, segmentation=mask) for i, mask in enumerate(masks)]
+    annotations = [annotation(id=i, segmentation=mask) for i, mask in enumerate(masks)]
     assert list(read_and_check(write_coco(tmp_path, annotations)).target(0).segmentations) == masks
 
 
@@ -198,17 +198,17 @@ def test_sound_run_lengths_come_back_as_they_were_written(tmp_path):
     ids=lambda value: str(value)[:60],
 )
 def test_each_defect_of_an_image_has_its_policy(tmp_path, image, defect, action):
-    root = write_coco(tmp_path / "data", [sound(0), thing(image_id=2)], [IMAGE, image])
+    root = write_coco(tmp_path / "data", [good(0), annotation(image_id=2)], [IMAGE, image])
     Image.new("RGB", (40, 30)).save(tmp_path / "outside.png")
     (root / "train/junk.png").write_bytes(b"junk")
     (root / "train/folder.png").mkdir()
     dataset = read_and_check(root)
-    of_pictures = dataset.defects[dataset.defects["annotation_id"].isna()]
-    assert of_pictures[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
+    of_images = dataset.defects[dataset.defects["annotation_id"].isna()]
+    assert of_images[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
     assert [(i.width, i.height) for i in dataset.images] == [(40, 30)] * (1 if action == "dropped" else 2)
 
 
-def test_an_image_of_another_size_than_written_and_a_turned_one_are_told_apart(tmp_path):
+def test_a_wrong_size_and_a_rotated_image_are_distinguished(tmp_path):
     sizes = {"same": (40, 30), "swapped": (30, 40), "other": (41, 30), "turned": (40, 30), "upright": (30, 40)}
     images = [
         {"id": number, "file_name": f"{name}.jpg", "width": width, "height": height}
@@ -256,23 +256,23 @@ def training_set(dataset, **options):
     return TrainingSet(dataset, task, size=(32, 32), augment=AugmentConfig(enabled=False), seed=0, **options)
 
 
-def pictures_of_which_some_lie(root, num_sound):
-    """Images with a box each, the last four of them bad as only decoding shows."""
-    images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(num_sound + 4)]
-    write_coco(root, [thing(id=100 + i, image_id=i) for i in range(len(images))], images)
-    for i in range(num_sound):
+def write_images_some_bad(root, num_good):
+    """Write images with one box each; the last four are bad, which only decoding shows."""
+    images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(num_good + 4)]
+    write_coco(root, [annotation(id=100 + i, image_id=i) for i in range(len(images))], images)
+    for i in range(num_good):
         Image.new("RGB", (40, 30), (i, 0, 0)).save(root / f"train/{i}.png")
-    cut = root / f"train/{num_sound}.png"
+    cut = root / f"train/{num_good}.png"
     Image.effect_noise((40, 30), 50).save(cut)
     cut.write_bytes(cut.read_bytes()[:500])
-    (root / f"train/{num_sound + 1}.png").write_bytes(b"junk")
-    Image.new("RGB", (80, 60)).save(root / f"train/{num_sound + 2}.png")
-    Image.new("RGB", (30, 40)).save(root / f"train/{num_sound + 3}.png")
+    (root / f"train/{num_good + 1}.png").write_bytes(b"junk")
+    Image.new("RGB", (80, 60)).save(root / f"train/{num_good + 2}.png")
+    Image.new("RGB", (30, 40)).save(root / f"train/{num_good + 3}.png")
     return root
 
 
 def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path):
-    root = pictures_of_which_some_lie(tmp_path, 8)
+    root = write_images_some_bad(tmp_path, 8)
     dataset = read_and_check(root)
     defects = check_dataset(root, "train").splits[0].defects
     assert defects["image"].tolist() == [8, 9, 10, 11]
@@ -282,7 +282,7 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
         samples = training_set(dataset)
         shown = [samples[epoch, index].image_id for epoch in range(2) for index in range(len(samples))]
     assert shown == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0] * 2
-    assert len(caught) == 4  # each once
+    assert len(caught) == 4  # one per bad image
     assert all(f"{i}.png" in str(warning.message) for i, warning in zip((8, 9, 10, 11), caught, strict=True))
     for image in dataset.images[8:]:
         with pytest.raises(InputError, match=image.path.name):
@@ -295,15 +295,15 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
         def require(self, name): ...
 
         def encode_batch(self, images):
-            raise AssertionError("an image that lies was taken")
+            raise AssertionError("a bad image was accepted")
 
     with pytest.raises(InputError, match=r"8\.png cannot be decoded"):
         evaluate(Encoder(), dataset, ["captioning"])
 
 
-def test_training_stops_once_too_many_images_prove_bad(tmp_path):
+def test_training_stops_after_too_many_bad_images(tmp_path):
     images = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(40)]
-    root = write_coco(tmp_path, [thing(id=100 + i, image_id=i) for i in range(40)], images)
+    root = write_coco(tmp_path, [annotation(id=100 + i, image_id=i) for i in range(40)], images)
     for i in range(40):
         Image.new("RGB", (40, 30) if i % 3 else (30, 30)).save(root / f"train/{i}.png")
     dataset = open_dataset(root, "train", max_bad_share=0.25)
@@ -314,7 +314,7 @@ def test_training_stops_once_too_many_images_prove_bad(tmp_path):
             warnings.simplefilter("ignore", UserWarning)
             return [samples[0, index].image_id for index in range(40)]
 
-    assert len(run(0.36)) == 40  # 14 of 40 are bad, and among the first n never more than 0.36 n once there are ten
+    assert len(run(0.36)) == 40  # 14 of 40 are bad, and after ten bad ones their share is never above 0.36
     with pytest.raises(InputError, match=r"10 of 28 images .* The first ten: image 0: .*0\.png is 30x30") as caught:
         run(0.25)
     assert "\n" not in str(caught.value)
@@ -324,11 +324,11 @@ def test_training_stops_once_too_many_images_prove_bad(tmp_path):
     assert "14 of 40 images" in report.splits[0].refusal
 
 
-def test_without_any_image_that_can_be_read_training_ends(tmp_path):
-    dataset = open_dataset(write_coco(tmp_path, [thing()]), "train")
+def test_training_ends_without_a_readable_image(tmp_path):
+    dataset = open_dataset(write_coco(tmp_path, [annotation()]), "train")
     (tmp_path / "train/a.png").write_bytes(b"junk")
     samples = training_set(dataset)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no image that can be read"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(InputError, match="no readable image"):
         samples[0, 0]
 
 
@@ -337,7 +337,7 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
     pixels[5:10, 20:40] = 200
     exif = Image.Exif()
     exif[0x0112] = 6
-    root = write_coco(tmp_path, [thing(bbox=[20, 5, 20, 5])])
+    root = write_coco(tmp_path, [annotation(bbox=[20, 5, 20, 5])])
     Image.fromarray(pixels).save(root / "train/a.png", exif=exif)
     dataset = read_and_check(root)
     np.testing.assert_array_equal(read_record_image(dataset.images[0]), pixels)
@@ -349,31 +349,34 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([1], "category without a whole id and a name"),
-        ([{"id": 7}], "category without a whole id and a name"),
-        ([{"id": "7", "name": "cat"}], "category without a whole id and a name"),
-        ([{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}], "gives the category id 7 to 'dog', and it is 'cat'"),
-        ([{"id": 7, "name": "cat", "keypoints": 5}], "keypoints or a skeleton that cannot be read"),
-        ([{"id": 7, "name": "cat", "skeleton": [1]}], "keypoints or a skeleton that cannot be read"),
+        ([1], "category without an integer id and a name"),
+        ([{"id": 7}], "category without an integer id and a name"),
+        ([{"id": "7", "name": "cat"}], "category without an integer id and a name"),
+        (
+            [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}],
+            "category id 7 to 'dog', but 'cat' has it already",
+        ),
+        ([{"id": 7, "name": "cat", "keypoints": 5}], "unreadable keypoints or skeleton"),
+        ([{"id": 7, "name": "cat", "skeleton": [1]}], "unreadable keypoints or skeleton"),
         ([], "has no categories"),
     ],
 )
-def test_categories_that_cannot_be_told_apart_are_refused(tmp_path, categories, message):
-    root = write_coco(tmp_path, [sound(0)], categories=categories)
+def test_ambiguous_categories_are_refused(tmp_path, categories, message):
+    root = write_coco(tmp_path, [good(0)], categories=categories)
     with pytest.raises(InputError, match=message):
         open_dataset(root, "train")
     with pytest.raises(InputError, match=message):
         check_dataset(root)
 
 
-def test_a_bone_to_no_keypoint_is_left_out(tmp_path):
+def test_a_bone_to_an_unknown_keypoint_is_left_out(tmp_path):
     bones = [[1, 2], [0, 1], [2, 3]]
-    dataset = read_and_check(write_coco(tmp_path, [sound(0)], categories=[CATEGORY | {"skeleton": bones}]))
+    dataset = read_and_check(write_coco(tmp_path, [good(0)], categories=[CATEGORY | {"skeleton": bones}]))
     assert dataset.categories[0].skeleton == ((0, 1),)
     assert dataset.defects["defect"].tolist() == ["skeleton names an unknown keypoint"]
 
 
-def test_captions_that_say_nothing_are_dropped_and_counted(tmp_path):
+def test_empty_captions_are_dropped_and_counted(tmp_path):
     texts = [" a  cat\n", "", " \n", None, 5, "half a pair \ud800"]
     entries = [{"id": i, "image_id": 1, "caption": text} for i, text in enumerate(texts)]
     entries += [{"id": 8, "image_id": 2, "caption": "x"}, {"id": 9, "image_id": [1], "caption": "x"}, 5]
@@ -388,7 +391,7 @@ def test_captions_that_say_nothing_are_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"null", b"[1]", b"\0" * 50, b"<html>", b"version https://git-lfs", b"[" * 99999]
 )
-def test_a_file_that_is_no_coco_json_is_refused_in_one_line(tmp_path, content):
+def test_a_file_that_is_not_coco_json_is_refused_in_one_line(tmp_path, content):
     root = write_coco(tmp_path, [])
     (root / "annotations/instances_train.json").write_bytes(content)
     for open_it in (lambda: open_dataset(root, "train"), lambda: check_dataset(root)):
@@ -398,7 +401,7 @@ def test_a_file_that_is_no_coco_json_is_refused_in_one_line(tmp_path, content):
 
 
 def test_a_file_in_another_encoding_is_refused_and_a_byte_order_mark_is_not(tmp_path):
-    root = write_coco(tmp_path, [sound(0)])
+    root = write_coco(tmp_path, [good(0)])
     path = root / "annotations/instances_train.json"
     text = path.read_text()
     path.write_bytes(text.encode("utf-8-sig"))
@@ -408,12 +411,12 @@ def test_a_file_in_another_encoding_is_refused_and_a_byte_order_mark_is_not(tmp_
         open_dataset(root, "train")
 
 
-# Too much of it
+# Too many defects
 
 
 def test_mostly_bad_annotations_are_refused_with_the_first_ten_named(tmp_path):
-    bad = [thing(id=i, bbox=[1, 1, 0, 0]) for i in range(12)]
-    root = write_coco(tmp_path, bad + [sound(i) for i in range(11)])
+    bad = [annotation(id=i, bbox=[1, 1, 0, 0]) for i in range(12)]
+    root = write_coco(tmp_path, bad + [good(i) for i in range(11)])
     with pytest.raises(InputError, match=r"12 of 23 annotations .* cannot be used") as caught:
         open_dataset(root, "train")
     message = str(caught.value)
@@ -429,16 +432,16 @@ def test_mostly_bad_annotations_are_refused_with_the_first_ten_named(tmp_path):
     assert report.to_json()["splits"][0]["refused"] == message
 
 
-def test_half_of_a_set_may_be_bad_and_all_of_a_few(tmp_path):
-    bad = [thing(id=i, image_id=99) for i in range(12)]
-    assert len(read_and_check(write_coco(tmp_path, bad + [sound(i) for i in range(12)])).objects) == 12
+def test_half_of_a_data_set_or_a_few_entries_may_be_bad(tmp_path):
+    bad = [annotation(id=i, image_id=99) for i in range(12)]
+    assert len(read_and_check(write_coco(tmp_path, bad + [good(i) for i in range(12)])).objects) == 12
     assert len(read_and_check(write_coco(tmp_path, bad[:9])).objects) == 0
 
 
 def test_mostly_missing_images_are_refused_and_their_annotations_are_not_counted_twice(tmp_path):
     lost = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(10, 30)]
     here = [IMAGE | {"id": i} for i in range(30, 50)]
-    annotations = [thing(id=i, image_id=10 + i % 20) for i in range(100)]
+    annotations = [annotation(id=i, image_id=10 + i % 20) for i in range(100)]
     dataset = read_and_check(write_coco(tmp_path, annotations, lost + here))
     assert len(dataset) == 20
     root = write_coco(tmp_path, annotations, lost + here[:19])
@@ -447,7 +450,7 @@ def test_mostly_missing_images_are_refused_and_their_annotations_are_not_counted
     assert not check_dataset(root).usable
 
 
-def test_a_set_of_none_but_useless_images_says_so(tmp_path):
+def test_a_data_set_of_only_unusable_images_is_refused(tmp_path):
     root = write_coco(tmp_path, [], [IMAGE | {"id": "one"}])
     with pytest.raises(InputError, match=r"none of the 1 images .* image one: image without id or file_name"):
         open_dataset(root, "train")
@@ -459,7 +462,7 @@ def test_mostly_bad_captions_are_refused(tmp_path):
         open_dataset(write_coco(tmp_path, entries, kind="captions"), "train")
 
 
-# Anything
+# Random data
 
 NUMBERS = st.one_of(st.integers(-50, 50), st.floats(), st.sampled_from([HUGE_INT, 1e9, 2**63, 0.0]))
 MASKS = st.dictionaries(
@@ -470,10 +473,10 @@ FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentat
 ENTRIES = st.one_of(
     ANYTHING,
     st.dictionaries(st.sampled_from(FIELDS), st.one_of(ANYTHING, st.lists(ANYTHING, max_size=3))).map(
-        lambda f: thing() | f
+        lambda f: annotation() | f
     ),
 )
-PICTURES = st.one_of(
+IMAGES = st.one_of(
     ANYTHING, st.dictionaries(st.sampled_from(sorted(IMAGE)), ANYTHING).map(lambda fields: IMAGE | {"id": 2} | fields)
 )
 
@@ -483,12 +486,12 @@ PICTURES = st.one_of(
     st.lists(ENTRIES, max_size=6),
     st.lists(ENTRIES, max_size=3),
     st.lists(ENTRIES, max_size=3),
-    st.lists(PICTURES, max_size=3),
+    st.lists(IMAGES, max_size=3),
 )
-def test_whatever_the_files_say_the_set_is_usable_or_refused(tmp_path, objects, people, captions, pictures):
+def test_any_data_set_is_usable_or_refused(tmp_path, objects, people, captions, images):
     try:
         for kind, entries in (("instances", objects), ("person_keypoints", people), ("captions", captions)):
-            write_coco(tmp_path, entries, [IMAGE, *pictures], kind=kind)
+            write_coco(tmp_path, entries, [IMAGE, *images], kind=kind)
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             dataset = open_dataset(tmp_path, "train")
@@ -496,7 +499,7 @@ def test_whatever_the_files_say_the_set_is_usable_or_refused(tmp_path, objects, 
         return
     assert_usable(dataset)
     dropped = (dataset.defects["action"] == "dropped").sum()
-    assert len(dataset.objects) + dropped <= len(objects) + len(people) + len(captions) + 3 * len(pictures)
+    assert len(dataset.objects) + dropped <= len(objects) + len(people) + len(captions) + 3 * len(images)
 
 
 # Pascal VOC
@@ -541,7 +544,7 @@ def test_each_defect_of_a_voc_box_has_its_policy(tmp_path, corners, defect, acti
 @pytest.mark.parametrize(
     "size", [("inf", 30), ("nan", 30), (0, 30), (0.5, 30), (-1, 30), (1e9, 30), ("", ""), ("x", 30)]
 )
-def test_a_voc_size_that_is_none_is_read_from_the_file(tmp_path, size):
+def test_an_unusable_voc_size_is_read_from_the_image(tmp_path, size):
     dataset = read_and_check(write_voc(tmp_path, [voc_object((1, 1, 20, 10))], size))
     assert (dataset.images[0].width, dataset.images[0].height) == (40, 30)
     assert dataset.defects["defect"].tolist() == ["no width and height"]
@@ -550,7 +553,7 @@ def test_a_voc_size_that_is_none_is_read_from_the_file(tmp_path, size):
 def test_voc_names_listed_twice_or_without_files_are_dropped(tmp_path):
     root = write_voc(tmp_path, [voc_object((1, 1, 20, 10))], names="a 1\nb -1\na 1\nc\n")
     shutil.copy(root / "Annotations/a.xml", root / "Annotations/c.xml")
-    (root / "JPEGImages/a.txt").touch()  # no image, whatever its name
+    (root / "JPEGImages/a.txt").touch()  # not an image by its suffix
     dataset = read_and_check(root)
     assert [image.path.name for image in dataset.images] == ["a.jpg"]
     found = dataset.defects[["defect", "action"]].to_numpy().tolist()
@@ -566,10 +569,10 @@ def test_voc_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     assert len(read_and_check(root).objects) == 1
     bomb = '<!DOCTYPE a [<!ENTITY b "cc">]>'
     for content, message in (
-        (text[:80].encode(), "no readable XML"),
-        (b"", "no readable XML"),
+        (text[:80].encode(), "not readable XML"),
+        (b"", "not readable XML"),
         (b'<?xml version="1.0" encoding="nonsense"?>' + text.encode(), "unknown encoding"),
-        (b'<?xml version="1.0" encoding="shift_jis"?>' + text.encode(), "no readable XML"),
+        (b'<?xml version="1.0" encoding="shift_jis"?>' + text.encode(), "not readable XML"),
         ((bomb + text).encode(), "XML entities"),
         ((bomb + text).encode("utf-16"), "XML entities"),
     ):

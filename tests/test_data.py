@@ -1,4 +1,4 @@
-"""Reading images and annotations: against Pillow, pycocotools and files written by hand."""
+"""Images and annotations, against Pillow, pycocotools and files written by hand."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def manifest(shared):
     return [dict(zip(names, line.split("\t"), strict=False)) for line in lines[1:]]
 
 
-def test_odd_images_are_read_upright_and_whole(shared):
+def test_odd_images_are_read_upright_and_completely(shared):
     for row in manifest(shared):
         path = shared / "data/odd" / row["path"]
         if row["path"].startswith("damaged/") and "mpo" not in row["path"] and "junk" not in row["path"]:
@@ -68,12 +68,12 @@ def encoded(image, form="PNG", **options):
 def turbo():
     pytest.importorskip("simplejpeg")
     decode = image_module._turbo()
-    assert decode is not None  # it gives Pillow's pixels here, or the extra would be of no use
+    assert decode is not None  # its pixels equal Pillow's
     return decode
 
 
 def both_ways(source, monkeypatch, turbo):
-    """What comes of an image with simplejpeg and without: pixels, or the message; and how often it decoded one."""
+    """Read an image with simplejpeg and without: pixels or the error, and how often simplejpeg decoded."""
     found, decoded = [], []
     for decode in (lambda content: decoded.append(turbo(content)) or decoded[-1], None):
         monkeypatch.setattr(image_module, "_turbo", lambda decode=decode: decode)
@@ -84,14 +84,14 @@ def both_ways(source, monkeypatch, turbo):
     return *found, len(decoded)
 
 
-def test_the_turbo_decoder_changes_no_pixel_and_no_refusal(shared, monkeypatch, turbo):
+def test_the_turbo_decoder_changes_no_pixel_and_no_error(shared, monkeypatch, turbo):
     paths = sorted((shared / "data").glob("odd/*/*.jpg")) + sorted((shared / "data/coco_mini/val2017").iterdir())
     times = 0
     for path in paths:
         ours, theirs, decoded = both_ways(path, monkeypatch, turbo)
         np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
         times += decoded
-    assert len(paths) - 10 < times < len(paths)  # not the CMYK one, nor the damaged ones
+    assert len(paths) - 10 < times < len(paths)  # not the CMYK image and the damaged ones
 
 
 @given(st.data())
@@ -125,7 +125,7 @@ def test_wide_greys_alpha_and_palettes_become_8_bit_rgb():
     assert read_image(np.array([[7]], np.uint8)).tolist() == [[[7, 7, 7]]]
 
 
-def test_images_that_cannot_be_used_end_in_one_line(tmp_path):
+def test_unusable_images_give_an_error_of_one_line(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").touch()
     Image.effect_noise((64, 64), 60).save(tmp_path / "cut.jpg")
@@ -133,8 +133,8 @@ def test_images_that_cannot_be_used_end_in_one_line(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     cases = {
         "nowhere.jpg": "does not exist",
-        "text.jpg": "no image",
-        "empty.png": "no image",
+        "text.jpg": "not a readable image",
+        "empty.png": "not a readable image",
         "cut.jpg": "(?i)truncated",
     }
     for name, message in cases.items():
@@ -150,7 +150,7 @@ def test_images_that_cannot_be_used_end_in_one_line(tmp_path):
         read_image(np.zeros((2, 2), np.float32))
 
 
-def test_a_truncated_image_is_refused_even_where_pillow_was_told_to_be_lenient(tmp_path, monkeypatch):
+def test_a_truncated_image_is_refused_even_if_pillow_would_accept_it(tmp_path, monkeypatch):
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -163,7 +163,7 @@ def test_a_truncated_image_is_refused_even_where_pillow_was_told_to_be_lenient(t
 # COCO
 
 
-def test_coco_mini_is_read_as_pycocotools_reads_it(shared, capsys):
+def test_coco_mini_is_read_as_by_pycocotools(shared, capsys):
     root = shared / "data/coco_mini"
     dataset = CocoDataset.read(root, "val")
     coco = COCO(root / "annotations/instances_val2017.json")
@@ -237,8 +237,8 @@ SHORT = "polygon of fewer than three points or odd length"
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_each_defect_has_its_policy(tmp_path, annotation, defect, action):
-    sound = box([1, 2, 3, 4], id=2)
-    dataset = CocoDataset.read(write_coco(tmp_path, [annotation, sound]), "train")
+    good = box([1, 2, 3, 4], id=2)
+    dataset = CocoDataset.read(write_coco(tmp_path, [annotation, good]), "train")
     assert dataset.defects[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
     ids = dataset.target(0).annotation_ids.tolist()
     assert ids == ([2] if action == "dropped" else [1, 2])
@@ -250,7 +250,7 @@ def test_each_defect_has_its_policy(tmp_path, annotation, defect, action):
     assert "1" in check_dataset(tmp_path).text()
 
 
-def test_duplicates_missing_files_and_missing_sizes_are_noted(tmp_path):
+def test_duplicates_missing_files_and_missing_sizes_are_defects(tmp_path):
     images = [
         {"id": 1, "file_name": "a.png", "width": 40, "height": 30},
         {"id": 1, "file_name": "b.png", "width": 40, "height": 30},
@@ -276,7 +276,7 @@ def test_ids_beyond_the_vocabulary_get_labels_by_order_and_a_bom_is_read(tmp_pat
     assert dataset.target(0).labels.tolist() == [2]
 
 
-def test_folders_that_cannot_be_used_end_in_one_line(tmp_path):
+def test_unusable_folders_give_an_error_of_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     root = write_coco(tmp_path / "coco", [])
     cases = [(tmp_path / "empty", "has no annotations"), (tmp_path / "nowhere", "does not exist")]
@@ -298,7 +298,7 @@ def test_folders_that_cannot_be_used_end_in_one_line(tmp_path):
         open_dataset(root, "train")
 
 
-def test_a_labelling_tools_export_gets_its_boxes_from_keypoints(shared, tmp_path):
+def test_missing_boxes_of_a_labelling_tool_are_rebuilt_from_keypoints(shared, tmp_path):
     source = json.loads((shared / "data/odd/annotations/keypoints_without_boxes.json").read_text())
     (tmp_path / "annotations").mkdir()
     (tmp_path / "train").mkdir()
@@ -317,7 +317,7 @@ def test_a_labelling_tools_export_gets_its_boxes_from_keypoints(shared, tmp_path
 # Pascal VOC
 
 
-def test_bccd_is_read_as_its_xml_says(shared):
+def test_bccd_equals_its_xml(shared):
     import xml.dom.minidom
 
     root = shared / "data/bccd"
@@ -342,22 +342,22 @@ def test_bccd_is_read_as_its_xml_says(shared):
     assert find_splits(root) == ["test", "train", "trainval", "val"]
 
 
-def test_difficult_objects_are_set_aside_and_damaged_xml_is_named(tmp_path):
+def test_difficult_objects_are_crowds_and_damaged_xml_is_named(tmp_path):
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / name).mkdir(parents=True)
     Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages/a.jpg")
     (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\n\n")
     corners = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>{}</ymax></bndbox>"
-    thing = "<object><name>x</name><difficult>{}</difficult>" + corners + "</object>"
+    entry = "<object><name>x</name><difficult>{}</difficult>" + corners + "</object>"
     path = tmp_path / "Annotations/a.xml"
-    path.write_text(f"<annotation>{thing.format(0, 5)}{thing.format(1, 10)}</annotation>")
+    path.write_text(f"<annotation>{entry.format(0, 5)}{entry.format(1, 10)}</annotation>")
     target = VocDataset.read(tmp_path, "train").target(0)
     assert target.boxes_xyxy.tolist() == [[0, 0, 20, 5], [0, 0, 20, 10]]
     assert target.iscrowd.tolist() == [False, True]
     with pytest.raises(InputError, match="splits of this data set: train"):
         VocDataset.read(tmp_path, "val")
     path.write_text("<annotation><object>")
-    with pytest.raises(InputError, match=r"a\.xml is no readable XML"):
+    with pytest.raises(InputError, match=r"a\.xml is not readable XML"):
         VocDataset.read(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""The detection tokenizer against the official arrays, and against its own promises."""
+"""The detection tokenizer against the official arrays and its documented properties."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def random_boxes_yxyx(rng, count):
 
 
 def official_rows(parity_ops):
-    """Boxes and labels of the recorded images, in our numbering: -70 is noise, 0 padding to cut off."""
+    """Yield boxes and labels of the recorded images in our numbering; there, -70 is noise and 0 is padding."""
     for row, labels in enumerate(parity_ops["det_label"]):
         count = int((labels != 0).sum())
         ours = np.where(labels[:count] == NOISE - CLASS_BASE, NOISE_LABEL, labels[:count])
@@ -41,7 +41,7 @@ def test_targets_and_weights_equal_the_official_ones(parity_ops, noise_weight):
         np.testing.assert_array_equal(ours.weights, parity_ops[f"det_token_weights_noise{noise_weight}"][row, :length])
 
 
-def test_inputs_differ_from_targets_in_classes_alone(parity_ops):
+def test_inputs_differ_from_targets_only_in_classes(parity_ops):
     official = parity_ops["det_response_seq_rand_n_fake_cls_one_draw"]
     for row, boxes, labels in official_rows(parity_ops):
         ours = encode_objects(boxes, labels, VOCAB, np.random.default_rng(row)).inputs.reshape(-1, 5)
@@ -57,7 +57,7 @@ def test_corrupted_classes_follow_the_published_odds():
     drawn = corrupt_classes(classes, "rand_n_fake_cls", 899, rng)
     assert abs((drawn == NOISE).mean() - 0.5) < 0.02
     real = drawn[drawn != NOISE] - CLASS_BASE
-    assert (real.min(), real.max()) == (0, 899)  # the official draw covers the whole class range
+    assert (real.min(), real.max()) == (0, 899)  # the official draw covers the full class range
     assert abs(real.mean() - 449.5) < 10
     kept = corrupt_classes(classes, "real_n_fake_cls", 899, rng)
     assert set(np.unique(kept)) == {NOISE, CLASS_BASE + 7}
@@ -121,7 +121,7 @@ def test_an_image_without_objects_gets_only_random_noise():
     assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
-def test_an_end_token_follows_where_it_has_a_weight():
+def test_an_end_token_follows_if_it_has_a_weight():
     response = encode_objects(np.zeros((1, 4)), np.array([3]), VOCAB, np.random.default_rng(0), eos_weight=0.1)
     assert response.targets.tolist() == [1000, 1000, 1000, 1000, 103, 0]
     np.testing.assert_allclose(response.weights, [1, 1, 1, 1, 1, 0.1])
@@ -139,8 +139,8 @@ def test_decoding_never_raises_and_readable_boxes_lie_in_the_image(ids):
 
 
 def test_a_cut_off_object_is_dropped_and_an_end_token_ends_the_list():
-    whole = [1000, 1000, 1500, 1500, 101]
-    ids = np.array(whole + [1000, 1000, 1500])
+    complete = [1000, 1000, 1500, 1500, 101]
+    ids = np.array(complete + [1000, 1000, 1500])
     assert len(decode_objects(ids, ids, np.zeros(8), VOCAB).labels) == 1
-    ids = np.array(whole + [0] + whole)
+    ids = np.array(complete + [0] + complete)
     assert len(decode_objects(ids, ids, np.zeros(11), VOCAB).labels) == 1

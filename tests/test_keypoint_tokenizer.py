@@ -1,4 +1,4 @@
-"""Keypoints and instance prompts: against the official arrays, numbers worked by hand, and random input."""
+"""Keypoints and instance prompts, against the official arrays, numbers worked by hand, and random input."""
 
 import numpy as np
 from hypothesis import given
@@ -56,7 +56,7 @@ def test_a_response_by_hand():
     assert given_points.tolist() == [True, False, True, False]
 
 
-def test_masking_hides_a_uniform_share_of_what_is_read_and_nothing_else():
+def test_masking_hides_a_uniform_share_of_the_inputs_only():
     points, visible = np.full((17, 2), 0.5), np.ones(17, bool)
     shares = []
     for seed in range(2000):
@@ -71,7 +71,7 @@ def test_masking_hides_a_uniform_share_of_what_is_read_and_nothing_else():
 
 
 @given(hnp.arrays(np.int64, st.integers(0, 50), elements=st.integers(-5, 5000)), st.integers(0, 20))
-def test_decoding_never_raises_and_keeps_to_the_image(ids, num_points):
+def test_decoding_never_raises_and_points_lie_in_the_image(ids, num_points):
     points, seen = decode_keypoints(ids, num_points, VOCAB)
     assert points.shape == (num_points, 2)
     assert seen.shape == (num_points,)

@@ -1,4 +1,4 @@
-"""The stream of micro-batches: the same however it is prepared, and no worker that dies, hangs or stays behind."""
+"""The stream of micro-batches: the same with and without workers, and no worker that dies, hangs or stays."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from pix2seq.examples import Example, Sample
 
 
 class Numbers:
-    """Images that show their own number, and as many tokens as it says."""
+    """Samples of their own index: the image shows it, and the number of tokens follows it."""
 
     seed = 3
 
@@ -45,7 +45,7 @@ def take(count, samples=None, **options):
         getattr(stream, "close", lambda: None)()
 
 
-def test_batches_are_the_samplers_whoever_prepares_them():
+def test_batches_follow_the_sampler_with_any_number_of_workers():
     expected = [[100 * epoch + index for epoch, index in keys] for keys in islice(EpochSampler(10, 4, seed=3), 8)]
     for num_workers in (0, 2):
         found = take(8, batch_size=4, num_workers=num_workers)
@@ -59,27 +59,27 @@ def test_batches_are_the_samplers_whoever_prepares_them():
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_together_see_what_one_process_sees(world_size):
-    whole = take(6, batch_size=4, start=1)
+def test_all_ranks_together_get_the_batches_of_one_process(world_size):
+    complete = take(6, batch_size=4, start=1)
     for num_workers in (0, 2):
         options = {"batch_size": 4, "start": 1, "num_workers": num_workers, "world_size": world_size}
         parts = [take(6, **options, rank=rank) for rank in range(world_size)]
-        for batch, *pieces in zip(whole, *parts, strict=True):
+        for batch, *pieces in zip(complete, *parts, strict=True):
             assert [i for piece in pieces for i in piece.image_ids] == list(batch.image_ids)
             assert all(len(piece.image_ids) in (4 // world_size, -(-4 // world_size)) for piece in pieces)
     with pytest.raises(InputError, match="5 processes are too many for 4 images"):
         take(1, batch_size=4, rank=0, world_size=5)
 
 
-def test_workers_start_although_opencv_has_threads_in_their_parent():
+def test_workers_start_even_if_opencv_has_threads_in_the_parent():
     cv2.setNumThreads(4)
-    picture = np.zeros((1000, 1000, 3), np.uint8)
-    cv2.GaussianBlur(picture, (31, 31), 5)
+    image = np.zeros((1000, 1000, 3), np.uint8)
+    cv2.GaussianBlur(image, (31, 31), 5)
     assert len(take(2, batch_size=4, num_workers=2, timeout=30)) == 2
     assert cv2.getNumThreads() == 4
 
 
-def end_yourself(epoch, index):
+def kill_worker(epoch, index):
     if multiprocessing.parent_process() is not None and index == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -91,7 +91,7 @@ def hang(epoch, index):
 
 def refuse(epoch, index):
     if index == 7:
-        raise InputError("image 7 is a lie; replace it")
+        raise InputError("image 7 is bad; replace it")
 
 
 def fail(epoch, index):
@@ -103,16 +103,16 @@ def fail(epoch, index):
     ("act", "kind", "message"),
     [
         (
-            end_yourself,
+            kill_worker,
             InputError,
-            r"a data worker \(process \d+\) was ended by SIGKILL, .* lower num_workers \(it is 2\)",
+            r"a data worker \(process \d+\) was killed by SIGKILL; .* lower num_workers \(it is 2\)",
         ),
         (hang, InputError, r"no batch came from the 2 data workers for 1.5 s; .* raise worker_timeout"),
-        (refuse, InputError, r"^image 7 is a lie; replace it$"),
+        (refuse, InputError, r"^image 7 is bad; replace it$"),
         (fail, RuntimeError, r"a bug"),
     ],
 )
-def test_a_worker_that_fails_ends_in_one_error_and_leaves_no_process(act, kind, message):
+def test_a_failing_worker_gives_one_error_and_leaves_no_process(act, kind, message):
     handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(kind, match=message) as caught:
         take(10, Numbers(act), batch_size=2, num_workers=2, timeout=1.5 if act is hang else 60)
@@ -122,11 +122,11 @@ def test_a_worker_that_fails_ends_in_one_error_and_leaves_no_process(act, kind, 
 
 
 def test_without_workers_the_error_is_the_same():
-    with pytest.raises(InputError, match=r"^image 7 is a lie; replace it$"):
+    with pytest.raises(InputError, match=r"^image 7 is bad; replace it$"):
         take(10, Numbers(refuse), batch_size=2)
 
 
-def test_a_death_between_two_batches_is_told_at_the_next():
+def test_a_death_between_two_batches_is_reported_at_the_next():
     stream = batches(Numbers(), batch_size=2, num_workers=1)
     next(stream)
     (worker,) = multiprocessing.active_children()
@@ -146,7 +146,7 @@ def act(epoch, index):
     if epoch and multiprocessing.parent_process() is not None:
         time.sleep(1000)
 
-exits = os.fork() == 0  # one process ends by itself, the other is killed
+exits = os.fork() == 0  # one process exits, the other is killed
 if not exits:
     os.wait()
 stream = batches(Numbers(act), batch_size=2, num_workers=2)
@@ -158,7 +158,7 @@ time.sleep(1000)
 """
 
 
-def lives(pid):
+def is_alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
@@ -166,22 +166,22 @@ def lives(pid):
         return False
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="asks /proc which processes live")
-def test_workers_leave_signals_to_their_parent_and_do_not_outlive_it(tmp_path):
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_workers_ignore_signals_and_do_not_outlive_their_parent(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, str(tmp_path / "run.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         of_exiting, of_killed = ([int(word) for word in process.stdout.readline().split()] for _ in range(2))
         assert len(of_exiting) == len(of_killed) == 2
-        assert not any(map(lives, of_exiting))  # the second line came after its end
+        assert not any(map(is_alive, of_exiting))  # the second line was printed after the exit
         for pid in of_killed:
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
         time.sleep(0.3)
-        assert all(map(lives, of_killed))
+        assert all(map(is_alive, of_killed))
         process.kill()
     deadline = time.monotonic() + 60
-    while any(map(lives, of_killed)) and time.monotonic() < deadline:
+    while any(map(is_alive, of_killed)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(lives, of_killed))
+    assert not any(map(is_alive, of_killed))

@@ -1,4 +1,4 @@
-"""Polygons as a language and as masks: against the official arrays, pycocotools and OpenCV, and by hand."""
+"""Polygons as tokens and as masks, against the official arrays, pycocotools, OpenCV and numbers worked by hand."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ SQUARE = np.array([[0, 0], [0, 4], [4, 4], [4, 0]], np.float32)
 
 
 def split_official(flat):
-    """Parts (P, 2) of a row of points, where -1 in either place ends it and -2 separates parts."""
+    """Split a row of points into parts (P, 2); -1 in either position ends the row and -2 separates parts."""
     pairs = np.asarray(flat).reshape(-1, 2)
     ends = np.flatnonzero((pairs == -1).any(axis=1))
     pairs = pairs[: ends[0]] if len(ends) else pairs
@@ -43,7 +43,7 @@ def iou(mask, other):
 
 
 def split_ids(ids):
-    """Rings of ids (P, 2) between the separators of a sequence."""
+    """Split a sequence into rings of ids (P, 2) between its separators."""
     pairs = ids.reshape(-1, 2)
     is_separator = (pairs == SEPARATOR).all(axis=1)
     assert ((pairs != SEPARATOR).all(axis=1) | is_separator).all()
@@ -52,7 +52,7 @@ def split_ids(ids):
 
 
 def coco_objects(shared, step=1):
-    """Rings in pixels, height and width, of the annotations that have polygons."""
+    """Yield rings in pixels, height and width of the annotations that have polygons."""
     for split in ("train2017", "val2017"):
         content = json.loads((shared / "data" / "coco_mini" / "annotations" / f"instances_{split}.json").read_text())
         images = {image["id"]: image for image in content["images"]}
@@ -122,7 +122,7 @@ def test_masks_equal_the_official_ones(shared):
         for points, packed in zip(arrays[f"{case}/in/points"], arrays[f"{case}/out/sample_masks"], strict=True):
             parts = split_official(points)
             if any(len(part) in (1, 2) for part in parts):
-                continue  # drawn there as a point or line, dropped here
+                continue  # the official code draws a point or line; ours drops it
             expected = np.unpackbits(packed, axis=1)[:, :width].astype(bool)
             np.testing.assert_array_equal(rasterize([part[:, ::-1] for part in parts], height, width), expected)
             compared += expected.any()
@@ -141,7 +141,7 @@ def test_a_square_and_a_triangle_by_hand():
 
 
 def test_half_a_bin_on_a_side_is_shared_by_its_ends():
-    # The lower side lies at 4.5 bins: nearest takes both ends up to 4, area one up and one down.
+    # The lower side lies at 4.5 bins: `nearest` moves both ends up to 4, `area` one up and one down.
     ring = np.array([[0, 0], [0, 4], [4.5, 4], [4.5, 0]]) / 10
     areas = {}
     for how in ("nearest", "area"):
@@ -154,7 +154,7 @@ def test_half_a_bin_on_a_side_is_shared_by_its_ends():
 
 
 def swept_area(start, end, moved_start, moved_end):
-    """Area between an edge and its moved copy, point by point along the edge; a slow second implementation."""
+    """Return the area between an edge and its moved copy, point by point along the edge; a slow reference."""
     length = np.hypot(*(end - start))
     normal = np.array([-(end - start)[1], (end - start)[0]]) / length
     along = (np.arange(2000) + 0.5) / 2000
@@ -245,7 +245,7 @@ def test_sequences_are_well_formed_and_within_the_budget(rings, max_points, how,
         assert (part != np.roll(part, 1, axis=0)).any(axis=1).all()
     decoded = decode_polygons(ids, VOCAB)
     assert [len(ring) for ring in decoded] == [len(part) for part in parts]
-    # What was read is written again, id for id.
+    # Encoding the decoded rings gives the same ids.
     np.testing.assert_array_equal(encode_polygons(decoded, VOCAB, max_points=max_points, rounding=how), ids)
 
 
@@ -272,7 +272,7 @@ def test_every_point_of_every_ring_may_come_first_and_the_orientation_stays():
     assert starts == set(itertools.product(range(4), range(3)))
 
 
-def test_points_that_share_a_bin_are_merged_and_what_vanishes_is_dropped():
+def test_points_in_one_bin_are_merged_and_empty_rings_are_dropped():
     ring = np.array([[0, 0], [0.01, 0.01], [0, 0.4], [0.4, 0.4], [0.01, 0]])
     assert encode_polygons([ring], TINY, rounding="nearest").tolist() == [200, 200, 200, 204, 204, 204]
     speck = np.array([[0.5, 0.5], [0.51, 0.5], [0.5, 0.51]])
@@ -284,8 +284,8 @@ def test_points_that_share_a_bin_are_merged_and_what_vanishes_is_dropped():
     assert encode_polygons([], TINY).dtype == np.int64
 
 
-def test_what_lies_outside_is_cut_off_without_tilting_the_edges():
-    triangle = np.array([[0.2, 0.2], [0.2, 1.8], [1.0, 0.2]])  # yx; its long side leaves at y = 0.6
+def test_parts_outside_are_cut_off_without_tilting_the_edges():
+    triangle = np.array([[0.2, 0.2], [0.2, 1.8], [1.0, 0.2]])  # yx; its long side crosses the border at y = 0.6
     assert encode_polygons([triangle], TINY).tolist() == [202, 202, 202, 210, 206, 210, 210, 202]
     assert encode_polygons([triangle + 2], TINY).tolist() == []
 
@@ -316,34 +316,34 @@ def test_odd_sequences_are_read_by_hand(ids, num_points):
     assert [len(ring) for ring in decode_polygons(np.array(ids, np.int64), TINY)] == num_points
 
 
-def test_a_mask_holds_the_pixels_whose_centres_the_ring_encloses():
+def test_a_mask_has_the_pixels_with_centres_inside_the_ring():
     expected = np.zeros((6, 8), bool)
     expected[1:5, 2:6] = True
     np.testing.assert_array_equal(rasterize([SQUARE + [2, 1]], 6, 8), expected)
     both = rasterize([SQUARE + [2, 1], SQUARE + [4, 1]], 6, 8)
-    assert both.sum() == 24  # a union: what two rings share stays
+    assert both.sum() == 24  # a union: the overlap of two rings stays
 
 
-def test_rings_that_would_end_the_process_give_a_mask():
+def test_rings_that_would_crash_the_process_give_a_mask():
     nan, inf = float("nan"), float("inf")
     assert not rasterize([], 5, 6).any()
     assert rasterize([SQUARE], 0, 6).shape == (0, 6)
     assert not rasterize([np.zeros((0, 2)), np.array([[1.0, 1]]), np.array([[0.0, 0], [4, 4]])], 5, 6).any()
     assert not rasterize([np.array([[nan, 0], [inf, 4], [-inf, 2], [1, nan]])], 5, 6).any()
-    # A point of NaN is left out, and 1e9 is as good as the border.
+    # A point with NaN is left out, and 1e9 acts like a point beyond the border.
     with_nan = np.insert(SQUARE, 2, [nan, 1], axis=0)
     np.testing.assert_array_equal(rasterize([with_nan], 5, 6), rasterize([SQUARE], 5, 6))
     assert rasterize([np.array([[-1e9, -1e9], [1e9, -1e9], [1e9, 1e9], [-1e9, 1e9]])], 5, 6).all()
 
 
-def test_outlines_run_along_the_edges_of_pixels():
+def test_rings_run_along_the_edges_of_pixels():
     mask = np.zeros((4, 5), bool)
     mask[1:3, 1:4] = True
     mask[1, 3] = False
     (ring,) = mask_to_rings(mask)
     assert ring.tolist() == [[1, 1], [3, 1], [3, 2], [4, 2], [4, 3], [1, 3]]
     assert ring_area(ring) == 5
-    # Pixels that only touch in a point are two rings, in either direction; a hole is dropped.
+    # Pixels that touch only in a point are two rings, in either direction; a hole is dropped.
     assert [r.tolist() for r in mask_to_rings(np.eye(2))] == [
         [[0, 0], [1, 0], [1, 1], [0, 1]],
         [[1, 1], [2, 1], [2, 2], [1, 2]],
@@ -356,7 +356,7 @@ def test_outlines_run_along_the_edges_of_pixels():
 
 
 @given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12))))
-def test_a_mask_drawn_from_its_outlines_is_the_mask_without_holes(mask):
+def test_a_mask_drawn_from_its_rings_is_the_mask_without_holes(mask):
     rings = mask_to_rings(mask)
     assert len(rings) == cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
     assert all(ring_area(ring) > 0 for ring in rings)
@@ -366,7 +366,7 @@ def test_a_mask_drawn_from_its_outlines_is_the_mask_without_holes(mask):
 
 
 @given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9))))
-def test_all_three_forms_of_rle_are_read_as_pycocotools_reads_them(mask):
+def test_all_three_forms_of_rle_are_read_as_by_pycocotools(mask):
     compressed = mask_utils.encode(np.asfortranarray(mask, np.uint8))
     as_str = {"size": compressed["size"], "counts": compressed["counts"].decode()}
     runs = [len(list(run)) for _, run in itertools.groupby(mask.T.ravel().tolist())]
@@ -376,7 +376,7 @@ def test_all_three_forms_of_rle_are_read_as_pycocotools_reads_them(mask):
         assert [ring.tolist() for ring in rle_to_rings(rle)] == [ring.tolist() for ring in mask_to_rings(mask)]
 
 
-def test_compressed_counts_of_a_large_mask_are_read_as_pycocotools_reads_them():
+def test_compressed_counts_of_a_large_mask_are_read_as_by_pycocotools():
     rng = np.random.default_rng(0)
     mask = np.zeros((700, 900), bool)  # runs that need one to four characters, growing and shrinking
     for _ in range(60):
@@ -388,7 +388,7 @@ def test_compressed_counts_of_a_large_mask_are_read_as_pycocotools_reads_them():
 
 
 @pytest.mark.parametrize("counts", [[1, 2, 3], [8, -1, 5], [30], b"", "0", "zz", "\u00e9", "o", "oooooooo", "PPPPPPPP"])
-def test_counts_that_are_no_mask_are_refused(counts):
+def test_invalid_counts_are_refused(counts):
     with pytest.raises(ValueError, match="RLE counts"):
         rle_to_rings({"size": [3, 4], "counts": counts})
 
@@ -405,7 +405,7 @@ def test_crowds_keep_their_shape_within_the_budget(shared):
     assert np.mean(ious) > 0.93  # up to 3268 points and 15 rings, with holes
 
 
-def test_the_least_point_goes_first():
+def test_the_point_of_the_smallest_triangle_is_removed_first():
     ring = np.array([[0, 0], [4, 0], [8, 0], [8, 8], [4, 9], [0, 8]], np.float32)
     assert simplify_rings([ring], 6)[0].tolist() == ring.tolist()
     without_flat = [[0, 0], [8, 0], [8, 8], [4, 9], [0, 8]]
@@ -415,7 +415,7 @@ def test_the_least_point_goes_first():
     assert simplify_rings([ring], 2) == []
 
 
-def test_a_ring_of_little_area_goes_before_a_point_of_much():
+def test_a_ring_of_small_area_is_removed_before_a_point_of_large_area():
     speck = np.array([[20, 20], [20.1, 20], [20.1, 20.1]])
     line = np.array([[0.0, 0], [5, 0], [10, 0]])
     for rings in ([SQUARE, speck, line], [line, speck, SQUARE]):
@@ -428,8 +428,8 @@ def test_a_ring_of_little_area_goes_before_a_point_of_much():
     assert simplify_rings([np.zeros((2, 2)), np.zeros((0, 2))], 10) == []
 
 
-def test_a_ring_is_weighed_by_the_points_that_it_frees():
-    # Each of the four bumps is worth 1 and a point; the triangle is worth 3, and 4 points with its gap.
+def test_a_ring_is_ranked_by_its_area_per_freed_point():
+    # Each of the four bumps has area 1 and frees one point; the triangle has area 3 and frees 4 points with its gap.
     bumps = [[0.0, 0], [5, -0.2], [10, 0], [10.2, 5], [10, 10], [5, 10.2], [0, 10], [-0.2, 5]]
     triangle = np.array([[20.0, 0], [23, 0], [20, 2]])
     (only,) = simplify_rings([triangle, np.array(bumps)], 8, gap=1)
@@ -437,12 +437,12 @@ def test_a_ring_is_weighed_by_the_points_that_it_frees():
 
 
 @given(RINGS, st.integers(0, 30), st.integers(0, 1))
-def test_simpler_rings_keep_to_the_budget_and_to_their_points(rings, max_points, gap):
+def test_simplified_rings_keep_the_budget_and_use_only_original_points(rings, max_points, gap):
     simple = simplify_rings(rings, max_points, gap=gap)
     assert sum(len(ring) for ring in simple) + gap * (len(simple) - 1) <= max(max_points, 0)
     assert all(len(ring) >= 3 for ring in simple)
     originals = iter(rings)
-    for ring in simple:  # each is part of an original, in order
+    for ring in simple:  # each is a subsequence of an original ring, in order
         assert any(is_subsequence(ring.tolist(), original.tolist()) for original in originals)
 
 
@@ -451,7 +451,7 @@ def is_subsequence(points, all_points):
     return all(point in rest for point in points)
 
 
-def test_half_the_points_keep_the_mask_far_better_than_every_second_one(shared):
+def test_simplifying_keeps_the_mask_far_better_than_dropping_every_second_point(shared):
     ours, every_second = [], []
     for rings, height, width in coco_objects(shared, step=5):
         num_points = sum(map(len, rings))
@@ -466,7 +466,7 @@ def test_half_the_points_keep_the_mask_far_better_than_every_second_one(shared):
 def test_a_clipped_ring_by_hand():
     diamond = np.array([[2.0, -2], [6, 2], [2, 6], [-2, 2]])
     (ring,) = clip_rings([diamond], 8, 4)
-    # Left at x = 0, above at y = 0 and below at y = 4.
+    # Cut on the left at x = 0, above at y = 0 and below at y = 4.
     expected = {(0.0, 0.0), (4.0, 0.0), (6.0, 2.0), (4.0, 4.0), (0.0, 4.0)}
     assert {tuple(point) for point in ring.tolist()} == expected
     assert ring_area(ring) == 20
@@ -483,12 +483,12 @@ def test_clipped_rings_lie_in_the_image_and_keep_the_area_in_it():
         clipped = clip_rings([triangle], 110, 90)
         for ring in clipped:
             assert ((ring >= 0) & (ring <= [110, 90])).all()
-        assert abs(sum(abs(ring_area(ring)) for ring in clipped) - mask.sum()) < 60  # pixels, of the outline
+        assert abs(sum(abs(ring_area(ring)) for ring in clipped) - mask.sum()) < 60  # pixels along the edges
 
 
 @given(st.integers(0, 10_000))
 def test_a_clipped_ring_encloses_the_same_pixels_of_the_image(seed):
-    # Coordinates that are multiples of 0.2 pixels, at which pycocotools rounds nothing, and square crossings.
+    # Coordinates are multiples of 0.2 pixels, which pycocotools does not round, and edges cross the border squarely.
     rng = np.random.default_rng(seed)
     x0, x1 = np.sort(rng.integers(-50, 150, 2)) / 5
     y0, y1 = np.sort(rng.integers(-50, 150, 2)) / 5

@@ -1,4 +1,4 @@
-"""The generated data set: true COCO, exact masks, true captions, the same bytes every time."""
+"""The generated data set: valid COCO, exact masks, true captions, the same bytes every time."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.shapes import contact_sheet, write_shapes
-from pix2seq.data.shapes.captions import captions, noun, phrase, place
-from pix2seq.data.shapes.figures import OUTLINES
+from pix2seq.data.shapes.captions import captions, location, noun, phrase
+from pix2seq.data.shapes.figures import POLYGONS
 from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, make_scene
 from pix2seq.errors import InputError
 
@@ -56,7 +56,7 @@ def test_the_layout_is_cocos(folder):
     person = json.loads((folder / "annotations/person_keypoints_train2017.json").read_text())["categories"][0]
     assert (len(person["keypoints"]), len(person["skeleton"]), person["name"]) == (17, 19, "person")
     ids = sorted(category["id"] for category in instances["categories"])
-    assert ids != list(range(1, len(ids) + 1))  # ids with gaps find code that takes them for indices
+    assert ids != list(range(1, len(ids) + 1))  # ids with gaps expose code that uses ids as indices
     val = json.loads((folder / "annotations/instances_val2017.json").read_text())
     assert not {i["id"] for i in instances["images"]} & {i["id"] for i in val["images"]}
     assert len(list((folder / "train2017").glob("0*.jpg"))) == 40
@@ -77,7 +77,7 @@ def test_masks_boxes_and_areas_agree_by_pycocotools(folder, capsys):
         x, y, width, height = annotation["bbox"]
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         ends = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-        # The very tip of a thin figure may fall between pixel centres.
+        # The tip of a thin figure may fall between pixel centres.
         errors.append(np.abs(np.subtract(ends, [x, y, x + width, y + height])))
         ratios.append(mask.sum() / annotation["area"])
     assert abs(np.mean(ratios) - 1) < 0.04
@@ -87,7 +87,7 @@ def test_masks_boxes_and_areas_agree_by_pycocotools(folder, capsys):
 
 
 def independent_masks(seed, size):
-    """The scene's figures filled by pycocotools at their full outlines, the later ones taking from the earlier."""
+    """Draw a scene, and find the owner of each fine pixel from the full figures; later ones cover earlier ones."""
     from pix2seq.data.shapes import scene as module
 
     placed = []
@@ -97,7 +97,7 @@ def independent_masks(seed, size):
         made = make_scene(np.random.default_rng(seed), size)
     finally:
         module._paint = original
-    side = size * module.FINE
+    side = size * module.SUPERSAMPLING
     owner = np.zeros((side, side), int)
     for number, candidate in enumerate(placed, start=1):
         top, left, bottom, right = candidate.window
@@ -105,16 +105,16 @@ def independent_masks(seed, size):
     return made, owner
 
 
-def test_polygons_cover_what_is_visible():
+def test_polygons_cover_the_visible_part():
     from pycocotools import mask as mask_utils
 
-    from pix2seq.data.shapes.scene import FINE
+    from pix2seq.data.shapes.scene import SUPERSAMPLING
 
     ious = []
     for seed in range(40):
         made, owner = independent_masks((5, seed), 96)
         for number, figure in enumerate(made.figures, start=1):
-            rings = [(ring * FINE).ravel().tolist() for ring in figure.rings]
+            rings = [(ring * SUPERSAMPLING).ravel().tolist() for ring in figure.rings]
             drawn = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(rings, *owner.shape))).astype(bool)
             seen = owner == number
             ious.append((drawn & seen).sum() / (drawn | seen).sum())
@@ -122,15 +122,15 @@ def test_polygons_cover_what_is_visible():
     assert np.min(ious) > 0.85
 
 
-def test_there_are_one_to_eight_figures_of_all_classes_some_in_several_parts(scenes):
+def test_scenes_have_one_to_eight_figures_of_all_classes_some_in_several_parts(scenes):
     counts = [len(scene.figures) for scene in scenes]
     assert (min(counts), max(counts)) == (1, 8)
     assert {figure.name for scene in scenes for figure in scene.figures} == set(CLASS_NAMES)
-    assert len(CLASS_NAMES) == len(OUTLINES) + 1 >= 6
+    assert len(CLASS_NAMES) == len(POLYGONS) + 1 >= 6
     assert any(len(figure.rings) > 1 for scene in scenes for figure in scene.figures)
 
 
-def test_keypoints_are_seen_hidden_and_missing(scenes):
+def test_keypoints_are_visible_hidden_and_missing(scenes):
     people = np.stack([f.keypoints for scene in scenes for f in scene.figures if f.keypoints is not None])
     assert people.shape[1:] == (17, 3)
     for index in range(17):
@@ -155,12 +155,12 @@ WORDS = {
 }
 KINDS = "|".join(sorted({noun(n, c) for n in CLASS_NAMES for c in (1, 2)}, key=len, reverse=True))
 COLOURS = "|".join(COLOUR_NAMES)
-THING = rf"(?:(?P<colour>{COLOURS}) )?(?P<kind>{KINDS})(?: in (?P<worn>{COLOURS}))?"
+OBJECT = rf"(?:(?P<colour>{COLOURS}) )?(?P<kind>{KINDS})(?: in (?P<worn>{COLOURS}))?"
 SINGULAR = {noun(name, count): name for name in CLASS_NAMES for count in (1, 2)}
 
 
 def mentions(text):
-    for match in re.finditer(rf"\b(?P<count>{'|'.join(WORDS)}) {THING}", text):
+    for match in re.finditer(rf"\b(?P<count>{'|'.join(WORDS)}) {OBJECT}", text):
         yield WORDS[match["count"]], match["colour"] or match["worn"], SINGULAR[match["kind"]]
 
 
@@ -181,7 +181,7 @@ def test_captions_tell_the_truth(scenes):
             for count, colour, name in found:
                 have = kinds[name] if colour is None else present[(colour, name)]
                 assert 1 <= count <= have, (text, present)
-            relation = re.search(rf"{THING} (?:is )?(to the left of|to the right of|above|below) an? (.+)\.", lower)
+            relation = re.search(rf"{OBJECT} (?:is )?(to the left of|to the right of|above|below) an? (.+)\.", lower)
             if relation:
                 relations += 1
                 words = relation[4]
@@ -208,16 +208,16 @@ def test_easy_scenes_are_plain_and_few():
     assert {figure.texture for scene in made for figure in scene.figures} == {"plain"}
 
 
-def test_places_are_ninths_of_the_image(scenes):
+def test_locations_are_ninths_of_the_image(scenes):
     for figure in scenes[0].figures:
         x, y = figure.centre
-        words = place(figure, 128)
+        words = location(figure, 128)
         assert ("left" in words) == (x < 128 / 3)
         assert ("bottom" in words) == (y >= 256 / 3)
         assert phrase(figure)
 
 
-def test_what_exists_is_not_overwritten_and_numbers_are_checked(folder, tmp_path):
+def test_existing_folders_are_kept_and_numbers_are_checked(folder, tmp_path):
     with pytest.raises(InputError, match="not an empty folder"):
         write_shapes(folder, num_train=1, num_val=1)
     for wrong in ({"size": 8}, {"num_train": -1}, {"seed": -1}):
@@ -226,7 +226,7 @@ def test_what_exists_is_not_overwritten_and_numbers_are_checked(folder, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-def test_a_contact_sheet_shows_it(folder):
+def test_a_contact_sheet_has_the_given_width(folder):
     sheet = contact_sheet(folder, rows=2, columns=3, width=600)
     assert sheet.width == 600
     assert len(CocoDataset.read(folder, "val")) == 20

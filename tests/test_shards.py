@@ -1,4 +1,4 @@
-"""Data sets as tar files: what is read back, in which order, and what damaged ones lead to."""
+"""Data sets as tar files: what they hold, in which order it is read, and errors for damaged files."""
 
 import json
 import shutil
@@ -52,32 +52,32 @@ def assert_same_target(ours, theirs):
             assert mask == other
 
 
-def test_what_is_read_back_is_the_data_set(dataset, folder):
+def test_the_shards_hold_the_data_set(dataset, folder):
     index = ShardIndex.read(folder, "train")
     assert len(index) == NUM
     assert index.categories == dataset.categories
     assert [shard.num_samples for shard in index.shards] == [5, 5, 5, 5, 3]
-    place = {image.id: i for i, image in enumerate(dataset.images)}
+    position = {image.id: i for i, image in enumerate(dataset.images)}
     for sample in islice(ShardStream(index, seed=0), NUM):
-        theirs = dataset.target(place[sample.target.image.id])
+        theirs = dataset.target(position[sample.target.image.id])
         assert sample.image == theirs.image.path.read_bytes()
         assert (sample.target.image.width, sample.target.image.height) == (theirs.image.width, theirs.image.height)
         assert sample.target.image.path.as_posix() == theirs.image.path.relative_to(dataset.root).as_posix()
         assert_same_target(sample.target, theirs)
 
 
-def test_masks_of_run_lengths_come_back(shared, tmp_path):
+def test_rle_masks_are_kept(shared, tmp_path):
     coco = open_dataset(shared / "data/coco_mini", "train")
     write_shards(coco, tmp_path, samples_per_shard=40)
-    place = {image.id: i for i, image in enumerate(coco.images)}
+    position = {image.id: i for i, image in enumerate(coco.images)}
     crowds = 0
     for sample in islice(ShardStream(ShardIndex.read(tmp_path, "train"), seed=0), len(coco)):
-        assert_same_target(sample.target, coco.target(place[sample.target.image.id]))
+        assert_same_target(sample.target, coco.target(position[sample.target.image.id]))
         crowds += sum(isinstance(mask, dict) for mask in sample.target.segmentations)
     assert crowds
 
 
-def test_captions_are_all_there_and_damage_to_them_is_told(dataset, folder):
+def test_all_captions_are_kept_and_damage_is_reported(dataset, folder):
     index = ShardIndex.read(folder, "train")
     assert index.captions() == [text for i in range(NUM) for text in dataset.target(i).captions]
     (folder / "train-captions.json").write_text("[]")
@@ -86,7 +86,7 @@ def test_captions_are_all_there_and_damage_to_them_is_told(dataset, folder):
 
 
 @pytest.mark.parametrize("learns_from", CONTENTS)
-def test_samples_without_what_is_learned_do_not_count(shared, tmp_path, learns_from):
+def test_samples_without_what_is_learned_are_left_out(shared, tmp_path, learns_from):
     coco = open_dataset(shared / "data/coco_mini", "train")
     index = write_shards(coco, tmp_path, samples_per_shard=20)
     expected = {
@@ -105,7 +105,7 @@ def test_samples_without_what_is_learned_do_not_count(shared, tmp_path, learns_f
         assert ids(ShardStream(index, **options, start=start), 5) == whole[start : start + 5]
 
 
-def test_images_that_lie_are_left_out_and_too_many_are_refused(dataset, tmp_path):
+def test_bad_images_are_left_out_and_too_many_are_refused(dataset, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(dataset.root, data)
     ours = open_dataset(data, "train")
@@ -133,12 +133,12 @@ def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, t
     assert not list(folder.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2, 5])
-def test_each_epoch_holds_every_image_once_over_all_lanes(folder, num_lanes):
+@pytest.mark.parametrize("num_readers", [1, 2, 5])
+def test_each_epoch_holds_every_image_once_over_all_readers(folder, num_readers):
     index = ShardIndex.read(folder, "train")
     seen = []
-    for lane in range(num_lanes):
-        stream = iter(ShardStream(index, seed=3, lane=lane, num_lanes=num_lanes, mix=2))
+    for reader in range(num_readers):
+        stream = iter(ShardStream(index, seed=3, reader=reader, num_readers=num_readers, mix=2))
         for sample in stream:
             if sample.epoch == 2:
                 break
@@ -146,16 +146,16 @@ def test_each_epoch_holds_every_image_once_over_all_lanes(folder, num_lanes):
     assert len(seen) == len(set(seen)) == 2 * NUM
 
 
-def test_a_stream_goes_on_where_another_stopped(folder):
+def test_a_stream_resumes_where_another_stopped(folder):
     index = ShardIndex.read(folder, "train")
-    options = {"seed": 5, "lane": 1, "num_lanes": 2, "mix": 2}
+    options = {"seed": 5, "reader": 1, "num_readers": 2, "mix": 2}
     whole = ids(ShardStream(index, **options), 40)
     assert whole != ids(ShardStream(index, **options | {"seed": 6}), 40)
     for start in range(30):
         assert ids(ShardStream(index, **options, start=start), 10) == whole[start : start + 10]
 
 
-def test_a_start_far_away_reads_no_shard_that_it_does_not_need(folder, monkeypatch):
+def test_a_late_start_reads_only_the_shards_it_needs(folder, monkeypatch):
     index = ShardIndex.read(folder, "train")
     read = []
     monkeypatch.setattr(
@@ -176,7 +176,7 @@ def server(folder):
         thread.join()
 
 
-def test_over_http_comes_what_comes_from_the_folder(folder, server):
+def test_http_gives_the_same_samples_as_the_folder(folder, server):
     here = ids(ShardStream(ShardIndex.read(folder, "train"), seed=1), 2 * NUM)
     there = ShardIndex.read(server, "train")
     assert ids(ShardStream(there, seed=1), 2 * NUM) == here
@@ -186,7 +186,7 @@ def test_over_http_comes_what_comes_from_the_folder(folder, server):
 
 
 class FailsTwice(SimpleHTTPRequestHandler):
-    """First an error, then half of the file, then all of it."""
+    """Serves an error, then half of the file, then all of it."""
 
     asked = 0
 
@@ -203,7 +203,7 @@ class FailsTwice(SimpleHTTPRequestHandler):
             super().do_GET()
 
 
-def test_a_server_that_fails_is_asked_again(folder, monkeypatch):
+def test_requests_to_a_failing_server_are_repeated(folder, monkeypatch):
     monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(FailsTwice, directory=folder)) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -237,33 +237,33 @@ PART = {"name": "a.tar", "num_samples": 1, "num_bytes": 1, "sha256": "", "num_wi
     ("change", "message"),
     [
         ({"format": 9}, "format 9, expected 2"),
-        ({"shards": 5}, "no index of shards"),
+        ({"shards": 5}, "not an index of shards"),
         ({"shards": [PART | {"name": "pipe:ls.tar"}]}, "cannot be read"),
-        ({"shards": [PART | {"name": "../a.tar"}]}, "that cannot be"),
-        ({"shards": [PART | {"num_samples": 0}]}, "that cannot be"),
-        ({"shards": [PART | {"num_with": {"object": 1}}]}, "that cannot be"),
-        ({"captions_file": PART | {"name": "../../a.json"}}, "that cannot be"),
-        ({"captions_file": None}, "no index of shards"),
+        ({"shards": [PART | {"name": "../a.tar"}]}, "invalid entry"),
+        ({"shards": [PART | {"num_samples": 0}]}, "invalid entry"),
+        ({"shards": [PART | {"num_with": {"object": 1}}]}, "invalid entry"),
+        ({"captions_file": PART | {"name": "../../a.json"}}, "invalid entry"),
+        ({"captions_file": None}, "not an index of shards"),
     ],
 )
-def test_an_index_that_cannot_be_is_refused(folder, change, message):
+def test_an_invalid_index_is_refused(folder, change, message):
     path = folder / "train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
         next(iter(ShardStream(ShardIndex.read(folder, "train"), seed=0)))
 
 
-def test_what_cannot_be_written_or_shared_out_is_refused(dataset, folder, tmp_path):
+def test_existing_splits_and_too_many_readers_are_refused(dataset, folder, tmp_path):
     with pytest.raises(InputError, match="exists"):
         write_shards(dataset, folder)
     index = ShardIndex.read(folder, "train")
     with pytest.raises(InputError, match="5 shards of split 'train', too few for 6 readers"):
-        ShardStream(index, seed=0, num_lanes=6)
+        ShardStream(index, seed=0, num_readers=6)
     with pytest.raises(InputError, match=r"val\.json cannot be read"):
         ShardIndex.read(folder, "val")
 
 
-def test_a_set_that_was_not_written_to_its_end_has_no_index(dataset, tmp_path, monkeypatch):
+def test_an_incomplete_data_set_has_no_index(dataset, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

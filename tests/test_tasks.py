@@ -13,15 +13,16 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_utils
 
 from pix2seq import Predictor
-from pix2seq.data.annotations import WHOLE, contents, find_places
+from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
 from pix2seq.data.dataset import open_dataset, unite_categories
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.transforms import AugmentConfig, object_region, transform_target
+from pix2seq.data.transforms import AugmentConfig, transform_target
 from pix2seq.errors import InputError
 from pix2seq.examples import Batch, collate
 from pix2seq.geometry.affine import Affine
+from pix2seq.geometry.boxes import padded_region
 from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.geometry.polygons import rasterize
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
@@ -111,9 +112,9 @@ def test_every_task_writes_sequences_that_fit_its_own_limits(shapes, tasks):
 
 def test_keypoints_are_cut_out_one_object_a_sample(shapes, tasks):
     cropped = samples_of(shapes, tasks["keypoint"])
-    assert (cropped.places[:, 1] >= 0).all()
+    assert (cropped.index[:, 1] >= 0).all()
     whole = samples_of(shapes, Keypoint(KeypointConfig(crop=False), tasks["keypoint"].vocab, shapes.categories))
-    assert (whole.places[:, 1] == -1).all()
+    assert (whole.index[:, 1] == -1).all()
     counts = [
         int(((shapes.target(i).keypoints[..., 2] > 0).any(axis=1) & ~shapes.target(i).iscrowd).sum())
         for i in range(len(shapes))
@@ -128,16 +129,16 @@ def test_what_can_be_learned_from_is_told_for_all_images_as_for_each(shapes, tas
     for task in [*tasks.values(), tasks["keypoint"].with_settings(crop=False)]:
         task = type(task)(task.config, Vocab(), dataset.categories, task.text)
         expected = [
-            (image, WHOLE if place is None else place)
+            (image, WHOLE_IMAGE if index is None else index)
             for image in range(len(dataset))
-            for place in task.places(dataset.target(image))
+            for index in task.samples(dataset.target(image))
         ]
         crop = task.crop_padding is not None
-        found = find_places(dataset.annotations, task.learns_from, each_object=crop)
+        found = find_samples(dataset.annotations, task.learns_from, each_object=crop)
         assert found.tolist() == [list(pair) for pair in expected]
         for image in range(len(dataset)):
             target = dataset.target(image)
-            assert (task.learns_from in contents(target)) == bool(task.places(target))
+            assert (task.learns_from in contents(target)) == bool(task.samples(target))
 
 
 def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):
@@ -155,20 +156,20 @@ def test_masks_that_are_run_lengths_are_learned_from_and_crowds_are_not(vocab):
         keypoints=np.zeros((2, 0, 3), np.float32),
     )
     task = Segmentation(SegmentationConfig(num_samples=1), vocab, (Category(1, 1, "cat"),))
-    assert task.places(target) == [None]
+    assert task.samples(target) == [None]
     moved = transform_target(target, Affine(1.26, 1.575), (63, 63))
     (example,) = task.examples(moved, (63, 63), np.random.default_rng(0))
     ((ring,), _) = task.mask(example.targets[None], frame(50, 40), (50, 40))
     found = rasterize([ring], 40, 50)
     assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.9
     alone = replace(target, iscrowd=np.array([True, True]))
-    assert task.places(alone) == []
+    assert task.samples(alone) == []
 
 
 def test_captions_come_back_from_their_targets(shapes, tasks, vocab, text):
     samples = samples_of(shapes, tasks["captioning"])
     sample = samples[0, 0]
-    target = shapes.target(int(samples.places[0, 0]))
+    target = shapes.target(int(samples.index[0, 0]))
     decoded = {decode_caption(example.targets, text, vocab) for example in sample.examples}
     assert decoded <= {caption.lower() for caption in target.captions}
     assert len(sample.examples) == min(3, len(target.captions))
@@ -257,7 +258,7 @@ def test_crops_are_the_official_ones(shared):
             if f"{case}/out/{rank}_crop_offset" not in arrays.files:
                 continue
             y0, x0, y1, x1 = arrays[f"{case}/in/bbox"][index] * np.array([height, width, height, width], np.float32)
-            region = object_region(np.array([x0, y0, x1, y1]), width, height, float(arrays[f"{case}/in/pad_scale"]))
+            region = padded_region(np.array([x0, y0, x1, y1]), width, height, float(arrays[f"{case}/in/pad_scale"]))
             top, left = arrays[f"{case}/out/{rank}_crop_offset"].tolist()
             rows, columns = arrays[f"{case}/out/{rank}_crop_size"].tolist()
             assert region == (left, top, left + columns, top + rows)

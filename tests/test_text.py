@@ -1,4 +1,4 @@
-"""Text tokenizers and captions against the official arrays, and against their own promises."""
+"""Text tokenizers and captions against the official arrays and their documented properties."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def coco_captions(shared):
 
 @pytest.fixture(scope="module")
 def official(shared):
-    """The recorded model and, for every text, a mapping of its recorded arrays."""
+    """Load the recorded model and, for every text, a mapping of its recorded arrays."""
     folder = shared / "parity/tasks"
     arrays = np.load(folder / "pure_tokenizer.npz")
     cases = sorted({name.split("/")[0] for name in arrays.files if "/" in name})
@@ -76,17 +76,17 @@ def test_the_official_texts_get_the_official_ids(official):
         assert tokenizer.decode(row["clipped"]) == str(row["detokenized"])
 
 
-def test_official_predictions_read_the_same_where_they_are_text(official):
+def test_official_predictions_of_text_are_read_the_same(official):
     tokenizer, rows = official
     vocab = vocab_for(tokenizer)
     num_texts = 0
     for row in rows:
         ids = row["predicted"]
-        # The official code clips what is no text to the first and last id; here it is skipped.
+        # The official code clips other ids to the first and last text id; ours skips them.
         if ((ids == 0) | ((ids >= 3000) & (ids < 3128))).all():
             num_texts += 1
             assert decode_caption(ids, tokenizer, vocab) == str(row["detokenized"])
-            # Two of the recorded predictions were cut, and lack an end.
+            # Two of the recorded predictions were cut and have no end token.
             if 3001 in ids:
                 written = encode_caption(str(row["in/text"]), tokenizer, vocab)
                 assert written.tolist() == ids[: len(written)].tolist()
@@ -100,7 +100,7 @@ def test_dropped_inputs_equal_the_official_ones_given_the_same_draws(shared):
 
     class Recorded:
         def random(self, shape):
-            # No draws were made where nothing was to be dropped.
+            # A rate of 0 made no draws.
             draws = [arrays[name] for name in arrays.files if name.startswith(f"{case}/tape/")]
             drawn = draws[0] if draws else np.zeros(shape)
             assert drawn.shape == shape
@@ -125,18 +125,18 @@ def test_inputs_are_dropped_at_the_given_rate():
     assert (inputs == 3005).all()
 
 
-def test_every_coco_caption_comes_back_from_words(coco_captions):
+def test_words_restore_every_coco_caption(coco_captions):
     tokenizer = WordTokenizer.build(coco_captions)
     for caption in coco_captions:
         assert tokenizer.decode(tokenizer.encode(caption)) == as_written(caption).lower()
 
 
-def test_coco_captions_come_back_but_for_rare_words(coco_captions):
+def test_words_restore_coco_captions_except_for_rare_words(coco_captions):
     tokenizer = WordTokenizer.build(coco_captions, min_count=3)
     known = set(tokenizer.tokens)
     num_words = num_unknown = 0
     for caption in coco_captions:
-        # Captions of letters alone: their words can be found without the tokenizer.
+        # The words of captions that have only letters can be found without the tokenizer.
         words = caption.lower().split()
         if all(word.isalpha() for word in words):
             expected = [word if word in known else UNKNOWN for word in words]
@@ -146,7 +146,7 @@ def test_coco_captions_come_back_but_for_rare_words(coco_captions):
     assert 0 < num_unknown < 0.2 * num_words
 
 
-def test_every_coco_caption_comes_back_from_pieces(coco_captions):
+def test_pieces_restore_every_coco_caption(coco_captions):
     tokenizer = SentencePieceTokenizer.train(coco_captions, 500)
     assert tokenizer.size == 500
     for caption in coco_captions:
@@ -154,7 +154,7 @@ def test_every_coco_caption_comes_back_from_pieces(coco_captions):
 
 
 @given(st.text(max_size=60))
-def test_any_text_comes_back_from_the_words_it_is_made_of(text):
+def test_words_restore_any_text_they_were_built_from(text):
     text += " end"
     tokenizer = WordTokenizer.build([text])
     expected = as_written(unicodedata.normalize("NFC", text.lower()))
@@ -170,26 +170,26 @@ def test_captions_of_known_words_survive_the_round_trip(tokenizer, data):
     vocab = vocab_for(tokenizer)
     ids = encode_caption(caption, tokenizer, vocab)
     assert decode_caption(ids, tokenizer, vocab) == caption
-    # What follows the end says nothing.
+    # Tokens after the end are ignored.
     assert decode_caption(np.append(ids, ids), tokenizer, vocab) == caption
     assert decode_caption(np.append(ids[:-1], [0, *ids]), tokenizer, vocab) == caption
 
 
 @TOKENIZERS
 @given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 3200), max_size=40))
-def test_decoding_never_raises_and_skips_what_is_no_text(tokenizer, ids):
+def test_decoding_never_raises_and_skips_ids_outside_the_text(tokenizer, ids):
     vocab = vocab_for(tokenizer)
     text = decode_caption(np.array(ids, np.int64), tokenizer, vocab)
-    end = next((place for place, token in enumerate(ids) if token in (0, 3000 + EOS_ID)), len(ids))
+    end = next((position for position, token in enumerate(ids) if token in (0, 3000 + EOS_ID)), len(ids))
     is_text = [token for token in ids[:end] if 3000 <= token < 3000 + tokenizer.size]
     assert text == decode_caption(np.array(is_text, np.int64), tokenizer, vocab)
     assert text == tokenizer.decode([token - 3000 for token in ids[:end]])
 
 
-def test_marks_stand_where_they_were_written():
+def test_marks_keep_their_spaces():
     for caption in CAPTIONS:
         assert WORDS.decode(WORDS.encode(caption)) == caption.lower()
-    # A comma was never seen between spaces, a dash never but between words: the known form is used.
+    # The captions have no comma between spaces and a dash only between words, so the known form is used.
     assert WORDS.decode(WORDS.encode("a cat , a dog - the man")) == "a cat, a dog-the man"
     assert WORDS.decode(WORDS.encode("a zebra on a mat.")) == f"a {UNKNOWN} on a mat."
 
@@ -221,7 +221,7 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new")
     assert len(list((tmp_path / "new").iterdir())) == 1
     loaded = load_text_tokenizer(tmp_path / "new")
-    # Workers that load data get theirs pickled.
+    # Data loader workers get a pickled copy.
     for other in (loaded, pickle.loads(pickle.dumps(tokenizer))):
         assert type(other) is type(tokenizer)
         assert (other.size, other.eos_id) == (tokenizer.size, 1)
@@ -237,13 +237,13 @@ def test_training_again_gives_the_same_model(tmp_path):
     assert (tmp_path / SENTENCEPIECE_FILE).read_bytes() == (tmp_path / "again" / SENTENCEPIECE_FILE).read_bytes()
 
 
-def test_half_a_surrogate_pair_is_no_obstacle(tmp_path):
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
     for tokenizer in (WORDS, PIECES, WordTokenizer.build(["a \ud83d dog"])):
         assert "dog" in tokenizer.decode(tokenizer.encode("a \ud83d dog"))
         tokenizer.save(tmp_path)
 
 
-def test_a_model_with_other_special_ids_ends_with_its_own_end():
+def test_a_model_with_other_special_ids_uses_its_own_end_token():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
@@ -255,7 +255,7 @@ def test_a_model_with_other_special_ids_ends_with_its_own_end():
     assert decode_caption(np.append(ids, ids), tokenizer, vocab) == "a cat and a dog"
 
 
-def test_a_model_without_an_end_is_refused():
+def test_a_model_without_an_end_token_is_refused():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS),
@@ -284,20 +284,28 @@ DAMAGED_WORDS = [
 
 
 @pytest.mark.parametrize("content", DAMAGED_WORDS)
-def test_a_damaged_vocabulary_ends_in_one_line(content, tmp_path):
+def test_a_damaged_vocabulary_gives_an_error_of_one_line(content, tmp_path):
     (tmp_path / WORD_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=WORD_FILE) as raised:
         load_text_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_model_ends_in_one_line(tmp_path):
+def test_a_damaged_model_gives_an_error_of_one_line(tmp_path):
     PIECES.save(tmp_path)
     path = tmp_path / SENTENCEPIECE_FILE
-    whole = path.read_bytes()
-    no_utf8 = whole.replace("\u2581a".encode(), b"\xe2\xff\x81a")
-    assert no_utf8 != whole
-    for damaged in (b"", b"no model", bytes(500), whole[: len(whole) // 2], whole[:-1], b"<html>" + whole, no_utf8):
+    valid = path.read_bytes()
+    no_utf8 = valid.replace("\u2581a".encode(), b"\xe2\xff\x81a")
+    assert no_utf8 != valid
+    for damaged in (
+        b"",
+        b"no model",
+        bytes(500),
+        valid[: len(valid) // 2],
+        valid[:-1],
+        b"<html>" + valid,
+        no_utf8,
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=SENTENCEPIECE_FILE) as raised:
             load_text_tokenizer(tmp_path)
@@ -315,7 +323,7 @@ def test_a_folder_without_a_tokenizer_or_with_two_is_refused(tmp_path):
         SentencePieceTokenizer.from_file(tmp_path / "absent.model")
 
 
-def test_nothing_to_learn_from_is_bad_input():
+def test_empty_captions_are_refused():
     with pytest.raises(InputError, match="captions"):
         WordTokenizer.build(["", "  "])
     with pytest.raises(InputError, match="no word occurs 9 times"):

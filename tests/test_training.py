@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pix2seq.data.image import read_image, warp_image
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.shapes.person import KEYPOINTS
 from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
@@ -231,7 +232,7 @@ def test_a_box_stays_around_its_pixels_through_jitter_crop_and_flip():
     for seed in range(50):
         affine = random_affine((80, 120), (64, 64), AugmentConfig(), np.random.default_rng(seed))
         moved = transform_target(target, affine, (64, 64))
-        pixels = affine.image(image, (64, 64))[..., 0] > 170
+        pixels = warp_image(image, affine, (64, 64))[..., 0] > 170
         if not len(moved.boxes_xyxy):
             assert pixels.sum() <= 64
             continue
@@ -254,8 +255,6 @@ def test_objects_cropped_away_go_and_keypoints_outside_become_unlabelled():
 
 
 def test_eval_resizing_equals_the_official_one(shared):
-    from pix2seq.data.image import read_image
-
     arrays = np.load(shared / "parity" / "preprocess.npz")
     names = {name.rsplit("_", 1)[0] for name in arrays.files if name.endswith("_image")}
     assert len(names) == 8
@@ -266,7 +265,7 @@ def test_eval_resizing_equals_the_official_one(shared):
         affine = fit_affine(image.shape[:2], (height, width))
         scaled = np.array([image.shape[0] * affine.scale_y, image.shape[1] * affine.scale_x])
         np.testing.assert_array_equal(scaled.round(6), arrays[f"{name}_unpadded_hw"])
-        difference = affine.image(image, (height, width)) / 255 - arrays[f"{name}_image"].astype(np.float32)
+        difference = warp_image(image, affine, (height, width)) / 255 - arrays[f"{name}_image"].astype(np.float32)
         assert np.abs(difference).mean() < 0.004
         fractions = np.array([[0, 0, 1, 1], [0.1, 0.25, 0.9, 0.5]])  # xyxy of the recorded yxyx boxes
         pixels = affine.boxes(

@@ -1,4 +1,4 @@
-"""Training from shards: the same from a folder and over http, and a run that goes on where it stopped."""
+"""Training from shards: the same from a folder and over http, and a run that resumes where it stopped."""
 
 import multiprocessing
 import shutil
@@ -80,16 +80,16 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_goes_on_where_it_stopped_also_over_http(shards, address, num_workers):
-    whole = take(stream(shards), 17, num_workers=num_workers)
-    assert_same(take(stream(address), 17, num_workers=num_workers), whole)
-    for start in (1, 6, 13):  # the last in the second epoch, whoever's turn it is
-        assert_same(take(stream(address), 4, num_workers=num_workers, start=start), whole[start : start + 4])
+def test_a_stream_resumes_where_it_stopped_also_over_http(shards, address, num_workers):
+    complete = take(stream(shards), 17, num_workers=num_workers)
+    assert_same(take(stream(address), 17, num_workers=num_workers), complete)
+    for start in (1, 6, 13):  # the last is in the second epoch for every reader
+        assert_same(take(stream(address), 4, num_workers=num_workers, start=start), complete[start : start + 4])
     assert not multiprocessing.active_children()
 
 
-def test_each_rank_and_worker_reads_images_of_its_own(shards, data):
-    # 6 shards and 4 lanes: within the first 2 shards' worth of each lane, nothing comes twice.
+def test_each_rank_and_worker_reads_its_own_images(shards, data):
+    # 6 shards and 4 readers: the first 2 batches of each rank have no image twice.
     options = {"batch_size": 4, "num_workers": 2, "world_size": 2}
     parts = [take(stream(shards), 2, **options, rank=rank) for rank in range(2)]
     ids = [i for batches_of_rank in parts for batch in batches_of_rank for i in batch.image_ids]
@@ -98,20 +98,20 @@ def test_each_rank_and_worker_reads_images_of_its_own(shards, data):
         take(stream(shards), 1, batch_size=8, num_workers=4, world_size=2)
 
 
-def test_an_image_is_cropped_anew_each_epoch_around_one_of_its_objects(shards, data):
+def test_each_epoch_crops_an_image_around_a_random_object(shards, data):
     samples = stream(shards, Keypoint, KeypointConfig())
     dataset = open_dataset(data, "train")
     people = [i for i in range(NUM) if (dataset.target(i).keypoints[..., 2] > 0).any()]
     assert len(samples) == len(people)
-    found = list(islice(samples.lane(0, 1), 2 * len(people)))
+    found = list(islice(samples.read(0, 1), 2 * len(people)))
     assert sorted(s.image_id for s in found) == sorted([dataset.images[i].id for i in people] * 2)
     first, second = ({s.image_id: s for s in part} for part in (found[: len(people)], found[len(people) :]))
     assert any(not np.array_equal(first[i].image, second[i].image) for i in first)
-    again = list(islice(samples.lane(0, 1, start=3), 4))
+    again = list(islice(samples.read(0, 1, start=3), 4))
     assert all(np.array_equal(a.image, b.image) for a, b in zip(again, found[3:7], strict=True))
 
 
-def test_a_shard_that_disappears_ends_in_one_line(shards, tmp_path):
+def test_a_missing_shard_gives_an_error_of_one_line(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "some")
     for number in range(3):
         (tmp_path / f"some/train-00000{number}.tar").unlink()
@@ -123,17 +123,17 @@ def test_a_shard_that_disappears_ends_in_one_line(shards, tmp_path):
 
 def test_a_run_over_http_resumes_to_the_bit(data, address, tmp_path):
     options = ["train", "--task", ALL, f"data={address}", f"val_data={data}", *TINY, "num_workers=2", "steps=4"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main([*options, f"out={whole}"]) == 0
-    shutil.copytree(whole, broken)
+    complete, broken = tmp_path / "complete", tmp_path / "broken"
+    assert main([*options, f"out={complete}"]) == 0
+    shutil.copytree(complete, broken)
     shutil.rmtree(broken / "checkpoints/step-00000004")
     assert main([*options, f"out={broken}", "--resume", "auto"]) == 0
     for name in ("model.safetensors", "state.safetensors"):
-        ours, theirs = (load_file(folder / "checkpoints/step-00000004" / name) for folder in (broken, whole))
+        ours, theirs = (load_file(folder / "checkpoints/step-00000004" / name) for folder in (broken, complete))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_where_single_images_are_needed_shards_are_refused(shards, data, tmp_path, capsys):
+def test_shards_are_refused_if_single_images_are_needed(shards, data, tmp_path, capsys):
     for command, message in [
         (["train", f"data={shards}", f"out={tmp_path / 'out'}", *TINY], "give val_data=FOLDER"),
         (["data", "sequences", str(shards), f"val_data={data}", *TINY], "name the data set itself"),
@@ -145,7 +145,7 @@ def test_where_single_images_are_needed_shards_are_refused(shards, data, tmp_pat
         assert error.count("\n") == 1
 
 
-def test_a_shard_holds_what_it_says_in_plain_numbers(shards):
+def test_shards_hold_the_images_in_order(shards):
     index = ShardIndex.read(shards, "train")
     assert [shard.num_samples for shard in index.shards] == [4, 4, 4, 4, 4, 2]
     numbers = [number for shard in index.shards for number, _, _ in read_shard(index.location, shard)]

@@ -1,4 +1,4 @@
-"""Labels to token ids and back, one pure two-way file per task; imported as `pix2seq.tokenizers`."""
+"""Convert labels to token ids and back, in one pure file per task; imported as `pix2seq.tokenizers`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib.util import module_from_spec
 from pathlib import Path
 
 
-def _hand_over_to_hugging_face() -> None:
-    """Put the installed package of the same name in this one's place.
+def _load_hugging_face() -> None:
+    """Replace this module by the installed package of the same name.
 
-    From the repository's root, `import tokenizers` finds this folder first, and with it whatever
-    imports Hugging Face's package, such as `transformers`.
+    In the repository's root, `import tokenizers` finds this folder first, also from packages that
+    need Hugging Face's, such as `transformers`.
     """
     root = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() != root])
@@ -23,9 +23,9 @@ def _hand_over_to_hugging_face() -> None:
             name=__name__,
         )
     module = module_from_spec(spec)
-    sys.modules[__name__] = module  # what the import statement returns, and where it looks for submodules
+    sys.modules[__name__] = module  # the import statement returns it and searches it for submodules
     spec.loader.exec_module(module)
 
 
 if __name__ == "tokenizers":
-    _hand_over_to_hugging_face()
+    _load_hugging_face()

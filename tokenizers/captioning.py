@@ -1,7 +1,7 @@
-"""Captions as a language: text, then the end of the text.
+"""Captions as tokens: the text, then its end token.
 
-A caption has an end token of its own, text id 1 in the published vocabulary, so 3001; padding 0
-follows. No model and no I/O.
+The end token of a caption is text id 1 in the published vocabulary, so 3001; padding 0 follows.
+No model and no I/O.
 
 Reference: arXiv 2206.07669, section 3, and google-research/pix2seq, `tasks/captioning.py`.
 """
@@ -16,9 +16,9 @@ from pix2seq.vocab import NOISE, PAD, Vocab
 
 
 def encode_caption(text: str, tokenizer: TextTokenizer, vocab: Vocab, *, max_tokens: int = 128) -> NDArray[np.int64]:
-    """Vocabulary ids (L,) of a caption and its end, 1 <= L <= max_tokens; a longer caption is cut before the end.
+    """Return ids (L,) of a caption and its end token, 1 <= L <= max_tokens; a longer caption is cut before the end.
 
-    The official code cuts the end as well, which teaches the model that long captions have none.
+    The official code also cuts the end token, which teaches the model that long captions have none.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a caption needs at least 1 for its end")
@@ -29,10 +29,10 @@ def encode_caption(text: str, tokenizer: TextTokenizer, vocab: Vocab, *, max_tok
 
 
 def decode_caption(ids: NDArray[np.integer], tokenizer: TextTokenizer, vocab: Vocab) -> str:
-    """The text of generated ids (L,), up to padding or the end of the text. Never raises, whatever the ids.
+    """Read the text of generated ids (L,), up to padding or the end token. Never raises, for any ids.
 
-    Ids that are no text are skipped; the official code clips them to the first or last text id, so
-    that a coordinate reads as a piece of text.
+    Ids outside the text range are skipped; the official code clips them to the first or last text id,
+    so it reads a coordinate as a piece of text.
     """
     text_ids: list[int] = []
     for token in ids.tolist():
@@ -46,8 +46,8 @@ def decode_caption(ids: NDArray[np.integer], tokenizer: TextTokenizer, vocab: Vo
 def drop_inputs(inputs: NDArray[np.integer], rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """Replace each token that the decoder reads by NOISE with probability `rate`; any shape.
 
-    Published with a rate of 0.5, so that words are learnt from the image and not from the words
-    before. Targets and weights stay. The official code drops the prompt's token too, as if it were a word;
-    here the caller decides what it passes.
+    The published rate is 0.5, so that words are learned from the image and not from earlier words.
+    Targets and weights stay. The official code also drops the prompt token as if it were a word; here
+    the caller decides what to pass.
     """
     return np.where(rng.random(inputs.shape) < rate, NOISE, inputs).astype(np.int64)

@@ -1,6 +1,6 @@
-"""Detection as a language: y0, x0, y1, x1, class for each object.
+"""Detection as tokens: y0, x0, y1, x1, class for each object.
 
-Labels to ids and ids to labels, no model and no I/O. Boxes are `yxyx` in [0, 1] of the model's
+Converts labels to ids and back, without model or I/O. Boxes are `yxyx` in [0, 1] of the model's
 input; labels start at 1; shapes use N objects and L = 5 N tokens.
 
 Reference: arXiv 2109.10852, section 3, and google-research/pix2seq,
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 from pix2seq.vocab import CLASS_BASE, EOS, NOISE, Vocab
 
 TOKENS_PER_OBJECT = 5
-NOISE_LABEL = 0  # the label of an invented object
+NOISE_LABEL = 0  # the label of a noise object
 
 ClassCorruption = Literal["none", "rand_cls", "real_n_fake_cls", "rand_n_fake_cls", "real_n_rand_n_fake_cls"]
 
 
 @dataclass(frozen=True)
 class DetectionResponse:
-    """What the decoder reads and what it should say; each array is (L,) or, with an end, (L + 1,)."""
+    """What the decoder reads and what it should predict; each array is (L,) or, with an end token, (L + 1,)."""
 
-    inputs: NDArray[np.int64]  # corrupted classes: what teacher forcing feeds back
-    targets: NDArray[np.int64]  # true classes; NOISE for invented objects
+    inputs: NDArray[np.int64]  # with corrupted classes, for teacher forcing
+    targets: NDArray[np.int64]  # with true classes; NOISE for noise objects
     weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class DecodedObjects:
-    """Objects read from a sequence, a row for every five tokens."""
+    """Objects read from a sequence, one row per five tokens."""
 
     boxes_yxyx: NDArray[np.float32]  # (N, 4) in [0, 1]
     labels: NDArray[np.int64]  # (N,) best real class, from 1
@@ -53,14 +53,14 @@ def encode_objects(
     noise_weight: float = 1.0,
     eos_weight: float | None = None,
 ) -> DetectionResponse:
-    """Serialise boxes (N, 4) and labels (N,), in the order given; label 0 marks a noise object.
+    """Serialise boxes (N, 4) and labels (N,), in the given order; label 0 marks a noise object.
 
-    A real object is scored on all five tokens. A noise object is scored on its class alone, with
-    `noise_weight`: nobody should learn where an invented box lies. `class_corruption` replaces the
-    classes that the decoder reads, as published: `rand_n_fake_cls` by a random class or the noise
-    class, half each, so that no class can be guessed from the ones before. `num_labels` is how many
-    classes a random one is drawn from, all that the vocabulary has room for by default. With
-    `eos_weight`, an end token of that weight follows.
+    All five tokens of a real object have loss weight 1. Of a noise object only the class has a weight,
+    `noise_weight`: the model must not learn positions of random boxes. `class_corruption` replaces the
+    classes that the decoder reads, as published: `rand_n_fake_cls` by a random class or the noise class
+    with equal odds, so that no class can be guessed from earlier ones. Random classes are drawn from
+    `num_labels` classes, by default as many as the vocabulary holds. With `eos_weight`, an end token of
+    that weight follows.
     """
     is_noise = labels == NOISE_LABEL
     coords = vocab.coord_ids(boxes_yxyx)  # (N, 4)
@@ -85,10 +85,10 @@ def encode_objects(
 def corrupt_classes(
     classes: NDArray[np.int64], how: ClassCorruption, num_labels: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Class ids (N,) as the decoder reads them; see `encode_objects`."""
+    """Return the class ids (N,) that the decoder reads; see `encode_objects`."""
     if how == "none":
         return classes
-    # The official draw includes CLASS_BASE itself, the id of no class.
+    # The official draw includes CLASS_BASE itself, which is not the id of a class.
     random = CLASS_BASE + rng.integers(0, num_labels + 1, classes.shape)
     noise = np.full_like(classes, NOISE)
     coin = rng.random((2, len(classes))) > 0.5
@@ -110,13 +110,13 @@ def decode_objects(
     class_logprobs: NDArray[np.floating],
     vocab: Vocab,
 ) -> DecodedObjects:
-    """Read objects from generated ids (L,). Never raises, whatever the ids.
+    """Read objects from generated ids (L,). Never raises, for any ids.
 
-    `best_classes` and `class_logprobs` (L,) hold, for every position, the likeliest class id and its
-    log-probability; only every fifth is used. The class that was sampled, often NOISE, is only what
-    the decoder read next: the answer is the best real class and its probability the score, so that
-    a detector keeps its recall. An end token ends the list and a cut-off object at the end is
-    dropped. Rows that are no object stay, as in the official code, and are marked unreadable.
+    `best_classes` and `class_logprobs` (L,) hold the most likely class id and its log-probability at
+    every position; only every fifth is used. The sampled class, often NOISE, only feeds the decoder:
+    the result is the best real class, with its probability as the score, which keeps the recall of the
+    detector. An end token ends the list, and an incomplete object at the end is dropped. Rows that are
+    not objects stay, as in the official code, and are marked unreadable.
     """
     end = np.flatnonzero(ids == EOS)
     length = int(end[0]) if len(end) else len(ids)
@@ -139,18 +139,18 @@ def add_noise_objects(
     num_noise: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Append `num_noise` invented objects (label 0) to N real ones, which keep their order.
+    """Append `num_noise` noise objects (label 0) to N real ones, which keep their order.
 
-    Between 0 and `num_noise` of them (uniform; none where there is no real object) are jittered
-    duplicates of real boxes; of the rest, some are real boxes moved elsewhere and some are random
-    boxes. All are shuffled. Returns boxes (N + num_noise, 4) and labels (N + num_noise,).
+    Between 0 and `num_noise` of them (uniform; 0 without real objects) are jittered duplicates of real
+    boxes; the rest are real boxes moved elsewhere and random boxes. All noise objects are shuffled.
+    Returns boxes (N + num_noise, 4) and labels (N + num_noise,).
     """
     boxes = np.asarray(boxes_yxyx, np.float32).reshape(-1, 4)
     num_real = len(boxes)
     num_duplicates = int(rng.integers(0, num_noise + 1)) if num_real else 0
     num_bad = num_noise - num_duplicates
 
-    # Every real box appears equally often, as far as the numbers allow.
+    # Every real box appears equally often, as far as possible.
     pool = np.tile(np.arange(num_real), num_noise // num_real + 1) if num_real else np.arange(0)
     shifted = shift_boxes(boxes[rng.permutation(pool)[:num_bad]], rng)
     bad = np.concatenate([shifted, random_boxes(num_bad, rng)])
@@ -166,18 +166,18 @@ def add_noise_objects(
 
 
 def jitter_boxes(boxes: NDArray[np.floating], rng: np.random.Generator, *, max_range: float) -> NDArray[np.floating]:
-    """Move each side of `yxyx` boxes by up to `max_range` of the box's size (normal, cut at two sigma)."""
+    """Move each side of `yxyx` boxes by up to `max_range` of the box's size (normal, truncated at two sigma)."""
     size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     return np.clip(boxes + size * _truncated_normal(boxes.shape, max_range / 2, rng), 0, 1)
 
 
 def shift_boxes(boxes: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.floating]:
-    """Boxes of the same sizes at uniformly random centres, clipped to [0, 1]."""
+    """Move boxes to uniformly random centres, clipped to [0, 1]."""
     return _boxes_around(rng.random((len(boxes), 2)), boxes[:, 2:] - boxes[:, :2])
 
 
 def random_boxes(num: int, rng: np.random.Generator) -> NDArray[np.floating]:
-    """Boxes (num, 4) of random centre and size, clipped to [0, 1]."""
+    """Draw boxes (num, 4) of random centre and size, clipped to [0, 1]."""
     return _boxes_around(rng.random((num, 2)), np.abs(_truncated_normal((num, 2), 0.5, rng)))
 
 
@@ -186,7 +186,7 @@ def _boxes_around(centres: NDArray[np.floating], sizes: NDArray[np.floating]) ->
 
 
 def _truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generator) -> NDArray[np.floating]:
-    """Normal of the given deviation, redrawn beyond two deviations, as TensorFlow's `truncated_normal`."""
+    """Draw normal values, redrawn beyond two standard deviations, as TensorFlow's `truncated_normal`."""
     values = rng.standard_normal(shape)
     while (outside := np.abs(values) > 2).any():
         values[outside] = rng.standard_normal(int(outside.sum()))

@@ -1,8 +1,8 @@
-"""Keypoints as a language: y and x of every point of a skeleton, in its order.
+"""Keypoints as tokens: y and x of every point of a skeleton, in its order.
 
-Labels to ids and ids to labels, no model and no I/O. Points are `yx` in [0, 1] of the model's input;
-shapes use K points and L = 2 K tokens. Any skeleton will do; its length is known from the class that
-is asked for, so a sequence needs no end.
+Converts labels to ids and back, without model or I/O. Points are `yx` in [0, 1] of the model's input;
+shapes use K points and L = 2 K tokens. Any skeleton works; the class in the prompt gives its length, so
+a sequence needs no end token.
 
 Reference: arXiv 2206.07669, section 3, and google-research/pix2seq, `tasks/keypoint_detection.py`.
 """
@@ -19,7 +19,7 @@ from pix2seq.vocab import INVISIBLE, Vocab
 
 @dataclass(frozen=True)
 class KeypointResponse:
-    """What the decoder reads and what it should say; each array is (2 K,)."""
+    """What the decoder reads and what it should predict; each array is (2 K,)."""
 
     inputs: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -34,10 +34,10 @@ def encode_keypoints(
     *,
     invisible_weight: float = 0.1,
 ) -> KeypointResponse:
-    """Serialise points (K, 2); one that is not `visible` (K,) becomes the invisible token twice.
+    """Serialise points (K, 2); a point that is not `visible` (K,) becomes the invisible token twice.
 
-    Invisible tokens are scored with `invisible_weight`: that nothing was annotated is not worth as
-    much as a place. With `rng`, a share of what the decoder reads, itself uniform in [0, 1), is
+    Invisible tokens have the loss weight `invisible_weight`: a missing annotation says less than a
+    position. With `rng`, a random share (uniform in [0, 1)) of the tokens that the decoder reads is
     replaced by the invisible token, so that no point can be guessed from its neighbours alone.
     """
     ids = np.where(visible[:, None], vocab.coord_ids(np.nan_to_num(points_yx)), INVISIBLE)
@@ -53,9 +53,9 @@ def encode_keypoints(
 def decode_keypoints(
     ids: NDArray[np.integer], num_points: int, vocab: Vocab
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Points (K, 2) `yx` in [0, 1] and whether each was given, (K,). Never raises, whatever the ids (L,).
+    """Read points (K, 2), `yx` in [0, 1], and whether each was given, (K,). Never raises, for any ids (L,).
 
-    A point is given by two coordinates; anything else, or nothing, leaves it out, at (0, 0).
+    A point is given by two coordinates; anything else, or nothing, leaves it at (0, 0), not given.
     """
     pairs = np.zeros((num_points, 2), np.int64)
     read = ids[: 2 * num_points]

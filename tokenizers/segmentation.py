@@ -1,8 +1,8 @@
-"""Polygons as a language: y, x of each point, and a separator between two rings.
+"""Polygons as tokens: y, x of each point, and a separator between two rings.
 
-Polygons to ids and ids to polygons, no model and no I/O. A ring is a closed outline (P, 2) of
-`yx` points in [0, 1] of the model's input, its last point joined to its first; an object is the
-union of its rings. A separator is a point of its own, SEPARATOR twice.
+Converts polygons to ids and back, without model or I/O. A ring is a closed polygon (P, 2) of `yx`
+points in [0, 1] of the model's input; its last point joins the first. An object is the union of its
+rings. A separator takes the room of a point: SEPARATOR twice.
 
 Reference: arXiv 2206.07669, section 3, and google-research/pix2seq, `tasks/task_utils.py`
 (sequences) and `tasks/instance_segmentation.py` (reading them).
@@ -20,13 +20,13 @@ from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, simplify_rings
 from pix2seq.vocab import EOS, SEPARATOR, Vocab
 
 TOKENS_PER_POINT = 2
-MAX_POINTS = 128  # of an object, separators included, as published
+MAX_POINTS = 128  # per object, separators included, as published
 
 Rounding = Literal["area", "nearest"]
 
-# The ways to round a point: down or up in each coordinate.
+# The four ways to round a point: down or up in each coordinate.
 _ROUNDINGS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-_TIE_BREAK = 0.01  # square bins for a point that is a bin off; the areas that count are larger
+_TIE_BREAK = 0.01  # cost in square bins of a point one bin off; small against the swept areas
 
 
 def encode_polygons(
@@ -37,17 +37,16 @@ def encode_polygons(
     rng: np.random.Generator | None = None,
     rounding: Rounding = "area",
 ) -> NDArray[np.int64]:
-    """Serialise rings (P, 2), in the order given, to ids (L,) without an end token.
+    """Serialise rings (P, 2), in the given order, to ids (L,) without an end token.
 
-    At most `max_points` points, where every separator counts as one: rings of more are simplified,
-    and the smallest are dropped where that is not enough. What lies outside [0, 1] is cut off,
-    consecutive points of the same bins are merged, and a ring left with fewer than 3 is dropped; L
-    is 0 where none remains. With `rng`, every ring starts at a random point, otherwise at its first;
-    its orientation stays.
+    Rings are simplified to at most `max_points` points, where every separator counts as one; if that
+    is not enough, the smallest rings are dropped. Parts outside [0, 1] are cut off, consecutive points
+    in the same bins are merged, and a ring of fewer than 3 points is dropped; L is 0 if none is left.
+    With `rng`, every ring starts at a random point, otherwise at its first; its orientation stays.
 
-    `rounding` is how points become bins. `nearest` is the official way: each coordinate for itself,
-    at most half a bin off. `area` chooses between the bins below and above, at most one bin off,
-    for all points of a ring together so that the outline sweeps the least area, which spares a
+    `rounding` says how points become bins. `nearest` is the official way: it rounds each coordinate on
+    its own, at most half a bin off. `area` chooses between the bins below and above, at most one bin
+    off, for all points of a ring together so that the polygon sweeps the least area, which removes a
     fifth of the error in IoU.
     """
     if rounding not in ("area", "nearest"):
@@ -67,11 +66,11 @@ def encode_polygons(
 
 
 def decode_polygons(ids: NDArray[np.integer], vocab: Vocab) -> list[NDArray[np.float32]]:
-    """Read rings (P, 2), `yx` in [0, 1] with P >= 3, from generated ids (L,). Never raises, whatever the ids.
+    """Read rings (P, 2), `yx` in [0, 1] with P >= 3, from generated ids (L,). Never raises, for any ids.
 
-    Ids are read two by two up to the first end token. A separator in either place starts a new ring,
-    as in the official code; a pair with another id that is no coordinate is skipped, and rings of
-    fewer than 3 points, which enclose nothing, are dropped.
+    Ids are read in pairs up to the first end token. A separator in either position starts a new ring,
+    as in the official code; a pair with any other id that is not a coordinate is skipped. Rings of
+    fewer than 3 points enclose no area and are dropped.
     """
     end = np.flatnonzero(ids == EOS)
     length = int(end[0]) if len(end) else len(ids)
@@ -84,39 +83,39 @@ def decode_polygons(ids: NDArray[np.integer], vocab: Vocab) -> list[NDArray[np.f
 
 
 def round_ring(ring_yx: NDArray[np.floating], num_bins: int) -> NDArray[np.float64]:
-    """Move a ring (P, 2) in [0, 1] onto bins so that its outline sweeps the least area; still (P, 2) in [0, 1].
+    """Round a ring (P, 2) in [0, 1] to bins so that its edges sweep the least area; still (P, 2) in [0, 1].
 
-    Every coordinate goes to the bin below or above. An edge's area depends on the roundings of its
-    two ends only, so the best combination is the cheapest closed path through 4 states a point
-    (Viterbi). Areas are affine: the choice is the same for square and for stretched inputs.
+    Every coordinate goes to the bin below or above. The area swept by an edge depends only on the
+    roundings of its two ends, so the best combination is the cheapest closed path through 4 states per
+    point (Viterbi). Areas are affine, so the choice is the same for square and for stretched inputs.
     """
     scaled = np.asarray(ring_yx, np.float64) * (num_bins - 1)
     bins = np.minimum(np.floor(scaled), num_bins - 2)[:, None] + _ROUNDINGS  # (P, 4, 2)
     costs = _swept_areas(scaled, bins)
-    # Sliding along the outline sweeps nothing; the nearer bin is the better all the same.
+    # Sliding along an edge sweeps no area, but the nearer bin is still better.
     costs += _TIE_BREAK * ((bins - scaled[:, None]) ** 2).sum(axis=2)[:, :, None]
     states = _cheapest_cycle(costs)
     return bins[np.arange(len(bins)), states] / (num_bins - 1)
 
 
 def _without_repeats(points: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Points (P, 2), of a closed ring, that differ from the one before; the first stays first."""
+    """Remove points of a closed ring (P, 2) that equal the one before; the first stays first."""
     points = points[np.append(True, (points[1:] != points[:-1]).any(axis=1))]
     closes = len(points) > 1 and bool((points[0] == points[-1]).all())
     return points[:-1] if closes else points
 
 
 def _swept_areas(ring: NDArray[np.float64], bins: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Area (P, 4, 4) between edge i of the ring (P, 2) and that edge with its ends at bins (P, 4, 2).
+    """Return the area (P, 4, 4) between edge i of a ring (P, 2) and that edge with its ends at bins (P, 4, 2).
 
-    To first order, with the edge's length for that of the moved one: a trapezium where both ends
-    move to the same side, two triangles where they move to different ones.
+    To first order, with the length of the original edge: a trapezium if both ends move to the same
+    side, two triangles if they move to different sides.
     """
     edges = np.roll(ring, -1, axis=0) - ring
     moved = bins - ring[:, None]
 
     def sideways(moves: NDArray[np.float64]) -> NDArray[np.float64]:
-        return edges[:, None, 0] * moves[..., 1] - edges[:, None, 1] * moves[..., 0]  # times the edge's length
+        return edges[:, None, 0] * moves[..., 1] - edges[:, None, 1] * moves[..., 0]  # offset times the edge's length
 
     first = sideways(moved)[:, :, None]
     second = sideways(np.roll(moved, -1, axis=0))[:, None, :]
@@ -126,12 +125,12 @@ def _swept_areas(ring: NDArray[np.float64], bins: NDArray[np.float64]) -> NDArra
 
 
 def _cheapest_cycle(costs: NDArray[np.float64]) -> NDArray[np.int64]:
-    """States (P,) of the least sum of `costs` (P, S, S), from state to state of the next point, and round to the first.
+    """Return the states (P,) of the cheapest closed path; `costs` (P, S, S) go from each point to the next.
 
-    One Viterbi pass for all S states of the first point at once.
+    One Viterbi pass handles all S states of the first point at once.
     """
     num_points, num_states, _ = costs.shape
-    total = costs[0]  # (state of the first point, state of the point reached)
+    total = costs[0]  # (state of the first point, state of the current point)
     best_from = np.empty((num_points, num_states, num_states), np.int64)
     for point in range(1, num_points):
         through = total[:, :, None] + costs[point]

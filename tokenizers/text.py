@@ -1,9 +1,8 @@
-"""Text to ids and back: words split by nltk, or the pieces of a sentencepiece model.
+"""Text tokenizers: words split by nltk, or the pieces of a sentencepiece model.
 
-Ids run from 0 to `size` - 1; the vocabulary's text offset is added elsewhere (`captioning.py`).
-Both tokenizers built here have 0 for padding, 1 for the end and 2 for what is unknown, as the
-published sentencepiece model has. A checkpoint folder holds one of the two files `text_vocab.json`
-(words) and `text.model` (sentencepiece).
+Ids run from 0 to `size` - 1; `captioning.py` adds the vocabulary's text offset. Both tokenizers built
+here use 0 for padding, 1 for the end and 2 for unknown words, like the published sentencepiece model.
+A checkpoint folder holds one of two files: `text_vocab.json` (words) or `text.model` (sentencepiece).
 
 Reference: google-research/pix2seq, `data/tokenizer.py`; sentencepiece, arXiv 1808.06226.
 """
@@ -26,23 +25,23 @@ from pix2seq.errors import InputError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-UNKNOWN = "\u2047"  # what an unknown word reads as: two question marks in one sign, sentencepiece's own choice
+UNKNOWN = "\u2047"  # text of an unknown word: a double question mark, as in sentencepiece
 
 WORD_FILE = "text_vocab.json"
 SENTENCEPIECE_FILE = "text.model"
 
 # ASCII punctuation, Latin-1 signs, general punctuation (dashes, curly quotes), CJK and full-width
-# punctuation. All else is part of a word: combining marks too, which `\w` leaves out.
+# punctuation. Everything else belongs to words, also combining marks, which `\w` excludes.
 _MARKS = r"!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2027\u2030-\u205e\u3001-\u303f\uff01-\uff0f"
 _MARK = re.compile(f"[{_MARKS}]")
 
 
 class TextTokenizer(Protocol):
-    """What captioning asks of a tokenizer."""
+    """The interface of a text tokenizer."""
 
     @property
     def size(self) -> int:
-        """How many ids there are, from 0."""
+        """The number of ids, which start at 0."""
 
     @property
     def eos_id(self) -> int:
@@ -50,33 +49,33 @@ class TextTokenizer(Protocol):
 
     @property
     def tokens(self) -> Sequence[str]:
-        """What each id stands for."""
+        """The text of each id."""
 
     @property
     def first_piece(self) -> int:
-        """The first id that is text; those before are padding, beginning, end or unknown."""
+        """The first id of text; earlier ids are padding, begin, end or unknown."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end."""
+        """Return the ids of a text, without an end token."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids, up to the first `eos_id`; ids out of range are skipped. Never raises."""
+        """Return the text of any ids, up to the first `eos_id`; ids out of range are skipped. Never raises."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load_text_tokenizer` reads, in place of a tokenizer that is there."""
+        """Write the tokenizer for `load_text_tokenizer`, and remove any other one in the folder."""
 
 
 def has_text_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder holds a tokenizer."""
+    """Return whether a checkpoint folder holds a tokenizer."""
     return any((folder / name).is_file() for name in (WORD_FILE, SENTENCEPIECE_FILE))
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer of a checkpoint folder. Raises `InputError` where there is none, or two, or a damaged one."""
+    """Load the tokenizer of a checkpoint folder. Raises `InputError` if there is none, two, or a damaged one."""
     words, model = folder / WORD_FILE, folder / SENTENCEPIECE_FILE
     if words.is_file() and model.is_file():
         raise InputError(
-            f"{folder} holds {WORD_FILE} and {SENTENCEPIECE_FILE}, expected one tokenizer; delete the other"
+            f"{folder} holds {WORD_FILE} and {SENTENCEPIECE_FILE}, expected one tokenizer; delete one of them"
         )
     if words.is_file():
         return WordTokenizer.from_file(words)
@@ -89,15 +88,15 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer:
 
 
 class WordTokenizer:
-    """Lower-case words and punctuation marks, a token each.
+    """Lower-case words and punctuation marks, one token each.
 
-    A mark remembers on which sides it stood alone: `", "` touches the word before, `" ("` the word after,
-    `"-"` both and `" - "` neither, so that decoding needs no rules of typography. Every character of a
-    caption comes back, up to case, width of spaces and unknown words.
+    The token of a mark includes the spaces around it: `", "` touches the word before, `" ("` the word
+    after, `"-"` both and `" - "` neither, so decoding needs no rules of typography. Decoding restores
+    every character of a caption except for case, width of spaces and unknown words.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        """`tokens` in the order of their ids, `SPECIAL_TOKENS` first, none twice."""
+        """`tokens` are in the order of their ids, start with `SPECIAL_TOKENS` and have no duplicates."""
         self.tokens = tuple(tokens)
         self.size = len(self.tokens)
         self.eos_id = EOS_ID
@@ -106,9 +105,9 @@ class WordTokenizer:
         if self.tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
             raise ValueError(f"a vocabulary starts with {list(SPECIAL_TOKENS)}, got {list(self.tokens[:3])}")
         if len(self._ids) != self.size:
-            raise ValueError("a token occurs twice in the vocabulary")
+            raise ValueError("a token occurs twice in the vocabulary; expected distinct tokens")
         self._is_mark = [_is_mark(token) for token in self.tokens]
-        # Where a mark never stood like this in training, its most frequent form is better than nothing.
+        # If a mark never had these spaces in training, use its most frequent form.
         self._nearest: dict[str, int] = {}
         for token_id, token in enumerate(self.tokens):
             if self._is_mark[token_id]:
@@ -116,30 +115,30 @@ class WordTokenizer:
 
     @classmethod
     def build(cls, captions: Iterable[str], *, min_count: int = 1, max_size: int = 32_000) -> WordTokenizer:
-        """The vocabulary of these captions: frequent tokens first, ties in alphabetical order.
+        """Build the vocabulary of captions: frequent tokens first, ties in alphabetical order.
 
-        Left out are tokens seen fewer than `min_count` times, and the rarest until no more than
-        `max_size` ids remain, special ones included.
+        Tokens seen fewer than `min_count` times are left out, then the rarest until at most `max_size`
+        ids remain, special ones included.
         """
         if max_size <= len(SPECIAL_TOKENS):
-            raise InputError(f"a vocabulary of {max_size} has no room for words; give at least 4")
-        counts = Counter(token for caption in captions for token in _split(caption))
+            raise InputError(f"a vocabulary of {max_size} ids has no room for words; give at least 4")
+        counts = Counter(token for caption in captions for token in _split_words(caption))
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         kept = [token for token, count in ranked if count >= min_count]
         if not kept:
             raise InputError(
-                f"no word occurs {min_count} times in the captions, so there is no vocabulary; "
+                f"no word occurs {min_count} times in the captions, so the vocabulary is empty; "
                 "check the data set, or lower min_count"
             )
         return cls([*SPECIAL_TOKENS, *kept][:max_size])
 
     @classmethod
     def from_file(cls, path: Path) -> WordTokenizer:
-        """Read what `save` wrote. Raises `InputError` for a damaged file."""
+        """Read a file written by `save`. Raises `InputError` if it is damaged."""
         try:
             tokens = json.loads(path.read_text(encoding="utf-8"))["tokens"]
             if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-                raise ValueError("tokens is no list of strings")
+                raise ValueError("tokens is not a list of strings")
             return cls(tokens)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(
@@ -148,13 +147,13 @@ class WordTokenizer:
             ) from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end."""
-        return [self._ids.get(token, self._nearest.get(token.strip(" "), UNK_ID)) for token in _split(text)]
+        """Return the ids of a text, without an end token."""
+        return [self._ids.get(token, self._nearest.get(token.strip(" "), UNK_ID)) for token in _split_words(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids, up to the first end; padding and ids out of range are skipped."""
+        """Return the text of any ids, up to the first end token; padding and ids out of range are skipped."""
         text = ""
-        touches = True  # whether what was written last wants no space after it
+        touches = True  # whether the next token follows without a space
         for token_id in map(int, ids):
             if token_id == EOS_ID:
                 break
@@ -171,35 +170,35 @@ class WordTokenizer:
     def save(self, folder: Path) -> None:
         """Write `text_vocab.json`."""
         content = json.dumps({"tokens": self.tokens}, ensure_ascii=False, indent=0)
-        _replace(folder, WORD_FILE, f"{content}\n".encode())
+        _write_tokenizer(folder, WORD_FILE, f"{content}\n".encode())
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model.
 
-    Any model that has an end token will do. Models that sentencepiece trains by default have other
-    special ids than the published one (unknown 0, begin 1, end 2): the end is the model's own, and a
-    begin is never written. A model without an end is refused, as a caption could not stop.
+    Any model with an end token works. sentencepiece's default special ids (unknown 0, begin 1, end 2)
+    differ from the published ones; the end token is that of the model, and a begin token is never
+    written. A model without an end token is refused, because a caption could not stop.
     """
 
     def __init__(self, model: bytes) -> None:
-        """`model` is the content of a `.model` file. Raises `InputError` if it is damaged or has no end."""
+        """`model` is the content of a `.model` file. Raises `InputError` if it is damaged or has no end token."""
         self._model = model
-        damaged = InputError(f"its {len(model)} bytes are no sentencepiece model; train one, or copy it again")
-        if not model:  # sentencepiece would take it, and complain when it is used
+        damaged = InputError(f"its {len(model)} bytes are not a sentencepiece model; train one, or copy it again")
+        if not model:  # sentencepiece accepts it and fails later
             raise damaged
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.size: int = self._processor.get_piece_size()
             for piece in range(self.size):
-                self._processor.decode([piece])  # one that is no UTF-8 would raise only when it is generated
+                self._processor.decode([piece])  # a piece that is not UTF-8 would raise only once it is generated
         except (RuntimeError, ValueError):
             raise damaged from None
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise InputError(
                 "the sentencepiece model has no end token (its eos_id is -1), so a caption could not end; "
-                "train one with --eos_id=1"
+                "train it with --eos_id=1"
             )
 
     @classmethod
@@ -215,14 +214,14 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int, *, character_coverage: float = 1.0) -> SentencePieceTokenizer:
-        """A unigram model of at most `size` ids, the same for the same captions; smaller if they hold less.
+        """Train a unigram model of at most `size` ids; the same captions give the same model.
 
-        `character_coverage` is the share of the captions' characters that get an id; lower it below
-        one for languages of thousands of characters.
+        `character_coverage` is the share of the captions' characters that get an id; set it below one
+        for languages of thousands of characters.
         """
-        sentences = [text for text in map(_clean, captions) if text.strip()]
+        sentences = [text for text in map(_replace_surrogates, captions) if text.strip()]
         if not sentences:
-            raise InputError("there are no captions to train a sentencepiece model on; check the data set")
+            raise InputError("the data set has no captions to train a sentencepiece model on; check its caption files")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -235,7 +234,7 @@ class SentencePieceTokenizer:
                 bos_id=-1,
                 character_coverage=character_coverage,
                 hard_vocab_limit=False,
-                num_threads=1,  # sums in one order, so that the result is the same every time
+                num_threads=1,  # a fixed order of sums gives the same result every time
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -247,21 +246,21 @@ class SentencePieceTokenizer:
 
     @cached_property
     def first_piece(self) -> int:
-        """The first id that is text."""
+        """The first id of text."""
         special = [i for i in range(self.size) if self._processor.is_control(i) or self._processor.is_unknown(i)]
         return next(i for i in range(self.size + 1) if i not in special)
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
-        """What each id stands for."""
+        """The text of each id."""
         return tuple(self._processor.id_to_piece(token_id) for token_id in range(self.size))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end."""
-        return self._processor.encode(_clean(text))
+        """Return the ids of a text, without an end token."""
+        return self._processor.encode(_replace_surrogates(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids, up to the first end; ids out of range are skipped."""
+        """Return the text of any ids, up to the first end token; ids out of range are skipped."""
         readable: list[int] = []
         for token_id in map(int, ids):
             if token_id == self.eos_id:
@@ -272,15 +271,15 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `text.model`."""
-        _replace(folder, SENTENCEPIECE_FILE, self._model)
+        _write_tokenizer(folder, SENTENCEPIECE_FILE, self._model)
 
 
-def _split(text: str) -> list[str]:
-    """Tokens of a text as `WordTokenizer` keeps them: lower-case words, and marks with the spaces around them."""
+def _split_words(text: str) -> list[str]:
+    """Split a text into the tokens of `WordTokenizer`: lower-case words, and marks with the spaces around them."""
     # Both ends of a text count as spaces.
-    text = f" {' '.join(unicodedata.normalize('NFC', _clean(text).lower()).split())} "
+    text = f" {' '.join(unicodedata.normalize('NFC', _replace_surrogates(text).lower()).split())} "
     tokens: list[str] = []
-    for start, end in _splitter().span_tokenize(text):
+    for start, end in _word_splitter().span_tokenize(text):
         token = text[start:end]
         if _is_mark(token):
             before = " " if text[start - 1] == " " else ""
@@ -291,8 +290,8 @@ def _split(text: str) -> list[str]:
 
 
 @cache
-def _splitter() -> Any:
-    # nltk takes seconds to import, and three tasks of four have no text.
+def _word_splitter() -> Any:
+    # Imported here because nltk takes seconds and most tasks have no text.
     from nltk.tokenize import RegexpTokenizer
 
     return RegexpTokenizer(rf"[^ {_MARKS}]+|[{_MARKS}]")
@@ -302,12 +301,12 @@ def _is_mark(token: str) -> bool:
     return _MARK.fullmatch(token.strip(" ")) is not None
 
 
-def _clean(text: str) -> str:
-    # JSON may hold halves of surrogate pairs, which no file and no sentencepiece model can.
+def _replace_surrogates(text: str) -> str:
+    # JSON can hold halves of surrogate pairs; files and sentencepiece models cannot.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _replace(folder: Path, name: str, content: bytes) -> None:
+def _write_tokenizer(folder: Path, name: str, content: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     for other in {WORD_FILE, SENTENCEPIECE_FILE} - {name}:

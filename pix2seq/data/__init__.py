@@ -1,1 +1,1 @@
-"""Reading, checking, generating and batching annotated images."""
+"""Read, check, generate and batch annotated images."""

@@ -1,8 +1,9 @@
-"""The images and annotations of a data set in flat arrays: a box takes 33 bytes, an image some 50.
+"""The images and annotations of a data set in flat arrays: a box takes 33 bytes, an image about 50.
 
-What only some have (polygons, run-length masks, keypoints, captions) lies in lists of its own, sorted
-by owner, with an array that names each entry's owner; nothing is stored for those without. Shapes
-use I images, N annotations, K keypoints of an object.
+Polygons, RLE masks, keypoints and captions, which only some annotations have, lie in their own arrays:
+sorted by owner, with an array of each entry's owner, so annotations without them take no space. Training
+data sets find their samples in these arrays (`find_samples`), and data loader workers share them
+(`SharedArrays`). Shapes use I images, N annotations, K keypoints per object and S samples.
 """
 
 from __future__ import annotations
@@ -25,62 +26,35 @@ from numpy.typing import NDArray
 from pix2seq.data.defects import OBJECT_COLUMNS
 from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
-_GATHERED = 1 << 20  # values that are moved at a time: their indices take more room than they do
-
-
-_FOLDERS: weakref.WeakKeyDictionary[SharedArrays, Path] = weakref.WeakKeyDictionary()
+WHOLE_IMAGE = -1  # in place of an object's index
+_GATHER_CHUNK = 1 << 20  # values to move at a time; their indices take more memory than the values
+_ARRAY_FOLDERS: weakref.WeakKeyDictionary[SharedArrays, Path] = weakref.WeakKeyDictionary()
 
 
 class SharedArrays:
-    """Base of frozen dataclasses (`eq=False`) whose fields are arrays, and perhaps a few small values.
+    """Base of frozen dataclasses (`eq=False`) of arrays and a few small values, which worker processes share.
 
-    A forked worker shares the parent's arrays anyway, as nothing writes to them and they hold no
-    Python objects. For a worker that is spawned they are written to the temporary folder, once for
-    all workers, and mapped from there; the files go with the object in the parent. Any other pickle
-    and every copy holds the arrays themselves.
+    A forked worker shares the parent's arrays anyway, because nothing writes to them and they hold no
+    Python objects. For spawned workers the arrays are written to the temporary folder, once for all
+    workers, and memory-mapped; the files are removed with the parent's object. All other pickles
+    and copies contain the arrays.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         values: dict[str, Any] = dict(vars(self))
         if get_spawning_popen() is None:
             return _rebuild, (type(self), values)
-        folder = _FOLDERS.get(self)
+        folder = _ARRAY_FOLDERS.get(self)
         if folder is None:
-            folder = _FOLDERS[self] = _write(values)
-            weakref.finalize(self, _remove, folder, os.getpid())
+            folder = _ARRAY_FOLDERS[self] = _write_arrays(values)
+            weakref.finalize(self, _remove_folder, folder, os.getpid())
         small = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
-        return _map, (type(self), folder, [name for name in values if name not in small], small)
-
-
-def _write(values: dict[str, Any]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="pix2seq-"))
-    for name, value in values.items():
-        if isinstance(value, np.ndarray):
-            np.save(folder / f"{name}.npy", value, allow_pickle=False)
-    return folder
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker has inherited this call, but not the folder
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
-    return cls(**values)
-
-
-def _map(cls: type[Any], folder: Path, names: list[str], small: dict[str, Any]) -> Any:
-    return cls(**{name: _load(folder / f"{name}.npy") for name in names}, **small)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return mapped.view(np.ndarray)  # slices of a memmap take several times as long
+        return _map_arrays, (type(self), folder, [name for name in values if name not in small], small)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTable(SharedArrays, Sequence[ImageRecord]):
-    """The images of a data set, as a sequence of `ImageRecord` that are made when asked for."""
+    """The images of a data set as a sequence of `ImageRecord`, which are created on access."""
 
     root: Path
     ids: NDArray[np.int64]  # (I,)
@@ -91,7 +65,7 @@ class ImageTable(SharedArrays, Sequence[ImageRecord]):
 
     @classmethod
     def build(cls, root: Path, images: Iterable[tuple[int, str, int, int]]) -> ImageTable:
-        """From id, path below `root`, width and height of each image."""
+        """Build from the id, the path below `root`, the width and the height of each image."""
         ids, names, widths, heights = [], [], [], []
         for image_id, name, width, height in images:
             ids.append(image_id)
@@ -133,37 +107,37 @@ class Annotations(SharedArrays):
     iscrowd: NDArray[np.bool_]  # (N,)
     ids: NDArray[np.int64]  # (N,)
     num_keypoints: int  # K
-    ring_owner: NDArray[np.int64]  # of each ring of a polygon, its annotation, ascending
-    first_point: NDArray[np.int64]  # of each ring, and one more
+    ring_owner: NDArray[np.int64]  # (rings,) annotation of each polygon ring, ascending
+    first_point: NDArray[np.int64]  # (rings + 1,)
     points: NDArray[np.float32]  # (points, 2) x, y
-    run_owner: NDArray[np.int64]  # of each run-length mask
-    first_byte: NDArray[np.int64]  # of each run-length mask, and one more
-    runs: NDArray[np.uint8]  # `counts`: int32 if they are a list, else ASCII
-    runs_are_list: NDArray[np.bool_]  # of each run-length mask
-    keypoint_owner: NDArray[np.int64]  # of each set of keypoints
+    rle_owner: NDArray[np.int64]  # (RLEs,) annotation of each RLE mask, ascending
+    first_byte: NDArray[np.int64]  # (RLEs + 1,)
+    rle_counts: NDArray[np.uint8]  # `counts`: int32 if they are a list, else ASCII
+    rle_is_list: NDArray[np.bool_]  # (RLEs,)
+    keypoint_owner: NDArray[np.int64]  # (sets,) annotation of each set of keypoints, ascending
     keypoints: NDArray[np.float32]  # (sets, K, 3)
-    caption_owner: NDArray[np.int64]  # of each caption, its image, ascending
-    first_char: NDArray[np.int64]  # of each caption, and one more, in bytes
+    caption_owner: NDArray[np.int64]  # (captions,) image of each caption, ascending
+    first_char: NDArray[np.int64]  # (captions + 1,) in bytes
     captions: NDArray[np.uint8]  # UTF-8
 
     def __post_init__(self) -> None:
         for value in vars(self).values():
             if isinstance(value, np.ndarray):
-                value.flags.writeable = False  # writing would copy pages to each worker
+                value.flags.writeable = False  # a write would copy memory pages to each worker
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all arrays."""
+        """Memory of all arrays in bytes."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
 
     def target(self, index: int, image: ImageRecord) -> Target:
-        """The annotations of image `index`; arrays are copies, the caller's own."""
+        """Return the annotations of image `index`; arrays are copies that the caller may change."""
         start, stop = int(self.first[index]), int(self.first[index + 1])
         keypoints = np.zeros((stop - start, self.num_keypoints, 3), np.float32)
-        low, high = _span(self.keypoint_owner, start, stop)
+        low, high = _owner_range(self.keypoint_owner, start, stop)
         keypoints[self.keypoint_owner[low:high] - start] = self.keypoints[low:high]
         return Target(
             image=image,
@@ -178,12 +152,12 @@ class Annotations(SharedArrays):
         )
 
     def all_captions(self) -> Iterator[str]:
-        """The captions of all images, in order."""
+        """Yield the captions of all images, in order."""
         for begin, end in pairwise(self.first_char.tolist()):
             yield self.captions[begin:end].tobytes().decode("utf-8")
 
     def table(self, images: ImageTable, categories: Sequence[Category]) -> pd.DataFrame:
-        """A row for each annotation with `OBJECT_COLUMNS`, in double precision; some 200 bytes each."""
+        """Return one row per annotation with `OBJECT_COLUMNS`, in double precision; about 200 bytes each."""
         category_of = {category.label: category for category in categories}
         labels, codes = np.unique(self.labels, return_inverse=True)
         known = [category_of[label] for label in labels.tolist()]
@@ -208,12 +182,12 @@ class Annotations(SharedArrays):
 
     def _segmentations(self, start: int, stop: int, image: ImageRecord) -> tuple[MaskAnnotation | None, ...]:
         found: list[MaskAnnotation | None] = [None] * (stop - start)
-        low, high = _span(self.run_owner, start, stop)
+        low, high = _owner_range(self.rle_owner, start, stop)
         for i in range(low, high):
-            counts = self.runs[self.first_byte[i] : self.first_byte[i + 1]].tobytes()
-            plain = np.frombuffer(counts, np.int32).tolist() if self.runs_are_list[i] else counts.decode("ascii")
-            found[int(self.run_owner[i]) - start] = {"size": [image.height, image.width], "counts": plain}
-        low, high = _span(self.ring_owner, start, stop)
+            counts = self.rle_counts[self.first_byte[i] : self.first_byte[i + 1]].tobytes()
+            plain = np.frombuffer(counts, np.int32).tolist() if self.rle_is_list[i] else counts.decode("ascii")
+            found[int(self.rle_owner[i]) - start] = {"size": [image.height, image.width], "counts": plain}
+        low, high = _owner_range(self.ring_owner, start, stop)
         if low < high:
             edges = self.first_point[low : high + 1]
             points = self.points[edges[0] : edges[-1]].copy()
@@ -228,7 +202,7 @@ class Annotations(SharedArrays):
         return tuple(found)
 
     def _captions(self, index: int) -> tuple[str, ...]:
-        low, high = _span(self.caption_owner, index, index + 1)
+        low, high = _owner_range(self.caption_owner, index, index + 1)
         ends = self.first_char[low : high + 1].tolist()
         return tuple(self.captions[begin:end].tobytes().decode("utf-8") for begin, end in pairwise(ends))
 
@@ -242,21 +216,21 @@ def box_annotations(
     ids: NDArray[np.int64],
     **more: Any,
 ) -> Annotations:
-    """Annotations with nothing but boxes, and what `more` names."""
-    none, edge, no_bytes = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint8)
+    """Build annotations from boxes and the optional fields in `more`."""
+    no_owners, no_edges, no_bytes = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.uint8)
     empty: dict[str, Any] = {
         "num_keypoints": 0,
-        "ring_owner": none,
-        "first_point": edge,
+        "ring_owner": no_owners,
+        "first_point": no_edges,
         "points": np.zeros((0, 2), np.float32),
-        "run_owner": none.copy(),
-        "first_byte": edge.copy(),
-        "runs": no_bytes,
-        "runs_are_list": np.zeros(0, np.bool_),
-        "keypoint_owner": none.copy(),
+        "rle_owner": no_owners.copy(),
+        "first_byte": no_edges.copy(),
+        "rle_counts": no_bytes,
+        "rle_is_list": np.zeros(0, np.bool_),
+        "keypoint_owner": no_owners.copy(),
         "keypoints": np.zeros((0, more.get("num_keypoints", 0), 3), np.float32),
-        "caption_owner": none.copy(),
-        "first_char": edge.copy(),
+        "caption_owner": no_owners.copy(),
+        "first_char": no_edges.copy(),
         "captions": no_bytes.copy(),
     }
     return Annotations(
@@ -270,56 +244,27 @@ def box_annotations(
     )
 
 
-def offsets(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of (L,) pieces starts if they lie end to end, and where the last one ends: (L + 1,)."""
-    return np.append(0, np.cumsum(sizes)).astype(np.int64)
+def find_samples(annotations: Annotations, learns_from: str, *, each_object: bool) -> NDArray[np.int32]:
+    """Return (S, 2) rows (image, object) of the training samples of a task that learns from `learns_from`.
 
-
-def gather(values: NDArray[Any], edges: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[Any]:
-    """The pieces `values[edges[i] : edges[i + 1]]` for each i of `order`, end to end."""
-    starts, sizes = edges[order], edges[order + 1] - edges[order]
-    out_edges = offsets(sizes)
-    out = np.empty((int(out_edges[-1]), *values.shape[1:]), values.dtype)
-    piece = 0
-    while piece < len(order):
-        # As many pieces as `_GATHERED` values hold, and one at least.
-        stop = max(int(np.searchsorted(out_edges, out_edges[piece] + _GATHERED, side="right")) - 1, piece + 1)
-        shift = starts[piece:stop] - out_edges[piece:stop]
-        here = np.arange(out_edges[piece], out_edges[stop])
-        out[here] = values[here + np.repeat(shift, sizes[piece:stop])]
-        piece = stop
-    return out
-
-
-def _span(owner: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
-    """Which entries belong to owners from `start` to before `stop`."""
-    if not len(owner):
-        return 0, 0
-    low, high = owner.searchsorted((start, stop)).tolist()
-    return low, high
-
-
-WHOLE = -1  # in place of an object's number
-
-
-def find_places(annotations: Annotations, learns_from: str, *, each_object: bool) -> NDArray[np.int32]:
-    """An (image, object) for each training sample, (S, 2): whole images, or `each_object` that can be learned from."""
+    A sample is an image with at least one usable object, or one usable object if `each_object`.
+    """
     if learns_from == "caption":
         images = np.unique(annotations.caption_owner)
-        return _pairs(images, np.full(len(images), WHOLE))
-    usable = _OBJECTS[learns_from](annotations) & ~annotations.iscrowd  # (N,)
+        return _index_rows(images, np.full(len(images), WHOLE_IMAGE))
+    usable = _USABLE[learns_from](annotations) & ~annotations.iscrowd  # (N,)
     first = annotations.first
     if each_object:
         objects = np.flatnonzero(usable)
         images = first.searchsorted(objects, side="right") - 1
-        return _pairs(images, objects - first[images])
-    before = np.append(0, np.cumsum(usable, dtype=np.int32))  # usable ones before each annotation
+        return _index_rows(images, objects - first[images])
+    before = np.append(0, np.cumsum(usable, dtype=np.int32))  # number of usable annotations before each one
     images = np.flatnonzero(before[first[1:]] > before[first[:-1]])
-    return _pairs(images, np.full(len(images), WHOLE))
+    return _index_rows(images, np.full(len(images), WHOLE_IMAGE))
 
 
 def contents(target: Target) -> frozenset[str]:
-    """The same of a single target: all that can be learned from it, as `learns_from` has it."""
+    """Return all values of `learns_from` for which a target is a training sample."""
     real = ~target.iscrowd
     found = {
         "object": bool(real.any()),
@@ -330,25 +275,80 @@ def contents(target: Target) -> frozenset[str]:
     return frozenset(name for name, is_there in found.items() if is_there)
 
 
-def _pairs(images: NDArray[np.integer], objects: NDArray[np.integer]) -> NDArray[np.int32]:
+def offsets(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the start of each of (L,) pieces laid end to end, and the end of the last one: (L + 1,)."""
+    return np.append(0, np.cumsum(sizes)).astype(np.int64)
+
+
+def gather(values: NDArray[Any], edges: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Concatenate the pieces `values[edges[i] : edges[i + 1]]` for each i in `order`."""
+    starts, sizes = edges[order], edges[order + 1] - edges[order]
+    out_edges = offsets(sizes)
+    out = np.empty((int(out_edges[-1]), *values.shape[1:]), values.dtype)
+    piece = 0
+    while piece < len(order):
+        # At least one piece, and at most `_GATHER_CHUNK` values otherwise.
+        stop = max(int(np.searchsorted(out_edges, out_edges[piece] + _GATHER_CHUNK, side="right")) - 1, piece + 1)
+        shift = starts[piece:stop] - out_edges[piece:stop]
+        here = np.arange(out_edges[piece], out_edges[stop])
+        out[here] = values[here + np.repeat(shift, sizes[piece:stop])]
+        piece = stop
+    return out
+
+
+def _owner_range(owner: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
+    """Return the range of entries that belong to owners from `start` to before `stop`."""
+    if not len(owner):
+        return 0, 0
+    low, high = owner.searchsorted((start, stop)).tolist()
+    return low, high
+
+
+def _write_arrays(values: dict[str, Any]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="pix2seq-"))
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    return folder
+
+
+def _remove_folder(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker inherits this call, but does not own the folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
+    return cls(**values)
+
+
+def _map_arrays(cls: type[Any], folder: Path, names: list[str], small: dict[str, Any]) -> Any:
+    return cls(**{name: _load_mapped(folder / f"{name}.npy") for name in names}, **small)
+
+
+def _load_mapped(path: Path) -> NDArray[Any]:
+    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped.view(np.ndarray)  # slicing a memmap takes several times as long
+
+
+def _index_rows(images: NDArray[np.integer], objects: NDArray[np.integer]) -> NDArray[np.int32]:
     return np.stack([images, objects], axis=1).astype(np.int32)
 
 
-def _with_mask(annotations: Annotations) -> NDArray[np.bool_]:
+def _has_mask(annotations: Annotations) -> NDArray[np.bool_]:
     found = np.zeros(len(annotations), np.bool_)
     found[annotations.ring_owner] = True
-    found[annotations.run_owner] = True
+    found[annotations.rle_owner] = True
     return found
 
 
-def _with_keypoints(annotations: Annotations) -> NDArray[np.bool_]:
+def _has_keypoints(annotations: Annotations) -> NDArray[np.bool_]:
     found = np.zeros(len(annotations), np.bool_)
     found[annotations.keypoint_owner] = (annotations.keypoints[..., 2] > 0).any(axis=1)
     return found
 
 
-_OBJECTS: dict[str, Callable[[Annotations], NDArray[np.bool_]]] = {
+_USABLE: dict[str, Callable[[Annotations], NDArray[np.bool_]]] = {
     "object": lambda annotations: np.ones(len(annotations), np.bool_),
-    "mask": _with_mask,
-    "labelled keypoint": _with_keypoints,
+    "mask": _has_mask,
+    "labelled keypoint": _has_keypoints,
 }

@@ -1,30 +1,30 @@
-"""Read a data set once, all of it, and report every defect by id.
+"""Read a complete data set once and report every defect by id.
 
-What is done about each, here, in training and in evaluation alike:
+The policies below hold for this check, for training and for evaluation:
 
 | defect | policy |
 |---|---|
-| annotation file: cut off, no JSON or XML, in another encoding than UTF-8; a byte order mark is read over | refused |
-| category: no whole id or no name, an id given twice, keypoints that cannot be read, none at all | refused |
+| annotation file: cut off, not JSON or XML, not UTF-8 (a byte order mark is allowed) | refused |
+| category: no integer id or no name, an id given twice, unreadable keypoints, no category at all | refused |
 | image: no id or name, an id seen before, no file | dropped |
 | image: no width and height | read from the file |
-| image: truncated, corrupt, no image | skipped in training, refused in evaluation |
-| image: of another size than the annotations say | skipped in training, refused in evaluation |
-| image: of that size only without its EXIF orientation | read as stored |
-| annotation: no object, unknown image or category, an id seen before, no class name in VOC | dropped |
-| annotation: no id | one is given |
+| image: truncated, corrupt, not an image | skipped in training, refused in evaluation |
+| image: size differs from the annotations | skipped in training, refused in evaluation |
+| image: size agrees only without its EXIF orientation | read as stored |
+| annotation: not an object, unknown image or category, an id seen before, no class name in VOC | dropped |
+| annotation: no id | gets one |
 | box: NaN, infinite, not four numbers, beyond 1e7 pixels, without area, outside the image | dropped |
 | box: reaches outside the image | clipped |
-| box: none, beside a mask or keypoints | rebuilt from them |
+| box: none, but a mask or keypoints | rebuilt from them |
 | polygon: fewer than three points, odd length, NaN, infinite, beyond 1e7 | part left out |
-| run-length mask: bad counts, not the size of the image | mask left out |
-| keypoints: not three numbers a point, NaN, infinite, beyond 1e7 | left out |
+| RLE mask: bad counts, not the size of the image | mask left out |
+| keypoints: not three numbers per point, NaN, infinite, beyond 1e7 | left out |
 | skeleton: names an unknown keypoint | bone left out |
-| caption: empty, no text, unknown image | dropped |
+| caption: empty, not text, unknown image | dropped |
 
-Where more than `max_bad_share` of the images, the objects or the captions is dropped or skipped, and ten or
-more, the data set is refused with the first ten named: when it is opened, or, for images that only decoding
-shows to be bad, once training has met so many.
+If ten or more images, objects or captions, and more than `max_bad_share` of them, are dropped or skipped,
+the data set is refused and the first ten are named: on opening, or during training for images that turn out
+bad only when they are decoded.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ from pix2seq.data.image import SizeMismatchError, image_size, read_record_image
 from pix2seq.errors import InputError
 from pix2seq.types import ImageRecord
 
-NUM_LISTED = 10  # ids a defect
-_AT_A_TIME = 1024  # images that wait for a thread
+NUM_LISTED = 10  # ids to print per defect
+_CHUNK = 1024  # images to queue for the threads at a time
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split holds and what is wrong with it."""
+    """The contents and the defects of one split."""
 
     split: str
     num_images: int
-    objects: pd.DataFrame  # as read, without what was dropped
+    objects: pd.DataFrame  # as read, without dropped ones
     defects: pd.DataFrame
-    refusal: str | None = None  # why training and evaluation refuse the split, if they do
+    refusal: str | None = None  # the reason why training and evaluation refuse the split, if they do
 
     def text(self) -> str:
-        """Statistics, then each kind of defect with its first ids."""
+        """Return statistics, then each kind of defect with its first ids."""
         objects = self.objects
         counts = objects.groupby("image_id").size()
         lines = [f"{self.split}: {self.num_images} images, {len(objects)} objects"]
@@ -75,8 +75,8 @@ class SplitReport:
             side = (objects["width"] * objects["height"]) ** 0.5
             quantiles = side.quantile([0.05, 0.5, 0.95])
             lines.append(
-                f"  objects an image: median {per_image.median():g}, most {per_image.max():g}, "
-                f"{self.num_images - len(counts)} images without any"
+                f"  objects per image: median {per_image.median():g}, most {per_image.max():g}, "
+                f"{self.num_images - len(counts)} images without objects"
             )
             lines.append(
                 "  box side (square root of its area), px: "
@@ -102,7 +102,7 @@ class SplitReport:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; defects in full."""
+        """Return plain values, with all defects."""
         return {
             "split": self.split,
             "num_images": self.num_images,
@@ -125,25 +125,25 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether anything is left to train on, of a split that is not refused."""
+        """Whether at least one split has images and is not refused."""
         return any(report.num_images and report.refusal is None for report in self.splits)
 
     def text(self) -> str:
-        """What `pix2seq data check` prints."""
+        """Return the report that `pix2seq data check` prints."""
         total = sum(len(report.defects) for report in self.splits)
-        verdict = f"{total} defects; what was dropped is left out of training and evaluation" if total else "sound"
+        verdict = f"{total} defects; dropped entries are not used in training and evaluation" if total else "no defects"
         return "\n".join([str(self.root), *(report.text() for report in self.splits), verdict])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {"root": str(self.root), "usable": self.usable, "splits": [report.to_json() for report in self.splits]}
 
 
 def check_dataset(path: str | Path, split: str | None = None, *, max_bad_share: float = MAX_BAD_SHARE) -> CheckReport:
-    """Read the annotations and decode every image of one split, or of all.
+    """Read the annotations and decode every image of one split, or of all splits.
 
-    A split of which more than `max_bad_share` (0 to 1) is bad is reported as one that training refuses.
-    Raises `InputError` where the folder or its annotation files cannot be used at all.
+    A split with more than a share of `max_bad_share` (0 to 1) bad entries is reported as refused.
+    Raises `InputError` if the folder or its annotation files cannot be used at all.
     """
     path = Path(path)
     splits = [split] if split else (find_splits(path) if path.is_dir() else [])
@@ -158,10 +158,10 @@ def _check_split(path: Path, split: str, max_bad_share: float) -> SplitReport:
         dataset, refusal = open_dataset(path, split, max_bad_share=1.0), str(error)
     num_images = len(dataset.images)
     rows: list[Defect] = []
-    # Decoding releases the interpreter lock.
+    # Threads are enough: decoding releases the interpreter lock.
     with ThreadPoolExecutor() as pool, tqdm(total=num_images, unit="image", desc=split) as bar:
-        for start in range(0, num_images, _AT_A_TIME):
-            some = dataset.images[start : start + _AT_A_TIME]
+        for start in range(0, num_images, _CHUNK):
+            some = dataset.images[start : start + _CHUNK]
             rows += [row for row in pool.map(_check_image, some) if row is not None]
             bar.update(len(some))
     defects = pd.concat([dataset.defects, defect_frame(rows)], ignore_index=True) if rows else dataset.defects
@@ -183,8 +183,8 @@ def _check_image(record: ImageRecord) -> Defect | None:
         return record.id, None, "unreadable image", SKIPPED, str(error)
     if (width, height) == (record.width, record.height):
         return None
-    said = f"{record.path.name} is upright at {width}x{height}, the annotations say {record.width}x{record.height}"
-    return record.id, None, "sides swapped by EXIF orientation", "read as stored", said
+    detail = f"{record.path.name} is upright at {width}x{height}, the annotations say {record.width}x{record.height}"
+    return record.id, None, "sides swapped by EXIF orientation", "read as stored", detail
 
 
 def _name(row: Any) -> str:

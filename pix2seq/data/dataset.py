@@ -1,4 +1,4 @@
-"""Data sets of any layout: what each gives, how a folder is opened, and how classes of several become one set."""
+"""Data sets of any layout: their common interface, opening a folder, and uniting the classes of several."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pix2seq.data.defects import MAX_BAD_SHARE
 from pix2seq.data.formats.coco import CocoDataset, find_files
 from pix2seq.data.formats.voc import VocDataset, is_voc
 from pix2seq.errors import InputError
-from pix2seq.types import Category, ImageRecord, Target
+from pix2seq.types import Category, ImageRecord, Target, category_key
 
 
 class Dataset(Protocol):
-    """What every reader gives: images with targets, and a table of everything that was read."""
+    """The interface of all readers: images with targets, and tables of objects and defects."""
 
     @property
     def root(self) -> Path: ...
@@ -37,26 +37,26 @@ class Dataset(Protocol):
 
     @property
     def objects(self) -> pd.DataFrame:
-        """A row for each annotation that is used, with `data.defects.OBJECT_COLUMNS`."""
+        """One row per used annotation, with `data.defects.OBJECT_COLUMNS`."""
         ...
 
     @property
     def defects(self) -> pd.DataFrame:
-        """A row for each defect, with `data.defects.DEFECT_COLUMNS`."""
+        """One row per defect, with `data.defects.DEFECT_COLUMNS`."""
         ...
 
     def __len__(self) -> int: ...
 
     def target(self, index: int) -> Target:
-        """The annotations of image `index`, in the data set's own labels."""
+        """Return the annotations of image `index`, in the data set's own labels."""
         ...
 
 
 def open_dataset(path: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> Dataset:
-    """The data set of a split in COCO or Pascal VOC layout.
+    """Open a split in COCO or Pascal VOC layout.
 
-    Raises `InputError` where there is neither, or where more than `max_bad_share` (0 to 1) of the
-    images or of the annotations, and ten of them or more, had to be dropped.
+    Raises `InputError` if the folder has neither layout, or if ten or more images or annotations, and
+    more than `max_bad_share` (0 to 1) of them, had to be dropped.
     """
     path = Path(path)
     if not path.is_dir():
@@ -74,9 +74,9 @@ def open_dataset(path: str | Path, split: str, *, max_bad_share: float = MAX_BAD
 
 
 def find_splits(path: Path) -> list[str]:
-    """Names of the splits that a folder has annotations of."""
+    """Return the names of the splits for which a folder has annotations."""
     if is_voc(path):
-        # Class-specific lists such as `aeroplane_train` are no splits of their own.
+        # Class-specific lists such as `aeroplane_train` are not splits.
         return sorted(f.stem for f in (path / "ImageSets" / "Main").glob("*.txt") if "_" not in f.stem)
     names = ["train", "val", "valid", "test"]
     for file in sorted((path / "annotations").glob("*.json")):
@@ -92,41 +92,36 @@ def find_splits(path: Path) -> list[str]:
 
 
 def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[int, int]:
-    """A data set's labels to a model's, for classes of the same name (case and outer spaces aside).
+    """Map a data set's labels to a model's, by class name (case and outer spaces aside).
 
-    Raises `InputError` naming the classes that the model does not know.
+    Raises `InputError` with the names of the classes that the model does not know.
     """
-    known = {same_name(category.name): category.label for category in model}
-    missing = [category.name for category in data if same_name(category.name) not in known]
+    known = {category_key(category.name): category.label for category in model}
+    missing = [category.name for category in data if category_key(category.name) not in known]
     if missing:
         listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise InputError(f"the model does not know these classes of the data: {listed}; use the data it was trained on")
-    return {category.label: known[same_name(category.name)] for category in data}
-
-
-def same_name(name: str) -> str:
-    """What two classes are compared by: case and outer spaces aside."""
-    return name.strip().lower()
+    return {category.label: known[category_key(category.name)] for category in data}
 
 
 def unite_categories(groups: Sequence[Sequence[Category]]) -> tuple[Category, ...]:
-    """Every class once, by name. The first group keeps its labels; classes that only others have follow.
+    """Merge classes by name. The first group keeps its labels; classes found only in later groups follow.
 
-    A skeleton comes from the first group that has one for the class; raises `InputError` where another
-    group has other points for it.
+    A class takes its skeleton from the first group that has one; raises `InputError` if another group
+    has other keypoints for it.
     """
     united: dict[str, Category] = {}
     for group in groups:
         first = not united
         for category in group:
-            name = same_name(category.name)
-            if name not in united:
+            key = category_key(category.name)
+            if key not in united:
                 label = category.label if first else max((c.label for c in united.values()), default=0) + 1
-                united[name] = replace(category, label=label)
-            elif category.keypoints and not united[name].keypoints:
-                united[name] = replace(united[name], keypoints=category.keypoints, skeleton=category.skeleton)
-            elif category.keypoints and category.keypoints != united[name].keypoints:
-                ours, theirs = ", ".join(united[name].keypoints), ", ".join(category.keypoints)
+                united[key] = replace(category, label=label)
+            elif category.keypoints and not united[key].keypoints:
+                united[key] = replace(united[key], keypoints=category.keypoints, skeleton=category.skeleton)
+            elif category.keypoints and category.keypoints != united[key].keypoints:
+                ours, theirs = ", ".join(united[key].keypoints), ", ".join(category.keypoints)
                 raise InputError(
                     f"two data sets have different keypoints for {category.name!r}: {ours}, and {theirs}; "
                     "give the class another name in one of them"

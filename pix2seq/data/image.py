@@ -1,4 +1,4 @@
-"""Read an image, strictly: every pixel of it, upright, as 8-bit RGB, or not at all."""
+"""Read images strictly, as upright 8-bit RGB with every pixel intact, and resample them by an affine map."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pix2seq.errors import InputError
+from pix2seq.geometry.affine import Affine
 from pix2seq.types import ImageRecord
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 512 MiB as RGB
-BACKGROUND = (255, 255, 255)  # beneath transparent pixels: what viewers and browsers mostly show
+BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in most viewers and browsers
+PAD_VALUE = 0.3  # grey level around images that do not fill the output, as published
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 _ORIENTATION_TAG = 0x0112
 
 
 def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a path, encoded bytes, PIL image or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+    """Read pixels (H, W, 3) from a path, encoded bytes, PIL image or uint8 array.
 
-    EXIF orientation is applied unless `upright` is false, transparency is laid on white, 16-bit and
-    float greys are scaled to 8 bits, and of an animation the first frame is taken. Raises `InputError`
-    for what is missing, no image, truncated, or of more than `max_pixels` (told from the header,
-    before decoding).
+    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). EXIF orientation is applied unless `upright` is
+    false, transparent pixels are blended with white, 16-bit and float greys are scaled to 8 bits, and an
+    animation gives its first frame. Raises `InputError` for a missing file, anything that is not an image,
+    a truncated image, or one of more than `max_pixels` (checked in the header, before decoding).
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -42,15 +45,38 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bo
             pixels = _decode_jpeg(image, source)
             if pixels is not None:
                 return _upright(pixels, _orientation(image) if upright else 1)
-            _load_whole(image)
+            _load_strictly(image)
             return _to_rgb(image, upright)
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{name} cannot be decoded: {reason}; the file is damaged, replace it") from error
 
 
+class SizeMismatchError(InputError):
+    """The size of an image differs from its annotations."""
+
+
+def read_record_image(record: ImageRecord, content: bytes | None = None) -> NDArray[np.uint8]:
+    """Read pixels (height, width, 3) of exactly the size in `record`, from its path or from encoded bytes.
+
+    The image is upright by its EXIF orientation. If only its stored sides match the annotations, their
+    tool ignored EXIF, and the pixels are returned as stored. Any other size is refused, because
+    the boxes could lie anywhere. Raises `InputError` as `read_image`.
+    """
+    source = record.path if content is None else content
+    pixels = read_image(source)
+    if pixels.shape[:2] != (record.height, record.width):
+        upright, pixels = pixels, read_image(source, upright=False)
+        if pixels.shape[:2] != (record.height, record.width):
+            raise SizeMismatchError(
+                f"{record.path} is {upright.shape[1]}x{upright.shape[0]}, the annotations say "
+                f"{record.width}x{record.height}; replace it by the image that was annotated"
+            )
+    return pixels
+
+
 def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
-    """Width and height, after EXIF orientation if `upright`, from the header alone.
+    """Read width and height from the header, after EXIF orientation if `upright`.
 
     Raises `InputError` as `read_image`.
     """
@@ -59,10 +85,33 @@ def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
         return (height, width) if upright and _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
+def warp_image(image: NDArray[np.uint8], affine: Affine, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resample an image (H, W, 3) into an output of `size` (height, width).
+
+    Only the visible part is resampled, bilinearly with antialiasing; the rest is grey.
+    """
+    height, width = size
+    x0, y0, x1, y1 = affine.boxes(np.array([0.0, 0.0, image.shape[1], image.shape[0]]))
+    left, top = max(round(float(x0)), 0), max(round(float(y0)), 0)
+    right, bottom = min(round(float(x1)), width), min(round(float(y1)), height)
+    out = np.full((height, width, 3), round(PAD_VALUE * 255), np.uint8)
+    if right <= left or bottom <= top:
+        return out
+    region = affine.inverse().boxes(np.array([left, top, right, bottom], np.float64))
+    limits = np.array([image.shape[1], image.shape[0]] * 2, np.float32)
+    part = Image.fromarray(image).resize(
+        (right - left, bottom - top), Image.Resampling.BILINEAR, box=tuple(np.clip(region, 0, limits).tolist())
+    )
+    pixels = np.asarray(part)
+    # NumPy takes ten times as long to copy three-byte pixels in reverse.
+    out[top:bottom, left:right] = cv2.flip(pixels, 1) if affine.scale_x < 0 else pixels
+    return out
+
+
 def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns of sizes, which we check below, and of broken metadata beside sound pixels.
+            # Pillow warns about sizes, which we check below, and about broken metadata beside intact pixels.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError:
@@ -70,7 +119,7 @@ def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Imag
     except IsADirectoryError:
         raise InputError(f"{name} is a folder; name an image file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name} is no image that can be read; expected JPEG, PNG, WebP, TIFF, BMP or GIF") from None
+        raise InputError(f"{name} is not a readable image; expected JPEG, PNG, WebP, TIFF, BMP or GIF") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name} has more pixels than the limit of {max_pixels or MAX_PIXELS}; resize it") from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -88,13 +137,13 @@ def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Imag
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise InputError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in all; resize it")
+        raise InputError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in total; resize it")
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); replace it")
 
 
 def _decode_jpeg(image: Image.Image, source: str | Path | bytes) -> NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) as stored of a JPEG, or None for Pillow to decode it, or to say what is wrong with it."""
+    """Decode a JPEG to pixels (H, W, 3) as stored; None leaves it to Pillow to decode it or to report its defect."""
     decode = _turbo() if image.format == "JPEG" and image.mode in ("RGB", "L") else None
     if decode is None:
         return None
@@ -106,9 +155,9 @@ def _decode_jpeg(image: Image.Image, source: str | Path | bytes) -> NDArray[np.u
 
 @lru_cache(maxsize=1)
 def _turbo() -> Callable[[bytes], NDArray[np.uint8]] | None:
-    """simplejpeg's decoder, which is Pillow's without its copies, if it is installed and gives Pillow's very pixels.
+    """Return simplejpeg's decoder if it is installed and gives exactly Pillow's pixels; it makes fewer copies.
 
-    Each brings its own libjpeg-turbo; what a model learns must not depend on which of them decodes.
+    Each package brings its own libjpeg-turbo; what a model learns must not depend on which one decodes.
     """
     try:
         import simplejpeg
@@ -123,8 +172,8 @@ def _turbo() -> Callable[[bytes], NDArray[np.uint8]] | None:
     return simplejpeg.decode_jpeg
 
 
-def _load_whole(image: Image.Image) -> None:
-    # Other libraries switch this flag on for the whole process, and then half an image passes for one.
+def _load_strictly(image: Image.Image) -> None:
+    # Other libraries set this flag for the whole process; Pillow then accepts truncated images.
     tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with warnings.catch_warnings():
@@ -136,7 +185,7 @@ def _load_whole(image: Image.Image) -> None:
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself, size and pixels
+        return 1  # Pillow rotates these itself, size and pixels
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:
@@ -158,7 +207,7 @@ def _to_rgb(image: Image.Image, upright: bool = True) -> NDArray[np.uint8]:
 
 
 def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation (1 to 8, others mean none) on pixels (H, W, 3)."""
+    """Undo an EXIF orientation (1 to 8; other values mean none) on pixels (H, W, 3)."""
     turns: dict[int, Any] = {
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -172,7 +221,7 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Wide greys by their own range: 16 bits by 257, others from their least to their largest value."""
+    """Scale greys of more than 8 bits: 16 bits by 257, others from their minimum to their maximum."""
     values = np.asarray(image).astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
@@ -187,34 +236,11 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise InputError(
-            f"expected an array of uint8 shaped (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+            "expected an array of uint8 shaped (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
             f"got {array.dtype} {array.shape}"
         )
     if 0 in array.shape:
-        raise InputError(f"an array shaped {array.shape} has no pixels")
+        raise InputError(f"an array of shape {array.shape} has no pixels; expected at least one")
     if array.ndim == 3 and array.shape[2] == 3:
         return np.ascontiguousarray(array)
     return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
-
-
-class SizeMismatchError(InputError):
-    """An image is not of the size that its annotations were made for."""
-
-
-def read_record_image(record: ImageRecord, content: bytes | None = None) -> NDArray[np.uint8]:
-    """Pixels (height, width, 3) of exactly the size that `record` says, from its path or from encoded bytes.
-
-    An image that its EXIF orientation turns is upright; where only its stored sides are those of
-    the annotations, their tool paid EXIF no heed, and the pixels come as they are stored. Any
-    other size is refused, since nobody knows where the boxes lie then. Raises `InputError` as `read_image`.
-    """
-    source = record.path if content is None else content
-    pixels = read_image(source)
-    if pixels.shape[:2] != (record.height, record.width):
-        upright, pixels = pixels, read_image(source, upright=False)
-        if pixels.shape[:2] != (record.height, record.width):
-            raise SizeMismatchError(
-                f"{record.path} is {upright.shape[1]}x{upright.shape[0]}, the annotations say "
-                f"{record.width}x{record.height}; put in the image that was annotated"
-            )
-    return pixels

@@ -1,4 +1,4 @@
-"""Which image comes when: an endless, seeded stream of (epoch, index), cut into batches."""
+"""The order of training samples: an endless, seeded stream of (epoch, index), cut into batches."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pix2seq.errors import InputError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), each epoch a new permutation that depends on (seed, epoch) alone.
+    """Batches of (epoch, index); each epoch is a new permutation that depends only on (seed, epoch).
 
-    The stream is infinite and a batch may straddle two epochs, so no image is left out or padded.
-    `start` skips that many batches at no cost: a resumed run sees what it would have seen. Of every batch,
-    only `part` is given.
+    The stream is endless and a batch may span two epochs, so no image is left out or padded.
+    `start` skips that many batches at no cost: a resumed run gets the batches it would have got. Only
+    `part` of each batch is returned.
     """
 
     def __init__(
         self, num_images: int, batch_size: int, *, seed: int, start: int = 0, part: slice = slice(None)
     ) -> None:
         if num_images < 1:
-            raise ValueError("there is no image to sample from")
+            raise ValueError(f"num_images is {num_images}; expected at least 1")
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
@@ -47,10 +47,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
 
 
-def rank_part(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of every batch that one of `world_size` processes takes: contiguous, and as even as can be.
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """Return the part of each batch for one of `world_size` processes: contiguous, and as even as possible.
 
-    Raises `InputError` where there are more processes than images in a batch.
+    Raises `InputError` if there are more processes than images in a batch.
     """
     if world_size > batch_size:
         raise InputError(

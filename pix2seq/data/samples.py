@@ -1,4 +1,4 @@
-"""From a data set to training samples, each a function of (seed, epoch, index)."""
+"""Training samples of a data set, each a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
-from pix2seq.data.annotations import WHOLE, find_places
+from pix2seq.data.annotations import WHOLE_IMAGE, find_samples
 from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
-from pix2seq.data.image import read_record_image
+from pix2seq.data.image import read_record_image, warp_image
 from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
@@ -24,7 +24,7 @@ from pix2seq.types import Category, Target
 
 
 class ExampleMaker(Protocol):
-    """The part of a task that training data needs; see `pix2seq.tasks.task.Task`."""
+    """What this module needs of a task; see `pix2seq.tasks.task.Task`."""
 
     @property
     def name(self) -> str: ...
@@ -34,12 +34,12 @@ class ExampleMaker(Protocol):
     def scale_range(self) -> tuple[float, float]: ...
     @property
     def crop_padding(self) -> float | None: ...
-    def places(self, target: Target) -> list[int | None]: ...
+    def samples(self, target: Target) -> list[int | None]: ...
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]: ...
 
 
 class SampleMaker:
-    """Moves an image and its labels by one affine map, and lets the task write sequences."""
+    """Maps an image and its labels by one affine map and lets the task write its sequences."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class SampleMaker:
         augment: AugmentConfig,
         labels: Mapping[int, int] | None = None,
     ) -> None:
-        """`labels` maps the labels of `categories` to the model's; none given, they are the same."""
+        """`labels` maps the labels of `categories` to the model's; by default they are the same."""
         self.task = task
         self.size = size
         self.augment = augment
@@ -65,30 +65,32 @@ class SampleMaker:
             self._labels[list(labels)] = list(labels.values())
 
     def target(self, target: Target) -> Target:
-        """A target of the data set, in the model's labels."""
+        """Convert a target of the data set to the model's labels."""
         return target if self._labels is None else replace(target, labels=self._labels[target.labels])
 
-    def sample(self, target: Target, image: NDArray[np.uint8], place: int | None, rng: np.random.Generator) -> Sample:
-        """A sample of an image (H, W, 3), or of a crop around its object `place`."""
-        if place is not None and self.task.crop_padding is not None:
-            target, image = crop_to_object(target, image, place, self.task.crop_padding)
+    def sample(
+        self, target: Target, image: NDArray[np.uint8], object_index: int | None, rng: np.random.Generator
+    ) -> Sample:
+        """Make a sample of an image (H, W, 3), or of a crop around its object `object_index`."""
+        if object_index is not None and self.task.crop_padding is not None:
+            target, image = crop_to_object(target, image, object_index, self.task.crop_padding)
         affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.task.scale_range)
-        pixels = color_jitter(affine.image(image, self.size), self.augment, rng)
+        pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
         moved = transform_target(
             target,
             affine,
             self.size,
             min_visible=self.augment.min_visible,
             mirror_orders=self.mirror_orders,
-            with_masks=self.task.name == "segmentation",
+            with_masks=self.task.learns_from == "mask",
         )
         return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)
 
 
 class TrainingSet(torch.utils.data.Dataset[Sample]):
-    """The samples of a data set in memory by (epoch, index).
+    """The samples of a data set in memory, by (epoch, index).
 
-    What a task cannot learn from is left out: `places` holds an (image, object) for each sample.
+    Images and objects that the task cannot learn from are left out: `index` has an (image, object) per sample.
     """
 
     def __init__(
@@ -102,31 +104,31 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         labels: Mapping[int, int] | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
     ) -> None:
-        """`labels` as for `SampleMaker`. `max_bad_share` (0 to 1) of the images may turn out unusable."""
+        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable."""
         self.dataset = dataset
         self.task = task
         self.seed = seed
         self.maker = SampleMaker(dataset.categories, task, size=size, augment=augment, labels=labels)
         each_object = task.crop_padding is not None
-        self.places = find_places(dataset.annotations, task.learns_from, each_object=each_object)
+        self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
         self.max_bad_share = max_bad_share
         self._tried = np.zeros(len(dataset), np.bool_)  # images that this process has read
-        self._bad: dict[int, Defect] = {}  # of these, the ones that cannot be used
+        self._bad: dict[int, Defect] = {}  # those of them that cannot be used
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.index)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Sample `index` as it is in `epoch`: key is (epoch, index).
+        """Return sample `index` of `epoch`: key is (epoch, index).
 
-        An image that cannot be read, or is not of the annotations' size, is named in a warning, and the
-        next one takes its place. Raises `BadShareError` where more than `max_bad_share` of those that
-        this process has read, and ten or more, were such.
+        An image that cannot be read, or differs in size from its annotations, is named in a warning and
+        replaced by the next one. Raises `BadShareError` if ten or more images, and more than
+        `max_bad_share` of those that this process has read, were bad.
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         for step in range(len(self)):
-            image_index, place = self.places[(index + step) % len(self)].tolist()
+            image_index, object_index = self.index[(index + step) % len(self)].tolist()
             target = self.dataset.target(image_index)
             self._tried[image_index] = True
             try:
@@ -134,8 +136,9 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
             except InputError as error:
                 self._skip(image_index, target.image.id, str(error))
                 continue
-            return self.maker.sample(self.maker.target(target), image, None if place == WHOLE else place, rng)
-        raise InputError(f"{self.dataset.root} has no image that can be read; see pix2seq data check")
+            object_index = None if object_index == WHOLE_IMAGE else object_index
+            return self.maker.sample(self.maker.target(target), image, object_index, rng)
+        raise InputError(f"{self.dataset.root} has no readable image; see pix2seq data check")
 
     def _skip(self, image_index: int, image_id: int, reason: str) -> None:
         if image_index in self._bad:
@@ -148,10 +151,10 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
 
 
 class TrainingStream:
-    """The samples of a split in shards, one for each image that the task can learn from.
+    """The samples of a split in shards, one per image that the task can learn from.
 
-    They come in the order of `ShardStream`, which depends on how many readers there are. Where every object
-    is an image of its own, one of them is drawn each epoch.
+    Their order is that of `ShardStream` and depends on the number of readers. A task that crops around
+    objects gets one random object of each image per epoch.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ class TrainingStream:
         labels: Mapping[int, int] | None = None,
         mix: int = 4,
     ) -> None:
-        """`labels` as for `SampleMaker`; each reader holds `mix` shards in memory."""
+        """`labels` as in `SampleMaker`; each reader keeps `mix` shards in memory."""
         self.index = index
         self.task = task
         self.seed = seed
@@ -175,16 +178,16 @@ class TrainingStream:
     def __len__(self) -> int:
         return self.index.num_with(self.task.learns_from)
 
-    def lane(self, lane: int, num_lanes: int, *, start: int = 0) -> Iterator[Sample]:
-        """The endless samples of one of `num_lanes` readers, from its sample `start` on.
+    def read(self, reader: int, num_readers: int, *, start: int = 0) -> Iterator[Sample]:
+        """Yield the endless samples of one of `num_readers` readers, from its sample `start` on.
 
-        Raises `InputError`, also while reading, where shards are too few, missing or damaged.
+        Raises `InputError`, also while reading, if there are too few shards, or missing or damaged ones.
         """
         stream = ShardStream(
             self.index,
             seed=self.seed,
-            lane=lane,
-            num_lanes=num_lanes,
+            reader=reader,
+            num_readers=num_readers,
             mix=self.mix,
             start=start,
             learns_from=self.task.learns_from,
@@ -197,8 +200,8 @@ class TrainingStream:
             target = self.maker.target(shard_sample.target)
             try:
                 image = read_record_image(target.image, shard_sample.image)
-            except InputError as error:  # it could be read when the shards were written
+            except InputError as error:  # it was readable when the shards were written
                 name = f"{self.index.location}: {target.image.path}"
-                raise InputError(f"{name}: {error}, and write the shards anew") from None
-            places = self.task.places(target)
-            yield self.maker.sample(target, image, places[int(rng.integers(len(places)))], rng)
+                raise InputError(f"{name}: {error}, and write the shards again") from None
+            choices = self.task.samples(target)
+            yield self.maker.sample(target, image, choices[int(rng.integers(len(choices)))], rng)

@@ -1,6 +1,6 @@
-"""Training augmentation: scale jitter, crop and flip as one affine map, and colour.
+"""Training augmentation: scale jitter, crop and flip as one affine map, and colour jitter.
 
-Every draw comes from the generator that is passed in, so a sample is a function of its seed.
+All random draws come from the generator that the caller passes, so a sample is a function of its seed.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.geometry.affine import Affine, fit_affine
-from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy
+from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy, padded_region
 from pix2seq.geometry.polygons import rle_to_rings
 from pix2seq.types import MaskAnnotation, Target
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import checks the network for a newer version
 import albumentations as A
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training samples differ from the images they come from."""
+    """How training samples are augmented."""
 
     enabled: bool = True  # false: resize and pad as in evaluation
     scale_min: float | None = None  # the image is resized to between scale_min
-    scale_max: float | None = None  # and scale_max of the training size, then cropped; none given: as the task has it
+    scale_max: float | None = None  # and scale_max of the training size, then cropped; if unset, the task's range
     flip: float = 0.5  # probability of a left-right flip
     brightness: float = 0.0  # largest relative change
     contrast: float = 0.0  # largest relative change
     saturation: float = 0.0  # largest relative change
-    hue: float = 0.0  # largest turn, 0.5 is half the circle
-    min_visible: float = 0.0  # an object that keeps less than this share of its box after the crop is left out
+    hue: float = 0.0  # largest shift, 0.5 is half the colour circle
+    min_visible: float = 0.0  # drop objects that keep less than this share of their box after the crop
 
     def __post_init__(self) -> None:
         low, high = self.scale_min, self.scale_max
@@ -50,10 +50,10 @@ def random_affine(
     *,
     scale_range: tuple[float, float] = (0.3, 2.0),
 ) -> Affine:
-    """Scale jitter, crop and flip of a `source` (height, width) into `target`.
+    """Draw scale jitter, crop and flip of a `source` (height, width) into `target`.
 
-    As published, except that the crop draws its place on each axis independently. `scale_range` holds
-    where `config` names no scales.
+    As published, except that the crop draws its position on each axis independently. `scale_range` is
+    used if `config` has no scales.
     """
     if not config.enabled:
         return fit_affine(source, target)
@@ -66,7 +66,7 @@ def random_affine(
     left = int(max(width - target[1], 0) * rng.random())
     affine = Affine(width / source[1], height / source[0], -left, -top)
     if rng.random() < config.flip:
-        # Mirrored about what is visible, so that the image stays in the top left corner.
+        # Mirror about the centre of the visible part, so that the image stays in the top left corner.
         affine = affine.then_mirror(min(width, target[1]))
     return affine
 
@@ -80,13 +80,13 @@ def transform_target(
     mirror_orders: Mapping[int, NDArray[np.int64]] | None = None,
     with_masks: bool = True,
 ) -> Target:
-    """The target in pixels of an output of `size` (height, width).
+    """Map a target to pixels of an output of `size` (height, width).
 
-    Boxes are clipped to the output, and objects without any area left there, or with less than
-    `min_visible` of it, are dropped. Keypoints outside become unlabelled (0, 0, 0); where the map
-    mirrors, the order of its label in `mirror_orders` puts left and right back under their names. Masks
-    become rings, which may reach beyond the output; crowds, which nobody learns from, lose theirs, and
-    all do where `with_masks` is false.
+    Boxes are clipped to the output. Objects are dropped if they keep no area there, or less than
+    `min_visible` of it. Keypoints outside become unlabelled (0, 0, 0); if the map mirrors, the order
+    for the object's label in `mirror_orders` puts left and right back under their names. Masks become
+    rings, which may reach beyond the output. Crowds lose their masks, as no task learns from them;
+    `with_masks=False` drops all masks.
     """
     height, width = size
     moved = affine.boxes(target.boxes_xyxy)
@@ -126,28 +126,13 @@ def _transform_segmentation(segmentation: MaskAnnotation | None, affine: Affine)
     return [affine.points(ring) for ring in rings] or None
 
 
-def object_region(box_xyxy: NDArray[np.floating], width: int, height: int, padding: float) -> tuple[int, int, int, int]:
-    """The part of an image around a box, as x0, y0, x1, y1 in whole pixels, the last ones excluded.
-
-    `padding` is the share of the box's size that is kept on each side. Reference:
-    google-research/pix2seq, `data/data_utils.py` (`maybe_unbatch_instances_and_crop_image_to_bbox`).
-    """
-    size = np.array([width, height], np.float32)
-    corners = np.asarray(box_xyxy, np.float32).reshape(2, 2) / size * (size - 1)
-    first, last = np.floor(corners[0]).astype(int), np.ceil(corners[1]).astype(int)
-    margin = ((last - first + 1) * np.float32(padding)).astype(int)
-    x0, y0 = np.maximum(first - margin, 0).tolist()
-    x1, y1 = np.minimum(last + margin + 1, [width, height]).tolist()
-    return x0, y0, x1, y1
-
-
 def crop_to_object(
     target: Target, image: NDArray[np.uint8], index: int, padding: float
 ) -> tuple[Target, NDArray[np.uint8]]:
-    """An image (H, W, 3) cut out around one object, and that object alone as its target."""
-    x0, y0, x1, y1 = object_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
+    """Crop an image (H, W, 3) around one object; the new target has only that object."""
+    x0, y0, x1, y1 = padded_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
     one = slice(index, index + 1)
-    alone = replace(
+    cropped = replace(
         target,
         boxes_xyxy=target.boxes_xyxy[one],
         labels=target.labels[one],
@@ -158,16 +143,16 @@ def crop_to_object(
         keypoints=target.keypoints[one],
     )
     size = (y1 - y0, x1 - x0)
-    return transform_target(alone, Affine(1, 1, -x0, -y0), size, with_masks=False), image[y0:y1, x0:x1]
+    return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=False), image[y0:y1, x0:x1]
 
 
 def color_jitter(image: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random brightness, contrast, saturation and hue of an image (H, W, 3)."""
+    """Randomly change brightness, contrast, saturation and hue of an image (H, W, 3)."""
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     if not config.enabled or not any(strengths):
         return image
     transform = _color_transform(*strengths)
-    # albumentations gives every worker the same draws and repeats them each epoch unless told.
+    # Without a seed, albumentations gives every worker the same draws and repeats them each epoch.
     transform.set_random_seed(int(rng.integers(2**31)))
     return transform(image=image)["image"]
 

@@ -1,1 +1,1 @@
-"""Boxes, polygons, masks, keypoints and affine maps: NumPy only, formats in every name."""
+"""Boxes, polygons, masks, keypoints and affine maps, on NumPy only; names say the format."""

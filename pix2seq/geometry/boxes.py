@@ -1,4 +1,4 @@
-"""Boxes, (..., 4) arrays in named formats: `xyxy` and `yxyx` are corners, `xywh` is corner and size."""
+"""Boxes as (..., 4) arrays; names say the format: `xyxy` and `yxyx` are corners."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ def box_xyxy_to_yxyx(boxes: FloatArray) -> FloatArray:
     return boxes[..., [1, 0, 3, 2]]
 
 
-def box_xyxy_to_xywh(boxes: FloatArray) -> FloatArray:
-    """Corners to x, y, width, height."""
-    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
-
-
-def box_xywh_to_xyxy(boxes: FloatArray) -> FloatArray:
-    """x, y, width, height to corners."""
-    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
-
-
 def box_area(boxes: FloatArray) -> FloatArray:
-    """Areas (...,) of `xyxy` or `yxyx` boxes."""
+    """Return the areas (...,) of `xyxy` or `yxyx` boxes."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def clip_boxes_xyxy(boxes: FloatArray, width: float, height: float) -> FloatArray:
-    """Corners moved into [0, width] x [0, height]; a box wholly outside becomes empty."""
+    """Move corners into [0, width] x [0, height]; a box that lies outside becomes empty."""
     return np.clip(boxes, 0, np.array([width, height, width, height], boxes.dtype))
+
+
+def padded_region(box_xyxy: FloatArray, width: int, height: int, padding: float) -> tuple[int, int, int, int]:
+    """Return the region of an image around a box as x0, y0, x1, y1 in whole pixels, the last ones excluded.
+
+    `padding` is the share of the box's size to keep on each side. Reference: google-research/pix2seq,
+    `data/data_utils.py` (`maybe_unbatch_instances_and_crop_image_to_bbox`).
+    """
+    size = np.array([width, height], np.float32)
+    corners = np.asarray(box_xyxy, np.float32).reshape(2, 2) / size * (size - 1)
+    first, last = np.floor(corners[0]).astype(int), np.ceil(corners[1]).astype(int)
+    margin = ((last - first + 1) * np.float32(padding)).astype(int)
+    x0, y0 = np.maximum(first - margin, 0).tolist()
+    x1, y1 = np.minimum(last + margin + 1, [width, height]).tolist()
+    return x0, y0, x1, y1

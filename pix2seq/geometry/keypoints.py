@@ -1,4 +1,4 @@
-"""Keypoints: what becomes of their names in a mirror."""
+"""Keypoints: the order of a skeleton's points after a mirror."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def mirror_order(names: Sequence[str]) -> NDArray[np.int64]:
-    """Indices (K,) that put mirrored keypoints back under their names: `left_eye` and `right_eye` change places.
+    """Return indices (K,) that put mirrored keypoints back under their names: `left_eye` and `right_eye` swap.
 
     Names without a counterpart, such as `nose`, stay.
     """

@@ -1,8 +1,8 @@
-"""Polygons and masks: rings to masks, masks to rings, and rings of fewer points.
+"""Polygons and masks: draw rings, trace masks, read RLEs, simplify and clip rings.
 
-A ring is a closed outline (P, 2) in pixels, x to the right and y down; the left edge of the first
-column is 0.0, so pixel centres lie at halves, and the last point is joined to the first. A list of
-rings is the union of their insides, as in COCO. Shapes use H rows, W columns and P points.
+A ring is a closed polygon (P, 2) in pixels, x to the right and y down; its last point joins the
+first. The left edge of the first column is 0.0, so pixel centres lie at halves. A list of rings is
+the union of their insides, as in COCO. Shapes use H rows, W columns and P points.
 """
 
 from __future__ import annotations
@@ -13,61 +13,60 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_utils
 
-from pix2seq.geometry.run_lengths import run_lengths
+MIN_POINTS = 3  # of a ring; fewer enclose no area
 
-MIN_POINTS = 3  # of a ring; fewer enclose nothing
-
-# pycocotools takes more than its stubs say.
-_FR_PY_OBJECTS: Any = mask_utils.frPyObjects
-_MERGE: Any = mask_utils.merge
-_DECODE: Any = mask_utils.decode
-_FAR = 16384.0  # pixels outside the image
+_MAX_DISTANCE = 16384.0  # pixels outside the image
+_MAX_COUNT_CHARS = 6  # of a count in a compressed RLE; longer ones exceed 32 bits
+_MAX_COUNT = 2**31
 
 
 def rasterize(rings_xy: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (H, W) of the rings' union, drawn by pycocotools. Never raises, whatever the rings.
+    """Draw the mask (H, W) of the union of rings with pycocotools. Never raises, for any rings.
 
-    pycocotools takes two points for a box, and ends the process where a coordinate is not finite
+    pycocotools reads two points as a box, and crashes the process if a coordinate is not finite
     or too large. So points that are not finite are left out, then rings of fewer than 3 points;
     points more than 16384 pixels outside the image are moved to that distance.
     """
+    from pycocotools import mask as mask_utils  # here, because tokenizers import this module and need NumPy only
+
+    coder: Any = mask_utils  # pycocotools accepts more than its stubs say
     flat = []
     for ring in rings_xy:
         points = np.asarray(ring, np.float64).reshape(-1, 2)
         points = points[np.isfinite(points).all(axis=1)]
         if len(points) >= MIN_POINTS:
-            flat.append(np.clip(points, -_FAR, np.array([width, height]) + _FAR).ravel().tolist())
+            far = np.array([width, height]) + _MAX_DISTANCE
+            flat.append(np.clip(points, -_MAX_DISTANCE, far).ravel().tolist())
     if not flat or not height or not width:
         return np.zeros((height, width), np.bool_)
-    return _DECODE(_MERGE(_FR_PY_OBJECTS(flat, height, width))).astype(np.bool_)
+    return coder.decode(coder.merge(coder.frPyObjects(flat, height, width))).astype(np.bool_)
 
 
 def mask_to_rings(mask: NDArray[Any]) -> list[NDArray[np.float32]]:
-    """Outlines of a mask (H, W) along the edges of its pixels, one ring for each 4-connected region.
+    """Trace a mask (H, W) along the edges of its pixels, one ring for each 4-connected region.
 
-    Rings hold corners only, in integers, clockwise as seen on the screen, from the topmost and then
-    leftmost one, and are ordered by that corner. Holes are dropped: no list of rings has them.
+    Rings hold only corners, as whole numbers, clockwise on the screen from the topmost and then
+    leftmost one, and are ordered by that corner. Holes are dropped: a list of rings cannot hold them.
     """
     inside = np.pad(np.asarray(mask, np.bool_), 1)
-    # Around the lattice point (y, x), with pixel (y, x) at its lower right.
+    # The four pixels around lattice point (y, x); pixel (y, x) is its lower right.
     upper_left, upper_right = inside[:-1, :-1], inside[:-1, 1:]
     lower_left, lower_right = inside[1:, :-1], inside[1:, 1:]
     y, x = np.nonzero(upper_left ^ upper_right ^ lower_left ^ lower_right)
-    # Two pixels that touch in a point have a corner there each.
+    # Where two pixels touch in a point, each has a corner.
     falling = np.argwhere(upper_left & lower_right & ~upper_right & ~lower_left)
     rising = np.argwhere(upper_right & lower_left & ~upper_left & ~lower_right)
     touching = np.concatenate([falling, falling, rising, rising])
     y, x = np.concatenate([y, touching[:, 0]]), np.concatenate([x, touching[:, 1]])
     num_simple = len(y) - len(touching)
-    # Of such a pair, 0 comes first: along the row the left pixel's corner, along the column the upper one's.
+    # Of such a pair, 0 comes first: the left pixel's corner along the row, the upper pixel's along the column.
     in_row = np.zeros(len(y), np.int64)
     in_row[num_simple:] = np.repeat([0, 1, 0, 1], np.repeat([len(falling), len(rising)], 2))
     in_column = np.zeros(len(y), np.int64)
     in_column[num_simple:] = np.repeat([0, 1, 1, 0], np.repeat([len(falling), len(rising)], 2))
 
-    # Corners of a row (of a column) are joined in pairs, from left to right (from top to bottom).
+    # Join the corners of each row in pairs from left to right, and those of each column from top to bottom.
     by_row = np.lexsort((in_row, x, y))
     along_row = _partners(by_row).tolist()
     along_column = _partners(np.lexsort((in_column, y, x))).tolist()
@@ -89,41 +88,60 @@ def mask_to_rings(mask: NDArray[Any]) -> list[NDArray[np.float32]]:
 
 
 def rle_to_rings(rle: dict[str, Any]) -> list[NDArray[np.float32]]:
-    """Outlines, as `mask_to_rings`, of a COCO RLE; `counts` is a list, or compressed as str or bytes.
+    """Trace a COCO RLE as `mask_to_rings` does; `counts` is a list, or compressed as str or bytes.
 
-    Raises `ValueError` where the counts do not fill `size` (height, width).
+    Raises `ValueError` if the counts do not fill `size` (height, width).
     """
     return mask_to_rings(rle_to_mask(rle))
 
 
 def rle_to_mask(rle: dict[str, Any]) -> NDArray[np.bool_]:
-    """The mask (H, W) of a COCO RLE; see `rle_to_rings`.
+    """Decode a COCO RLE to a mask (H, W); see `rle_to_rings`.
 
-    Not by pycocotools, which leaves a mask of too few counts uninitialised, and may end the process
-    where `counts` is no compressed RLE.
+    pycocotools is not used: it leaves a mask of too few counts uninitialised, and may crash the
+    process if `counts` is not a compressed RLE.
     """
     height, width = (int(size) for size in rle["size"])
     counts = rle["counts"]
     lengths = run_lengths(counts.decode("latin-1") if isinstance(counts, bytes) else counts)
     if lengths is None:
-        raise ValueError("RLE counts are neither whole numbers from 0 nor a compressed string of them")
+        raise ValueError("RLE counts must be whole numbers from 0, or a compressed string of them")
     if lengths.sum() != height * width:
         raise ValueError(f"RLE counts add up to {lengths.sum()}; size {height} x {width} needs {height * width}")
-    # Runs go down the columns, background first.
+    # Runs go down the columns and start with the background.
     return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
+
+
+def run_lengths(counts: Any) -> NDArray[np.int64] | None:
+    """Return the run lengths of a COCO RLE's `counts`, a list or a compressed str; None if they are not valid.
+
+    Valid counts are whole, not negative and below 2**31; on others pycocotools may crash the process.
+    The caller still has to compare their sum with the size of the image.
+    """
+    if isinstance(counts, str):
+        return _uncompress(counts)
+    if not isinstance(counts, list):
+        return None
+    try:
+        lengths = np.array(counts if counts else np.zeros(0, np.int64))
+    except ValueError:  # nested lists of different lengths
+        return None
+    if lengths.dtype != np.int64 or lengths.ndim != 1 or ((lengths < 0) | (lengths >= _MAX_COUNT)).any():
+        return None
+    return lengths
 
 
 def simplify_rings(
     rings_xy: Sequence[NDArray[np.floating]], max_points: int, *, gap: int = 0
 ) -> list[NDArray[np.floating]]:
-    """Rings of at most `max_points` points in all, counting `gap` more between two of them.
+    """Reduce rings to at most `max_points` points in total, where each gap between two rings counts `gap` points.
 
-    Removes the point whose triangle with its two neighbours is smallest, over all rings, as often
-    as needed (Visvalingam and Whyatt, "Line generalisation by repeated elimination of points",
-    1993), so that the area changes little. A ring keeps 3 points or goes altogether, by its area
-    for each point that this frees: those without area go first. The points that stay keep their
-    order, and a copy of rings that are small enough is returned as it is, less those of fewer than
-    3 points. The order of removal, by area, is the same in any units.
+    Repeatedly removes the point that forms the smallest triangle with its two neighbours, over all
+    rings (Visvalingam and Whyatt, "Line generalisation by repeated elimination of points", 1993),
+    so the area changes little. A ring of 3 points is removed at once; it is ranked by its area per
+    freed point, so rings without area go first. The remaining points keep their order. Rings of
+    fewer than 3 points are dropped; if the others fit already, copies of them are returned. The
+    order of removal does not depend on the unit of the coordinates.
     """
     rings = [ring for ring in rings_xy if len(ring) >= MIN_POINTS]
     excess = sum(len(ring) for ring in rings) + gap * (len(rings) - 1) - max_points
@@ -132,34 +150,34 @@ def simplify_rings(
 
     points = [(float(x), float(y)) for ring in rings for x, y in ring]
     owner = [number for number, ring in enumerate(rings) for _ in ring]
-    left = [len(ring) for ring in rings]
+    num_left = [len(ring) for ring in rings]
     before, after = list(range(-1, len(points) - 1)), list(range(1, len(points) + 1))
     start = 0
     for ring in rings:
         before[start], after[start + len(ring) - 1] = start + len(ring) - 1, start
         start += len(ring)
-    version = [0] * len(points)  # an entry of the heap counts only if it is a point's latest; -1 once removed
+    version = [0] * len(points)  # a heap entry is valid only if it is its point's latest; -1 once removed
 
     def entry(point: int) -> tuple[float, int, int]:
         (ax, ay), (bx, by), (cx, cy) = points[before[point]], points[point], points[after[point]]
         cost = abs((bx - ax) * (cy - ay) - (by - ay) * (cx - ax))
-        if left[owner[point]] == MIN_POINTS:
+        if num_left[owner[point]] == MIN_POINTS:
             cost /= MIN_POINTS + gap
         return cost, version[point], point
 
     heap = [entry(point) for point in range(len(points))]
     heapq.heapify(heap)
     while excess > 0:
-        _, its_version, point = heapq.heappop(heap)
-        if its_version != version[point]:
+        _, entry_version, point = heapq.heappop(heap)
+        if entry_version != version[point]:
             continue
         number, previous, following = owner[point], before[point], after[point]
-        if left[number] == MIN_POINTS:
+        if num_left[number] == MIN_POINTS:
             version[point] = version[previous] = version[following] = -1
             excess -= MIN_POINTS + gap
             continue
         version[point] = -1
-        left[number] -= 1
+        num_left[number] -= 1
         excess -= 1
         after[previous], before[following] = following, previous
         for neighbour in (previous, following):
@@ -170,11 +188,11 @@ def simplify_rings(
 
 
 def clip_rings(rings_xy: Sequence[NDArray[np.floating]], width: float, height: float) -> list[NDArray[np.float64]]:
-    """The part of each ring inside [0, width] x [0, height]; rings wholly outside are left out.
+    """Cut rings to [0, width] x [0, height]; rings that lie outside are left out.
 
-    Where a ring enters and leaves the image, it gets new points (Sutherland and Hodgman, 1974);
-    moving the points outside to the border instead would tilt the edges that cross it. Parts that
-    the image's edge cuts asunder stay one ring, joined along that edge.
+    A ring gets new points where it crosses the image's edge (Sutherland and Hodgman, 1974);
+    moving its outside points onto the edge instead would tilt the segments that cross it. If the
+    edge splits a ring into parts, they stay one ring, joined along that edge.
     """
     clipped = []
     for ring in rings_xy:
@@ -188,14 +206,14 @@ def clip_rings(rings_xy: Sequence[NDArray[np.floating]], width: float, height: f
 
 
 def ring_area(ring: NDArray[np.floating]) -> float:
-    """Signed area of a ring (P, 2): positive where it runs clockwise on the screen (x, y with y down)."""
+    """Return the signed area of a ring (P, 2): positive if it runs clockwise on the screen (x, y with y down)."""
     points = np.asarray(ring, np.float64)
     ahead = np.roll(points, -1, axis=0)
     return float((points[:, 0] * ahead[:, 1] - points[:, 1] * ahead[:, 0]).sum() / 2)
 
 
 def _clip_below(ring: NDArray[np.float64], axis: int, limit: float) -> NDArray[np.float64]:
-    """A ring (P, 2) cut where its coordinate `axis` exceeds `limit`."""
+    """Cut a ring (P, 2) where its coordinate `axis` exceeds `limit`."""
     beyond = ring[:, axis] - limit
     outside = beyond > 0
     if not outside.any():
@@ -205,13 +223,39 @@ def _clip_below(ring: NDArray[np.float64], axis: int, limit: float) -> NDArray[n
     share = beyond / np.where(crosses, beyond - beyond_ahead, 1.0)
     crossings = ring + (ahead - ring) * share[:, None]
     crossings[:, axis] = limit  # exactly
-    # Behind every point comes its edge's crossing; of either, what is needed.
+    # Interleave each point with its edge's crossing, then keep the inside points and the real crossings.
     return np.stack([ring, crossings], axis=1)[np.stack([~outside, crosses], axis=1)]
 
 
 def _partners(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The other corner of each pair, where entries 2 i and 2 i + 1 of `order` are a pair."""
+    """Return the other corner of each pair, where entries 2 i and 2 i + 1 of `order` are a pair."""
     partners = np.empty_like(order)
     partners[order[0::2]] = order[1::2]
     partners[order[1::2]] = order[0::2]
     return partners
+
+
+def _uncompress(text: str) -> NDArray[np.int64] | None:
+    """Decode a compressed COCO RLE (`rleFrString` of pycocotools' maskApi.c) to run lengths, all counts at once.
+
+    Each character holds five bits of a count, lowest first, plus 32 if more follow, plus 48; bit 16
+    of the last one is the sign. From the fourth on, a count is the difference to the one before last.
+    """
+    if not text.isascii():
+        return None
+    bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    if not len(bits):
+        return bits
+    last = np.flatnonzero(bits & 32 == 0)  # character of each count
+    first = np.append(0, last[:-1] + 1)
+    if not len(last) or last[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
+        return None
+    sizes = last - first + 1
+    if sizes.max() > _MAX_COUNT_CHARS:
+        return None
+    position = np.arange(len(bits)) - np.repeat(first, sizes)
+    values = np.add.reduceat((bits & 31) << (5 * position), first)
+    values -= np.where(bits[last] & 16, np.int64(1) << (5 * sizes), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values if ((values >= 0) & (values < _MAX_COUNT)).all() else None

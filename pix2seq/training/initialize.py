@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pix2seq.data.dataset import same_name
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
+from pix2seq.types import category_key
 from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
@@ -66,9 +66,9 @@ def _matching_rows(model: Pix2Seq, source: Pix2Seq) -> tuple[Tensor, Tensor, str
         pairs += [(ours.coord_base + i, theirs.coord_base + i) for i in range(ours.num_bins)]
     known = {same_name(category.name): category.label for category in source.categories}
     classes = [
-        (CLASS_BASE + category.label, CLASS_BASE + known[same_name(category.name)])
+        (CLASS_BASE + category.label, CLASS_BASE + known[category_key(category.name)])
         for category in model.categories
-        if same_name(category.name) in known
+        if category_key(category.name) in known
     ]
     words: list[tuple[int, int]] = []
     if model.text is not None and source.text is not None:

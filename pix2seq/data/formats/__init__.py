@@ -1,1 +1,1 @@
-"""Readers and writers of data set formats: COCO, Pascal VOC and shards."""
+"""Data set formats: readers of COCO and Pascal VOC, reader and writer of shards."""

@@ -3,16 +3,16 @@
     annotations/instances_train2017.json, person_keypoints_train2017.json, captions_train2017.json
     train2017/000000000139.jpg
 
-Any of the three files may be missing, but not all. Where a split is asked for as `train`, the file
-may be called `instances_train.json`, `instances_train2017.json` and so on; images are looked for in a
-folder of the split's name, in `images/` and beside it. Roboflow's `train/_annotations.coco.json` is read too.
+At least one of the three files must exist. For the split `train`, the file may be called
+`instances_train.json`, `instances_train2017.json` and so on; images may lie in a folder of the split's
+name, in `images/` or beside it. Roboflow's `train/_annotations.coco.json` is read too.
 
-What is wrong with an annotation is noted in `defects`, and the annotation is dropped if its id was seen
-before, its image or category is unknown, or its box is not finite, absurd, empty or outside; a box that
-reaches outside is clipped; an empty box is rebuilt from the polygons or the keypoints where there are
-any, as some labelling tools leave it out. Bad mask parts and bad keypoints are left out and the rest
-kept. An image that is listed twice or has no file is dropped. Where too much is dropped, and where a
-file is damaged, the data set is refused. Reference of the format: https://cocodataset.org/#format-data.
+`defects` lists everything wrong. An annotation is dropped if its id was seen before, if its image or
+category is unknown, or if its box is not finite, too large, empty or outside; a box that reaches outside
+is clipped. Some labelling tools leave boxes empty: these are rebuilt from polygons or keypoints if there
+are any. Bad mask parts and bad keypoints are left out and the rest is kept. An image that is listed twice
+or has no file is dropped. The data set is refused if too much is dropped or if a file is damaged.
+Format reference: https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from typing import Any
 import pandas as pd
 
 from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.defects import HUGE, MAX_BAD_SHARE, Defects, defect_frame, label_categories, refuse_bad_share
-from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole
+from pix2seq.data.defects import (
+    MAX_BAD_SHARE,
+    MAX_COORDINATE,
+    Defects,
+    defect_frame,
+    label_categories,
+    refuse_bad_share,
+)
+from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole_number
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.image import image_size
 from pix2seq.errors import InputError
@@ -38,7 +45,7 @@ _CategoryEntry = tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """See `pix2seq.types.Dataset`. Images and annotations lie in flat arrays, which workers share."""
+    """A COCO split, see `pix2seq.data.dataset.Dataset`; workers share its flat arrays."""
 
     root: Path
     split: str
@@ -52,19 +59,19 @@ class CocoDataset:
 
     @property
     def objects(self) -> pd.DataFrame:
-        """A row for each annotation that is used, with `OBJECT_COLUMNS`; made anew at each call."""
+        """One row per used annotation, with `OBJECT_COLUMNS`; rebuilt on each access."""
         return self.annotations.table(self.images, self.categories)
 
     def target(self, index: int) -> Target:
-        """The annotations of image `index`."""
+        """Return the annotations of image `index`."""
         return self.annotations.target(index, self.images[index])
 
     @classmethod
     def read(cls, root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> CocoDataset:
         """Read the files of a split.
 
-        Raises `InputError` where they are missing or no COCO JSON, and where more than `max_bad_share`
-        (0 to 1) of the images, the objects or the captions, and ten of them or more, had to be dropped.
+        Raises `InputError` if they are missing or not COCO JSON, or if ten or more images, objects or
+        captions, and more than `max_bad_share` (0 to 1) of them, had to be dropped.
         """
         root = Path(root)
         files = find_files(root, split)
@@ -77,7 +84,7 @@ class CocoDataset:
 
 
 def find_files(root: Path, split: str) -> dict[str, Path]:
-    """The annotation files of a split by kind; empty if there are none."""
+    """Return the annotation files of a split by kind; empty if there are none."""
     found = {}
     pattern = re.compile(rf"(instances|person_keypoints|captions)_{re.escape(split)}\d*\.json")
     for path in sorted((root / "annotations").glob("*.json")):
@@ -93,43 +100,42 @@ def find_files(root: Path, split: str) -> dict[str, Path]:
 
 
 class _Reader:
-    """One pass over the files of a split: entry by entry into columns, which are then checked."""
+    """One pass over the files of a split: reads them entry by entry into columns, then checks these."""
 
     def __init__(self, root: Path, split: str, files: dict[str, Path], max_bad_share: float) -> None:
         self.root, self.split, self.files, self.max_bad_share = root, split, files, max_bad_share
         self.first_kind = next(iter(files))
         self.defects = Defects()  # of images and categories
-        self.pictures: dict[int, tuple[str, int, int]] = {}  # path below the root, width, height
+        self.images: dict[int, tuple[str, int, int]] = {}  # path below the root, width, height
         self.dropped_images: set[int] = set()
         self.num_listed = self.num_missing = 0
         self.listing = _FileListing(root, split)
         self.categories: dict[int, _CategoryEntry] = {}
-        self.has_categories = False
         self.objects, self.captions = ObjectColumns(), CaptionColumns()
 
     def dataset(self) -> CocoDataset:
-        for kind, path in self.files.items():  # by name, so the instances before the keypoints
+        for kind, path in self.files.items():  # sorted by name, so instances come before keypoints
             self._read(kind, path)
             if kind == "instances":
                 self.objects.num_instances = len(self.objects)
         file = self.files[self.first_kind]
-        if not self.pictures and self.num_missing:
+        if not self.images and self.num_missing:
             raise InputError(
-                f"none of the {self.num_missing} images that {file} lists was found under "
-                f"{self.root}; expected them in {self.split}*/ or images/"
+                f"none of the {self.num_missing} images listed in {file} was found under {self.root}; "
+                f"expected them in {self.split}*/ or images/"
             )
-        if not self.pictures and self.num_listed:
+        if not self.images and self.num_listed:
             image, _, defect, _, detail = self.defects.rows[0]
             raise InputError(
-                f"none of the {self.num_listed} images that {file} lists can be used; "
+                f"none of the {self.num_listed} images listed in {file} can be used; "
                 f"the first: image {image}: {defect} ({detail})"
             )
         limit: dict[str, Any] = {"where": file, "max_bad_share": self.max_bad_share}
         refuse_bad_share("images", self.defects.rows, self.num_listed, **limit)
         if not self.categories and "captions" not in self.files:
-            raise InputError(f"{file} has no categories; expected a list with id and name each")
+            raise InputError(f"{file} has no categories; expected a list of objects with id and name")
         categories = label_categories(list(self.categories.values()))
-        images = ImageTable.build(self.root, ((image_id, *entry) for image_id, entry in self.pictures.items()))
+        images = ImageTable.build(self.root, ((image_id, *entry) for image_id, entry in self.images.items()))
 
         annotations, of_objects, num_objects = check_objects(self.objects, images, categories, self.dropped_images)
         refuse_bad_share("annotations", of_objects, num_objects, **limit)
@@ -163,8 +169,8 @@ class _Reader:
 
     def _add_image(self, kind: str, entry: Any, position: int) -> None:
         fields = entry if isinstance(entry, dict) else {}
-        image_id, name = whole(fields.get("id")), fields.get("file_name")
-        again = image_id in self.pictures or image_id in self.dropped_images
+        image_id, name = whole_number(fields.get("id")), fields.get("file_name")
+        again = image_id in self.images or image_id in self.dropped_images
         if again and kind != self.first_kind:
             return
         self.num_listed += 1
@@ -186,11 +192,11 @@ class _Reader:
         if size is None:
             self.dropped_images.add(image_id)
             return
-        self.pictures[image_id] = (path, *size)
+        self.images[image_id] = (path, *size)
 
     def _size(self, image_id: int, entry: dict[str, Any], path: Path) -> tuple[int, int] | None:
-        width, height = whole(entry.get("width")), whole(entry.get("height"))
-        if width is not None and height is not None and 0 < width <= HUGE and 0 < height <= HUGE:
+        width, height = whole_number(entry.get("width")), whole_number(entry.get("height"))
+        if width is not None and height is not None and 0 < width <= MAX_COORDINATE and 0 < height <= MAX_COORDINATE:
             return width, height
         try:
             size = image_size(path)
@@ -203,16 +209,16 @@ class _Reader:
     def _add_categories(self, path: Path, entries: Any) -> None:
         for entry in entries if isinstance(entries, list) else [entries] if entries else []:
             fields = entry if isinstance(entry, dict) else {}
-            category_id, name = whole(fields.get("id")), fields.get("name")
+            category_id, name = whole_number(fields.get("id")), fields.get("name")
             if category_id is None or not isinstance(name, str):
-                raise InputError(f"{path} has a category without a whole id and a name: {entry!r}"[:300])
+                raise InputError(f"{path} has a category without an integer id and a name: {entry!r}"[:300])
             try:
                 keypoints = tuple(str(point) for point in fields.get("keypoints") or ())
                 skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in fields.get("skeleton") or ())
             except (TypeError, ValueError):
                 raise InputError(
-                    f"{path}: category {name!r} has keypoints or a skeleton that cannot be read; expected a list of "
-                    "names, and a list of pairs that count them from 1"
+                    f"{path}: category {name!r} has unreadable keypoints or skeleton; expected a list of names, and "
+                    "a list of pairs that count them from 1"
                 ) from None
             bones = tuple(bone for bone in skeleton if all(0 <= end < len(keypoints) for end in bone))
             if bones != skeleton:
@@ -220,15 +226,15 @@ class _Reader:
             known = self.categories.get(category_id)
             if known is not None and known[1].lower() != name.strip().lower():
                 raise InputError(
-                    f"{path} gives the category id {category_id} to {name!r}, and it is {known[1]!r}; "
-                    "give each category an id of its own"
+                    f"{path} gives the category id {category_id} to {name!r}, but {known[1]!r} has it already; "
+                    "give each category its own id"
                 )
             if known is None or keypoints:
                 self.categories[category_id] = (category_id, name.strip(), keypoints, bones)
 
 
 class _FileListing:
-    """Finds images with one look into each folder instead of one at each file."""
+    """Finds images by listing each folder once instead of looking for each file."""
 
     def __init__(self, root: Path, split: str) -> None:
         folders = sorted(path for path in root.glob(f"{split}*") if path.is_dir())
@@ -236,7 +242,7 @@ class _FileListing:
         folders += sorted((root / "images").glob(f"{split}*")) + [root / "images", root / "valid", root]
         self.root = root
         self.folders: list[str] = []  # below the root
-        self.files: dict[str, int] = {}  # which of the folders a file is in; numbers take less room than paths
+        self.files: dict[str, int] = {}  # index of a file's folder; numbers take less memory than paths
         self.nested: dict[str, frozenset[str]] = {}
         for folder in folders:
             if folder.is_dir():
@@ -245,23 +251,23 @@ class _FileListing:
                 self.folders.append(folder.relative_to(root).as_posix())
 
     def find(self, name: str) -> str | None:
-        """The path below the root of a `file_name`, which may have folders in it."""
+        """Return the path below the root of a `file_name`, which may contain folders."""
         folder, _, base = name.replace("\\", "/").rpartition("/")
         if folder:
             if folder not in self.nested:
                 self.nested[folder] = self._list(folder)
             if base in self.nested[folder]:
                 return f"{folder}/{base}"
-        place = self.files.get(base)
-        return None if place is None else f"{self.folders[place]}/{base}"
+        index = self.files.get(base)
+        return None if index is None else f"{self.folders[index]}/{base}"
 
     def _list(self, folder: str) -> frozenset[str]:
-        # Never outside the data folder: names are data, and data may come from anyone.
+        # Names are untrusted data, so they must not lead outside the data folder.
         try:
             path = (self.root / folder).resolve()
             inside = path.is_relative_to(self.root.resolve()) and path.is_dir()
             return frozenset(_files_in(path)) if inside else frozenset()
-        except (OSError, ValueError):  # such as a name with a zero byte
+        except (OSError, ValueError):  # for example a name with a zero byte
             return frozenset()
 
 

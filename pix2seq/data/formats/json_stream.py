@@ -1,4 +1,4 @@
-"""Read a JSON object whose lists are too long to be held as Python objects: one entry at a time."""
+"""Read a JSON object with very long lists one entry at a time, without keeping them as Python objects."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, TextIO
 
 from pix2seq.errors import InputError
 
-CHUNK_CHARS = 1 << 22  # of the file that are held at once, or one entry where that is longer
+CHUNK_CHARS = 1 << 22  # characters of the file in memory at once, or one entry if that is longer
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
-_LONGEST_WORD = 32  # a number or word that the end of a chunk cuts is no longer than this
+_LONGEST_WORD = 32  # most characters of a number or word that the end of a chunk may cut
 
 
 def stream_json(path: Path, lists: Collection[str], *, chunk_chars: int = CHUNK_CHARS) -> Iterator[tuple[str, Any]]:
-    """The members of the object in a file, in their order, as (name, value).
+    """Yield the members of the object in a file as (name, value), in file order.
 
-    Those named in `lists` must be there and be lists; their entries come one by one, each as (name,
-    entry). The rest come whole. As `json.loads` does, this takes NaN and Infinity, and a byte order
-    mark is skipped. Raises `InputError` with file, line and column where the file is no JSON, and where
-    a list is missing or occurs twice: the entries before have been given by then.
+    Members named in `lists` must exist and be lists; their entries are yielded one by one, each as
+    (name, entry). NaN and Infinity are accepted, as by `json.loads`, and a byte order mark is skipped.
+    Raises `InputError` with file, line and column if the file is not JSON, or if a list is missing or
+    occurs twice; earlier entries have been yielded by then.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -56,7 +56,7 @@ def _members(text: _Scanner, lists: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 class _Scanner:
-    """A window on the text of a file, which moves on as it is read."""
+    """A window on the text of a file that moves forward as it is read."""
 
     def __init__(self, path: Path, file: TextIO, chunk_chars: int) -> None:
         self.path, self.file, self.chunk_chars = path, file, chunk_chars
@@ -65,7 +65,7 @@ class _Scanner:
         self.line, self.column = 1, 1  # of the window's first character
 
     def peek(self) -> str:
-        """The next character that is no space, without going past it; empty at the end."""
+        """Return the next character that is not a space, without going past it; empty at the end."""
         while True:
             match = _SPACE.match(self.window, self.position)
             assert match is not None
@@ -76,13 +76,13 @@ class _Scanner:
                 return ""
 
     def expect(self, character: str) -> None:
-        """Go past a character that must come next."""
+        """Go past a required character."""
         if self.peek() != character:
             raise self.error(f"Expecting {character!r} delimiter", self.position)
         self.position += 1
 
     def items(self, opening: str, closing: str) -> Iterator[Any]:
-        """The entries of a list, or the names of an object; the caller reads past the name's value."""
+        """Yield the entries of a list, or the names of an object; the caller reads each name's value."""
         self.expect(opening)
         if self.peek() == closing:
             self.position += 1
@@ -92,7 +92,7 @@ class _Scanner:
                 raise self.error("Expecting property name enclosed in double quotes", self.position)
             yield self.value()
             comma = _COMMA.match(self.window, self.position)
-            if comma is not None and comma.end() < len(self.window):  # as nearly always
+            if comma is not None and comma.end() < len(self.window):  # the usual case
                 self.position = comma.end()
                 continue
             if self.peek() == closing:
@@ -102,17 +102,17 @@ class _Scanner:
             self.peek()
 
     def value(self) -> Any:
-        """The value that starts here."""
+        """Read the value that starts here."""
         while True:
             try:
                 value, end = self.decode(self.window, self.position)
             except json.JSONDecodeError as error:
-                # Where it is the window that ends too early, the text that follows may put it right.
+                # If the window ended too early, more text may complete the value.
                 cut = error.msg.startswith("Unterminated") or len(self.window) - error.pos < _LONGEST_WORD
                 if not cut or not self._read_on():
                     raise self.error(error.msg, error.pos) from None
                 continue
-            # It may be the first half of a number, of which the rest so far, such as `.` or `e+`, is none.
+            # It may be the first half of a number: the rest in the window may be only `.` or `e+`.
             cut = len(self.window) - end <= 2 and not self.window[end:].strip(".eE+-")
             if cut and self.window[end - 1] not in '}]"' and self._read_on():
                 continue
@@ -120,7 +120,7 @@ class _Scanner:
             return value
 
     def error(self, message: str, position: int) -> InputError:
-        """What is wrong at a position of the window."""
+        """Return the error for a position of the window."""
         newlines = self.window.count("\n", 0, position)
         line = self.line + newlines
         column = position - self.window.rfind("\n", 0, position) if newlines else self.column + position
@@ -133,7 +133,7 @@ class _Scanner:
         if self.ended:
             return False
         if not self.position:
-            self.chunk_chars *= 2  # so that an entry of any length is tried few times only
+            self.chunk_chars *= 2  # so that an entry of any length needs only few attempts
         chunk = self.file.read(self.chunk_chars)
         if not chunk:
             self.ended = True

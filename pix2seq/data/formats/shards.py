@@ -1,13 +1,13 @@
-"""A data set as tar files of some thousand images each, for data too many or too far away for single files.
+"""A data set as tar files of hundreds of images each, for data sets too large or too remote for single files.
 
     train.json, train-captions.json, train-000000.tar, train-000001.tar, ...
 
-The tar files are webdataset's: 000000000.jpg is the image as it was, 000000000.json its `Target`.
-`train.json` says which there are, how many samples and bytes each holds, how many of them a task can learn from,
-and their sha256; all captions lie in a file of their own, for the words of a vocabulary. Shards are read
-from a folder or over http, whole and one after the other, so that the cost of an image does not
-depend on how many there are. Images that cannot be used are left out when shards are written, so
-that what each lane of readers gets is known before anything is read.
+The tar files are in webdataset's format: 000000000.jpg is the unchanged image, 000000000.json its `Target`.
+`train.json` lists the shards with their numbers of samples and bytes, the number of samples that each kind
+of task can learn from, and their sha256; `train-captions.json` has all captions, to build a vocabulary.
+Shards are read from a folder or over http, one at a time and completely, so the cost of an image does not
+depend on the size of the data set. Unusable images are left out on writing, so the samples of each reader
+are known before anything is read.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from pix2seq.errors import InputError
 from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
 FORMAT = 2
-CONTENTS = ("object", "mask", "labelled keypoint", "caption")  # what tasks learn from, see `pix2seq.data.annotations`
-_ATTEMPTS = 4  # at a server that does not answer, waiting twice as long each time
-_TIMEOUT = 60.0  # seconds without a byte from it
+CONTENTS = ("object", "mask", "labelled keypoint", "caption")  # values of `Task.learns_from`
+_ATTEMPTS = 4  # requests to a server that does not answer, with doubling waits between them
+_TIMEOUT = 60.0  # seconds without a byte from the server
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Shard:
     num_samples: int
     num_bytes: int
     sha256: str
-    num_with: dict[str, int] = field(default_factory=dict)  # samples that have each of `CONTENTS`
+    num_with: dict[str, int] = field(default_factory=dict)  # number of samples with each of `CONTENTS`
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The shards of a split."""
 
-    location: str  # folder, or http(s) address of one
+    location: str  # a folder or its http(s) address
     split: str
     categories: tuple[Category, ...]
     shards: tuple[Shard, ...]
@@ -69,56 +69,55 @@ class ShardIndex:
         return sum(shard.num_samples for shard in self.shards)
 
     def num_with(self, learns_from: str) -> int:
-        """Number of images that have one of `CONTENTS`."""
+        """Return the number of images with `learns_from`, one of `CONTENTS`."""
         return sum(shard.num_with[learns_from] for shard in self.shards)
 
     def captions(self) -> list[str]:
-        """All captions, in order. Raises `InputError` where their file is not as it was written."""
-        captions: list[str] = json.loads(_fetch_whole(self.location, self.captions_file))
+        """Read all captions, in order. Raises `InputError` if their file has changed since it was written."""
+        captions: list[str] = json.loads(_fetch_verified(self.location, self.captions_file))
         return captions
 
     @classmethod
     def read(cls, location: str | Path, split: str) -> ShardIndex:
-        """The shards of a split in a folder, or behind an http(s) address. Raises `InputError` where there are none."""
+        """Read the index of a split in a folder or at an http(s) address. Raises `InputError` if it cannot be used."""
         name = f"{split}.json"
         try:
             content = json.loads(_fetch(str(location), name))
             if content["format"] != FORMAT:
-                raise InputError(f"{location}/{name} has format {content['format']}, expected {FORMAT}; write it anew")
+                raise InputError(f"{location}/{name} has format {content['format']}, expected {FORMAT}; write it again")
             shards = tuple(Shard(**shard) for shard in content["shards"])
             categories = tuple(Category.from_json(category) for category in content["categories"])
             captions_file = Shard(**content["captions_file"])
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{location}/{name} is no index of shards ({error!r}); write it anew") from None
+            raise InputError(f"{location}/{name} is not an index of shards ({error!r}); write it again") from None
         for shard in (*shards, captions_file):
-            # A name is data: it may not lead out of the folder or to another server.
+            # Names are untrusted data, so they must not lead out of the folder or to another server.
             is_tar = shard.name.endswith(".tar") and shard.num_samples >= 1 and set(shard.num_with) == set(CONTENTS)
             if shard.name != os.path.basename(shard.name) or not (is_tar or shard is captions_file):
-                raise InputError(f"{location}/{name} lists a file {shard.name!r} that cannot be; write it anew")
+                raise InputError(f"{location}/{name} has an invalid entry for the file {shard.name!r}; write it again")
         return cls(str(location), split, categories, shards, captions_file)
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """An image as it was encoded, and what is known of it; `target.image.path` is its former name only."""
+    """An encoded image and its annotations; `target.image.path` is only its original name."""
 
     epoch: int
-    number: int  # in the data set that was written
+    number: int  # index in the original data set
     image: bytes
     target: Target
 
 
 class ShardStream:
-    """An endless, seeded stream of the samples of a split, which can start anywhere.
+    """An endless, seeded stream of the samples of a split for one of `num_readers` readers; it can start anywhere.
 
-    A lane is the part of one reader: with a data loader of W workers on each of R ranks there are
-    W x R. Each epoch deals the shards to the lanes anew, and a lane reads `mix` of them at a time and
-    permutes their samples; so many are held in memory. What comes at which place depends on seed,
-    lane, number of lanes and `mix` alone. `start` skips that many samples of the lane, and reads nothing for
-    it but the shards that the next sample is among. Where `learns_from` is one of `CONTENTS`, samples
-    without it do not count and do not come.
+    A data loader of W workers on each of R ranks has W x R readers. Each epoch deals the shards to the
+    readers in a new order. A reader holds `mix` shards in memory at a time and permutes their samples.
+    The order depends only on seed, reader, number of readers and `mix`. `start` skips that many samples
+    of the reader, and only the shards around the next sample are read. If `learns_from` is one of
+    `CONTENTS`, samples without it are left out and not counted.
     """
 
     def __init__(
@@ -126,17 +125,17 @@ class ShardStream:
         index: ShardIndex,
         *,
         seed: int,
-        lane: int = 0,
-        num_lanes: int = 1,
+        reader: int = 0,
+        num_readers: int = 1,
         mix: int = 4,
         start: int = 0,
         learns_from: str | None = None,
     ) -> None:
-        if not 0 <= lane < num_lanes or mix < 1 or start < 0:
-            raise ValueError(f"lane {lane} of {num_lanes}, mix {mix} and start {start} make no stream")
-        if num_lanes > len(index.shards):
+        if not 0 <= reader < num_readers or mix < 1 or start < 0:
+            raise ValueError(f"reader {reader} of {num_readers}, mix {mix} and start {start} are out of range")
+        if num_readers > len(index.shards):
             raise InputError(
-                f"{index.location} has {len(index.shards)} shards of split {index.split!r}, too few for {num_lanes} "
+                f"{index.location} has {len(index.shards)} shards of split {index.split!r}, too few for {num_readers} "
                 "readers (ranks x workers); use fewer workers, or write smaller shards"
             )
         if learns_from is not None and not index.num_with(learns_from):
@@ -144,7 +143,7 @@ class ShardStream:
         self.index = index
         self.learns_from = learns_from
         self.seed = seed
-        self.lane, self.num_lanes = lane, num_lanes
+        self.reader, self.num_readers = reader, num_readers
         self.mix = mix
         self.start = start
 
@@ -152,7 +151,7 @@ class ShardStream:
         skip, epoch = self.start, 0
         while True:
             dealt = np.random.default_rng((self.seed, epoch)).permutation(len(self.index.shards))
-            mine = dealt[self.lane :: self.num_lanes].tolist()
+            mine = dealt[self.reader :: self.num_readers].tolist()
             for first in range(0, len(mine), self.mix):
                 some = mine[first : first + self.mix]
                 size = sum(self._size(self.index.shards[i]) for i in some)
@@ -164,7 +163,7 @@ class ShardStream:
                 for i in order[skip:].tolist():
                     number, image, target = samples[i]
                     yield ShardSample(epoch, number, image, _target_from_json(json.loads(target)))
-                del samples  # before the next ones are read
+                del samples  # free the memory before the next shards are read
                 skip = 0
             epoch += 1
 
@@ -185,18 +184,18 @@ def write_shards(
     max_bad_share: float = MAX_BAD_SHARE,
     progress: bool = False,
 ) -> ShardIndex:
-    """Write a data set as shards. The index comes last, so that a folder with one is whole.
+    """Write a data set as shards. The index is written last, so a folder with an index is complete.
 
-    An image that cannot be read, or is not of the annotations' size, is named in a warning and left out.
-    Raises `InputError` where the split is there already, and where more than `max_bad_share` (0 to 1)
-    of the images, and ten or more, are such.
+    An image that cannot be read, or differs in size from its annotations, is named in a warning and left
+    out. Raises `InputError` if the split exists already, or if ten or more images, and more than
+    `max_bad_share` (0 to 1) of them, are bad.
     """
     webdataset = _webdataset()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{dataset.split}.json"
     if path.exists():
-        raise InputError(f"{path} exists; remove it and its shards, or name another folder")
+        raise InputError(f"{path} exists already; remove it and its shards, or name another folder")
     shards: list[Shard] = []
     bad: list[Defect] = []
     for first in tqdm(range(0, len(dataset), samples_per_shard), unit="shard", disable=not progress):
@@ -204,7 +203,7 @@ def write_shards(
         stream = io.BytesIO()
         num_with = Counter(dict.fromkeys(CONTENTS, 0))
         num_samples = 0
-        # Without time and owner, so that the same data set gives the same bytes.
+        # No time and no owner, so that the same data set gives the same bytes.
         with webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
             for number in numbers:
                 target = dataset.target(number)
@@ -235,40 +234,40 @@ def write_shards(
         "shards": [asdict(shard) for shard in shards],
         "captions_file": asdict(captions_file),
     }
-    _write_whole(path, json.dumps(index, indent=1).encode("utf-8"))
+    _write_atomic(path, json.dumps(index, indent=1).encode("utf-8"))
     return ShardIndex(str(folder), dataset.split, dataset.categories, tuple(shards), captions_file)
 
 
 def is_shards(location: str, split: str) -> bool:
-    """Whether a folder, or what lies behind any http(s) address, is to be read as shards."""
+    """Return whether a location holds shards; any http(s) address counts as shards."""
     names = (f"{split}.json", f"{split}-captions.json")
     return is_address(location) or all((Path(location) / name).is_file() for name in names)
 
 
 def is_address(location: str) -> bool:
-    """Whether a location is an http(s) address rather than a folder."""
+    """Return whether a location is an http(s) address rather than a folder."""
     return location.startswith(("http://", "https://"))
 
 
 def read_shard(location: str, shard: Shard) -> list[tuple[int, bytes, bytes]]:
-    """Number, image and JSON of each sample, in their order.
+    """Read the number, the image and the JSON of each sample, in file order.
 
-    Raises `InputError` where the file is not as it was written.
+    Raises `InputError` if the file has changed since it was written.
     """
     webdataset = _webdataset()
-    content = _fetch_whole(location, shard)
+    content = _fetch_verified(location, shard)
     files = webdataset.tariterators.tar_file_expander([{"url": shard.name, "stream": io.BytesIO(content)}])
     samples = []
     for sample in webdataset.tariterators.group_by_keys(files):
         label = sample["json"]
         (image,) = (value for key, value in sample.items() if not key.startswith("__") and key != "json")
         samples.append((int(sample["__key__"]), image, label))
-    assert len(samples) == shard.num_samples  # its bytes are as written
+    assert len(samples) == shard.num_samples  # its sha256 was checked
     return samples
 
 
 def _write_part(path: Path, content: bytes, num_samples: int, num_with: dict[str, int]) -> Shard:
-    _write_whole(path, content)
+    _write_atomic(path, content)
     return Shard(path.name, num_samples, len(content), hashlib.sha256(content).hexdigest(), num_with)
 
 
@@ -280,11 +279,11 @@ def _webdataset() -> Any:
     return webdataset
 
 
-def _fetch_whole(location: str, shard: Shard) -> bytes:
+def _fetch_verified(location: str, shard: Shard) -> bytes:
     content = _fetch(location, shard.name)
     if len(content) != shard.num_bytes or hashlib.sha256(content).hexdigest() != shard.sha256:
         raise InputError(
-            f"{location}/{shard.name} is damaged: its {len(content)} bytes are not the {shard.num_bytes} "
+            f"{location}/{shard.name} is damaged: its {len(content)} bytes differ from the {shard.num_bytes} "
             "that were written; copy it again"
         )
     return content
@@ -304,15 +303,15 @@ def _fetch(location: str, name: str) -> bytes:
                 return content
         except (OSError, HTTPException) as error:  # URLError is an OSError
             reason: Exception = error
-            if 400 <= getattr(error, "code", 0) < 500:  # asking again would not help
+            if 400 <= getattr(error, "code", 0) < 500:  # another attempt would not help
                 break
         if attempt + 1 < _ATTEMPTS:
             time.sleep(2.0**attempt)
     raise InputError(f"{address} cannot be read: {reason}; expected shards there")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """A file that is there in full or not at all."""
+def _write_atomic(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all."""
     unfinished = path.with_suffix(path.suffix + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(content)
@@ -333,7 +332,7 @@ def _target_to_json(target: Target, root: Path) -> dict[str, Any]:
         "areas": target.areas.tolist(),
         "iscrowd": target.iscrowd.tolist(),
         "annotation_ids": target.annotation_ids.tolist(),
-        "segmentations": [_plain_mask(segmentation) for segmentation in target.segmentations],
+        "segmentations": [_mask_to_json(segmentation) for segmentation in target.segmentations],
         "keypoints": target.keypoints.tolist(),
         "num_keypoints": target.keypoints.shape[1],
         "captions": list(target.captions),
@@ -349,17 +348,17 @@ def _target_from_json(value: dict[str, Any]) -> Target:
         areas=np.array(value["areas"], np.float32),
         iscrowd=np.array(value["iscrowd"], np.bool_),
         annotation_ids=np.array(value["annotation_ids"], np.int64),
-        segmentations=tuple(_mask(segmentation) for segmentation in value["segmentations"]),
+        segmentations=tuple(_mask_from_json(segmentation) for segmentation in value["segmentations"]),
         keypoints=np.array(value["keypoints"], np.float32).reshape(len(value["labels"]), value["num_keypoints"], 3),
         captions=tuple(value["captions"]),
     )
 
 
-def _plain_mask(segmentation: MaskAnnotation | None) -> Any:
+def _mask_to_json(segmentation: MaskAnnotation | None) -> Any:
     return [ring.ravel().tolist() for ring in segmentation] if isinstance(segmentation, list) else segmentation
 
 
-def _mask(value: Any) -> MaskAnnotation | None:
+def _mask_from_json(value: Any) -> MaskAnnotation | None:
     return [_ring(numbers) for numbers in value] if isinstance(value, list) else value
 
 

@@ -2,8 +2,8 @@
 
     Annotations/2007_000027.xml, JPEGImages/2007_000027.jpg, ImageSets/Main/train.txt
 
-VOC counts pixels from 1 and includes the last one, so a box covers xmin - 1 to xmax in edges counted
-from 0. Tools that write 0 for xmin mean the edge; clipping to the image puts that right.
+VOC counts pixels from 1 and includes the last one, so in edges counted from 0 a box covers xmin - 1 to
+xmax. Some tools write 0 for xmin and mean the edge; clipping to the image corrects that.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations
 from pix2seq.data.defects import (
-    HUGE,
     MAX_BAD_SHARE,
+    MAX_COORDINATE,
     OBJECT_COLUMNS,
     Defects,
     clip_box,
@@ -39,7 +39,7 @@ VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
 
 @dataclass(frozen=True)
 class VocDataset:
-    """See `pix2seq.types.Dataset`. Objects marked difficult count as crowd: neither trained on nor scored."""
+    """A VOC split, see `pix2seq.data.dataset.Dataset`; difficult objects count as crowd: not trained on, not scored."""
 
     root: Path
     split: str
@@ -47,51 +47,49 @@ class VocDataset:
     images: ImageTable
     defects: pd.DataFrame
     annotations: Annotations
-    truncated: NDArray[np.bool_]  # (N,) objects that reach beyond the image or behind others
+    truncated: NDArray[np.bool_]  # (N,) marked as cut off by the image or hidden by others
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def objects(self) -> pd.DataFrame:
-        """A row for each annotation that is used, with `VOC_COLUMNS`; made anew at each call."""
+        """One row per used annotation, with `VOC_COLUMNS`; rebuilt on each access."""
         table = self.annotations.table(self.images, self.categories)
         table["difficult"], table["truncated"] = self.annotations.iscrowd, self.truncated
         return table
 
     def target(self, index: int) -> Target:
-        """The annotations of image `index`."""
+        """Return the annotations of image `index`."""
         return self.annotations.target(index, self.images[index])
 
     @classmethod
     def read(cls, root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> VocDataset:
         """Read a split.
 
-        Raises `InputError` where its list is missing or an XML file is damaged, and where more than
-        `max_bad_share` (0 to 1) of the images or of the objects, and ten of them or more, had to be dropped.
+        Raises `InputError` if its list is missing or an XML file is damaged, or if ten or more images or
+        objects, and more than `max_bad_share` (0 to 1) of them, had to be dropped.
         """
         root = Path(root)
         names = read_split(root, split)
-        # Ids and classes come from all files, so that they are the same in every split.
+        # Ids and classes come from all files, so they are the same in every split.
         everything = sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
         image_ids = {name: position for position, name in enumerate(everything, start=1)}
         parsed = {name: _parse(root / "Annotations" / f"{name}.xml") for name in everything}
         classes = sorted({_text(o, "name") for tree in parsed.values() for o in tree.iter("object")} - {""})
         if not classes:
-            raise InputError(
-                f"{root / 'Annotations'} has no object in any file; expected <object> with <name> and <bndbox>"
-            )
+            raise InputError(f"{root / 'Annotations'} has no objects; expected <object> with <name> and <bndbox>")
         categories = label_categories([(i, name, (), ()) for i, name in enumerate(classes, start=1)])
         return _read_objects(root, split, names, image_ids, parsed, categories, max_bad_share)
 
 
 def is_voc(root: Path) -> bool:
-    """Whether a folder looks like Pascal VOC."""
+    """Return whether a folder looks like Pascal VOC."""
     return (root / "Annotations").is_dir() and any((root / "Annotations").glob("*.xml"))
 
 
 def read_split(root: Path, split: str) -> list[str]:
-    """Names in ImageSets/Main/SPLIT.txt, without extension."""
+    """Return the names in ImageSets/Main/SPLIT.txt, without extension."""
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -99,7 +97,7 @@ def read_split(root: Path, split: str) -> list[str]:
         others = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise InputError(f"{path} does not exist; splits of this data set: {others}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; expected a name a line, in UTF-8") from None
+        raise InputError(f"{path} cannot be read: {error}; expected one name per line, in UTF-8") from None
     return [line.split()[0] for line in lines if line.split()]
 
 
@@ -108,12 +106,12 @@ def _parse(path: Path) -> ElementTree.Element:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16 too; they can grow without bound, and serve no purpose
+    if b"<!ENTITY" in content.replace(b"\0", b""):  # also in UTF-16; entities can expand without bound
         raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
     try:
         return ElementTree.fromstring(content)
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two for its encoding
-        raise InputError(f"{path} is no readable XML ({error}); the file is damaged: copy it again") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two come from its encoding
+        raise InputError(f"{path} is not readable XML ({error}); the file is damaged: copy it again") from None
 
 
 def _read_objects(
@@ -145,7 +143,7 @@ def _read_objects(
             continue
         tree, image_id = parsed[name], image_ids[name]
         width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
-        if not (1 <= width <= HUGE and 1 <= height <= HUGE):
+        if not (1 <= width <= MAX_COORDINATE and 1 <= height <= MAX_COORDINATE):
             try:
                 width, height = image_size(files[name])
             except InputError as error:
@@ -162,7 +160,7 @@ def _read_objects(
                 defects.add(image_id, annotation_id, "object without a name", "dropped", name)
                 continue
             xmin, ymin, xmax, ymax = (_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
-            # Told on the numbers as written: 237 to 237 is one column in VOC's counting, yet all such
+            # Checked on the numbers as written: 237 to 237 is one column in VOC's counting, but all such
             # boxes are slips of the mouse.
             degenerate = xmax <= xmin or ymax <= ymin
             box, defect = clip_box((xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1), width, height)
@@ -206,13 +204,13 @@ def _read_objects(
 
 
 def _image_files(root: Path) -> dict[str, Path]:
-    """Image files by their name without extension."""
+    """Return the image files by their name without extension."""
     folder = root / "JPEGImages"
     if not folder.is_dir():
         raise InputError(f"{root} has no folder JPEGImages; expected Pascal VOC layout")
     found: dict[str, Path] = {}
     with os.scandir(folder) as entries:
-        # Sorted, so that of two images of one name it is always the same that counts.
+        # Sorted, so that the choice between two files of one name is always the same.
         for name in sorted(entry.name for entry in entries if entry.is_file()):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
@@ -225,7 +223,7 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 
 def _number(element: ElementTree.Element, path: str) -> float:
-    """The number at `path`, NaN where there is none."""
+    """Return the number at `path`, NaN if there is none."""
     try:
         return float(_text(element, path))
     except ValueError:

@@ -1,8 +1,7 @@
-"""Five differently worded English captions of a scene, each of them true.
+"""Five different English captions of a scene, all true.
 
-A caption is made of facts: how many figures of a colour and class there are, where in the image
-one stands, and how two stand to each other. A relation is claimed only where the boxes leave no
-doubt.
+Captions state facts: how many figures of a colour and class there are, where a figure is in the image, and
+how two figures are related. A relation is stated only if the boxes leave no doubt.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ from pix2seq.data.shapes.scene import Figure, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 PLURALS = {"person": "people", "cross": "crosses"}
-MARGIN = 0.12  # of the image's side, between centres, before a relation is claimed
+MARGIN = 0.12  # least distance between centres to state a relation, as a share of the image's side
 
 
 def captions(scene: Scene, rng: Generator) -> list[str]:
-    """Five captions, no two the same."""
+    """Write five different captions."""
     size = scene.image.shape[0]
-    told: list[str] = []
-    for maker in (_listing, _counting, _places, _relation, _summary):
+    texts: list[str] = []
+    for maker in (_listing, _counting, _locations, _relation, _summary):
         text = maker(scene.figures, size, rng)
-        while text in told:  # a scene of one figure has little to tell; another wording comes up soon
-            text = (_listing, _places, _summary)[int(rng.integers(3))](scene.figures, size, rng)
-        told.append(text)
-    return told
+        while text in texts:  # a scene of one figure has few facts; draw another wording
+            text = (_listing, _locations, _summary)[int(rng.integers(3))](scene.figures, size, rng)
+        texts.append(text)
+    return texts
 
 
 def noun(name: str, count: int = 1) -> str:
-    """The class in singular or plural."""
+    """Return a class name in singular or plural."""
     return name if count == 1 else PLURALS.get(name, f"{name}s")
 
 
 def phrase(figure: Figure) -> str:
-    """Colour and class; a person's colour is its clothes'."""
+    """Return colour and class; a person's colour is that of the clothes."""
     return f"person in {figure.colour}" if figure.name == "person" else f"{figure.colour} {figure.name}"
 
 
-def place(figure: Figure, size: int) -> str:
-    """Where the centre of a figure's box lies, in ninths of the image."""
+def location(figure: Figure, size: int) -> str:
+    """Describe which ninth of the image holds the centre of a figure's box."""
     x, y = (min(int(value / size * 3), 2) for value in figure.centre)
     if (x, y) == (1, 1):
         return "in the middle"
@@ -52,7 +51,7 @@ def place(figure: Figure, size: int) -> str:
 
 
 def relation(a: Figure, b: Figure, size: int) -> str | None:
-    """How `a` stands to `b`, by the centres of their boxes, or None where it could be argued about."""
+    """Describe the position of `a` relative to `b` by the centres of their boxes; None if it is not clear."""
     dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
     if max(abs(dx), abs(dy)) < MARGIN * size or 0.6 < abs(dx) / max(abs(dy), 1e-9) < 1.7:
         return None
@@ -62,12 +61,12 @@ def relation(a: Figure, b: Figure, size: int) -> str | None:
 
 
 def article(words: str) -> str:
-    """The words with `a` or `an`."""
+    """Put `a` or `an` before words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def counted(figures: list[Figure]) -> list[str]:
-    """`two red stars`, `a person in blue`, for every kind of figure, in order of appearance."""
+    """Count each kind of figure in words, in order of appearance: `two red stars`, `a person in blue`."""
     parts = []
     for words, count in Counter(phrase(figure) for figure in figures).items():
         if count == 1:
@@ -81,7 +80,7 @@ def counted(figures: list[Figure]) -> list[str]:
 
 
 def join(parts: list[str]) -> str:
-    """An English list."""
+    """Join parts to an English list."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -104,15 +103,15 @@ def _counting(figures: list[Figure], size: int, rng: Generator) -> str:
     return _sentence(lead.replace("{be}", be) + join(parts))
 
 
-def _places(figures: list[Figure], size: int, rng: Generator) -> str:
+def _locations(figures: list[Figure], size: int, rng: Generator) -> str:
     order = rng.permutation(len(figures))[:2]
     chosen = [figures[i] for i in sorted(order)]
     form = int(rng.integers(2))
-    told = []
+    parts = []
     for figure in chosen:
-        words, where = article(phrase(figure)), place(figure, size)
-        told.append(f"{where} is {words}" if form else f"{words} {where}")
-    return _sentence((", and " if form else " and ").join(told))
+        words, where = article(phrase(figure)), location(figure, size)
+        parts.append(f"{where} is {words}" if form else f"{words} {where}")
+    return _sentence((", and " if form else " and ").join(parts))
 
 
 def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
@@ -123,7 +122,7 @@ def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
         if a is not b and phrase(a) != phrase(b) and (words := relation(a, b, size)) is not None
     ]
     if not pairs:
-        return _places(figures, size, rng)
+        return _locations(figures, size, rng)
     a, b, words = pairs[int(rng.integers(len(pairs)))]
     verb = " is " if rng.random() < 0.5 else " "
     return _sentence(f"{article(phrase(a))}{verb}{words} {article(phrase(b))}")
@@ -132,7 +131,7 @@ def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
 def _summary(figures: list[Figure], size: int, rng: Generator) -> str:
     largest = max(figures, key=lambda figure: figure.area)
     others = len(figures) - 1
-    words = f"{article(phrase(largest))} {place(largest, size)}"
+    words = f"{article(phrase(largest))} {location(largest, size)}"
     if others == 0:
         return _sentence(f"{words} and nothing else" if rng.random() < 0.5 else f"only {words}")
     more = f"{NUMBERS[others]} other {'thing' if others == 1 else 'things'}"

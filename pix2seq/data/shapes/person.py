@@ -1,7 +1,7 @@
-"""A jointed figure with COCO's 17 points: a small skeleton in space, posed, turned and projected.
+"""A jointed person with COCO's 17 keypoints: a small skeleton in 3D, posed, turned and projected.
 
-Space is x to the right, y down and z towards the viewer; one unit is the height of a standing
-person. A figure at turn 0 faces the viewer, so its left side is to the right in the image.
+3D coordinates are x to the right, y down and z towards the viewer; one unit is the height of a standing
+person. A person at turn 0 faces the viewer, so their left side is to the right in the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from pix2seq.data.shapes.raster import Ring
+from pix2seq.data.shapes.figures import Ring
 
 KEYPOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow "
@@ -35,17 +35,17 @@ FACE = np.array(  # nose, eyes, ears on a ball of radius 1, facing the viewer
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the figure in one colour. `paint` is "clothes", "trousers", "skin", "hair" or "ink"."""
+    """A part of the person in one colour. `paint` is "clothes", "sleeves", "trousers", "skin", "hair" or "ink"."""
 
     paint: str
-    rings: list[Ring]  # overlapping rings that turn the same way
-    points: tuple[int, ...] = ()  # keypoints that this piece shows
-    solid: bool = True  # False for what is only drawn onto the pieces below: eyes and hair
+    rings: list[Ring]  # overlapping rings of the same orientation
+    points: tuple[int, ...] = ()  # keypoints on this part
+    solid: bool = True  # False if only drawn onto the parts below: eyes and hair
 
 
 @dataclass(frozen=True)
 class Pose:
-    """A posed figure, centred on its box, longest side 1: parts from back to front, and the points."""
+    """A posed person, centred on the box, longest side 1: parts from back to front, and keypoints."""
 
     parts: list[Part]
     points: NDArray[np.float64]  # (17, 2) x, y
@@ -53,7 +53,7 @@ class Pose:
 
 
 def pose(rng: Generator) -> Pose:
-    """A person in a random natural pose, seen from a random side."""
+    """Draw a person in a random natural pose, seen from a random side."""
     joints = posed_joints(rng)
     turn = rng.normal(0, 0.5) + (np.pi if rng.random() < 0.25 else 0.0)
     joints = joints @ rotation_y(turn).T
@@ -76,9 +76,9 @@ def pose(rng: Generator) -> Pose:
 
 
 def posed_joints(rng: Generator) -> NDArray[np.float64]:
-    """(18, 3): COCO's points with the face still at 0, then the centre of the head."""
+    """Draw joints (18, 3): COCO's points with those of the face still at 0, then the centre of the head."""
     joints = np.zeros((18, 3))
-    kind = rng.choice(4, p=[0.4, 0.25, 0.2, 0.15])  # at ease, walking, arms up, jumping or crouching
+    kind = rng.choice(4, p=[0.4, 0.25, 0.2, 0.15])  # standing, walking, arms up, jumping or crouching
     lean = np.array([rng.normal(0, 0.06), 0.0, rng.normal(0, 0.03)])
     stride = rng.uniform(0.35, 0.8) * rng.choice((-1, 1)) if kind == 1 else rng.normal(0, 0.1)
     for side, sign in enumerate((1.0, -1.0)):  # left is at positive x while the figure faces the viewer
@@ -107,18 +107,18 @@ def posed_joints(rng: Generator) -> NDArray[np.float64]:
 
 
 def limb(lift: float, swing: float, sign: float) -> NDArray[np.float64]:
-    """Unit vector of a limb: `lift` radians out to its side from hanging down, `swing` radians forward."""
+    """Return the unit vector of a limb: `lift` radians sideways from hanging down, `swing` radians forward."""
     return np.array([sign * np.sin(lift), np.cos(lift) * np.cos(swing), np.cos(lift) * np.sin(swing)])
 
 
 def rotation_y(angle: float) -> NDArray[np.float64]:
-    """(3, 3) turn about the upright axis."""
+    """Return the (3, 3) rotation about the vertical axis."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
 def body_parts(joints: NDArray[np.float64], front: NDArray[np.bool_]) -> list[Part]:
-    """Pieces from back to front, ordered by their depth in space."""
+    """Build the parts from back to front, ordered by their depth."""
     flat = joints[:, :2]
     layers: list[tuple[float, list[Part]]] = []
     for side in (0, 1):
@@ -155,7 +155,7 @@ def body_parts(joints: NDArray[np.float64], front: NDArray[np.bool_]) -> list[Pa
 
 
 def capsules(start: NDArray[np.float64], stop: NDArray[np.float64], radius: float) -> list[Ring]:
-    """Rounded bars between points (L, 2)."""
+    """Return rounded bars between points (L, 2)."""
     rings = []
     for a, b in zip(start, stop, strict=True):
         along = np.arctan2(b[1] - a[1], b[0] - a[0])
@@ -166,12 +166,12 @@ def capsules(start: NDArray[np.float64], stop: NDArray[np.float64], radius: floa
 
 
 def disc(centre: NDArray[np.float64], radius: float, stretch: float = 1.0) -> Ring:
-    """A circle, or an ellipse `stretch` times as tall."""
+    """Return a circle, or an ellipse `stretch` times as tall as wide."""
     return centre + UNIT_DISC * (radius, radius * stretch)
 
 
 def hull(points: NDArray[np.float64]) -> Ring:
-    """Convex hull, turning the same way as `disc`."""
+    """Return the convex hull, with the same orientation as `disc`."""
     ring = cv2.convexHull(points.astype(np.float32), clockwise=True)[:, 0].astype(np.float64)
     x, y = ring.T
     return ring if np.dot(x, np.roll(y, -1)) > np.dot(y, np.roll(x, -1)) else ring[::-1]

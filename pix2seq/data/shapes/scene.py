@@ -1,7 +1,7 @@
-"""One image and everything that is true of it, a function of a random generator.
+"""Draw a random scene: one image and its exact annotations, a function of a random generator.
 
-Figures are drawn from back to front on a grid FINE times finer than the image. A map of which
-figure owns each fine pixel gives masks, boxes, areas and hidden keypoints exactly as they are seen.
+Figures are drawn from back to front on a grid SUPERSAMPLING times finer than the image. A map of the
+owner of each fine pixel gives the visible masks, boxes, areas and keypoints exactly.
 """
 
 from __future__ import annotations
@@ -13,41 +13,49 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from pix2seq.data.shapes import colours, person
-from pix2seq.data.shapes.figures import OUTLINES, outline
-from pix2seq.data.shapes.raster import Ring, bounds, fill
-from pix2seq.data.shapes.textures import TEXTURES, blend, weights
-from pix2seq.data.shapes.visible import mask_rings, ring_area
+from pix2seq.data.shapes import person
+from pix2seq.data.shapes.appearance import (
+    HAIR,
+    HSV_RANGES,
+    SKIN,
+    TEXTURES,
+    blend,
+    muted_colour,
+    named_colour,
+    second_tone,
+    texture_weights,
+)
+from pix2seq.data.shapes.figures import POLYGONS, Ring, Window, bounds, fill, random_polygon
+from pix2seq.geometry.polygons import ring_area
 
-FINE = 3  # fine pixels along a pixel's side
+SUPERSAMPLING = 3  # fine pixels along the side of a pixel
 MAX_FIGURES = 8
-SIDES = (0.12, 0.5)  # longest side of a figure, as a share of the image's
+SIDES = (0.12, 0.5)  # range of a figure's longest side, as a share of the image's side
 PERSON_SIDES = (0.3, 0.62)
 EASY_SIDES = (0.25, 0.5)
-MIN_VISIBLE = 0.35  # a figure that would leave less than this of another in sight is put elsewhere
-MIN_PART = 2.0  # square pixels; smaller scraps of a mask are no part of it
-CLASS_NAMES = (*OUTLINES, "person")
+MIN_VISIBLE = 0.35  # share of each figure that later figures must leave visible
+MIN_PART = 2.0  # square pixels; smaller parts of a mask are dropped
+TOLERANCE = 0.5  # fine pixels; straightens the stairs of a slanted edge and no more
+CLASS_NAMES = (*POLYGONS, "person")
 EASY_CLASS_NAMES = ("circle", "square", "triangle", "star", "heart")
-COLOUR_NAMES = tuple(colours.HSV_RANGES)
-
-Window = tuple[int, int, int, int]
+COLOUR_NAMES = tuple(HSV_RANGES)
 
 
 @dataclass
 class Figure:
-    """One object. Coordinates in pixels, x right and y down."""
+    """One object; coordinates in pixels, x right and y down."""
 
     name: str  # class
-    colour: str  # of a person, the shirt's
+    colour: str  # a person's is that of the shirt
     texture: str
-    box_xyxy: tuple[float, float, float, float] = (0, 0, 0, 0)  # of what is visible
-    rings: list[Ring] = field(default_factory=list)  # outlines of what is visible
-    area: float = 0.0  # visible, square pixels
-    keypoints: NDArray[np.float64] | None = None  # (17, 3) of a person: x, y, 0 outside, 1 hidden, 2 seen
+    box_xyxy: tuple[float, float, float, float] = (0, 0, 0, 0)  # of the visible part
+    rings: list[Ring] = field(default_factory=list)  # polygons of the visible part
+    area: float = 0.0  # of the visible part, square pixels
+    keypoints: NDArray[np.float64] | None = None  # (17, 3) of a person: x, y, 0 outside, 1 hidden, 2 visible
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Of the visible box."""
+        """The centre of the visible box."""
         x0, y0, x1, y1 = self.box_xyxy
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -61,39 +69,39 @@ class Scene:
 
 
 @dataclass
-class _Placed:
-    """A figure on the fine grid, before anything hides it."""
+class _PlacedFigure:
+    """A figure on the fine grid, without occlusion."""
 
     figure: Figure
     window: Window
     mask: NDArray[np.bool_]
-    paints: list[tuple[Window, NDArray[np.bool_], str, tuple[int, ...]]]  # of a person: where each piece lies
+    paints: list[tuple[Window, NDArray[np.bool_], str, tuple[int, ...]]]  # the parts of a person
     points: NDArray[np.float64] | None = None  # (17, 2) fine pixels
     faces_viewer: NDArray[np.bool_] | None = None
-    num_seen: int = 0  # fine pixels that nothing hides
+    num_visible: int = 0  # fine pixels that are not hidden
 
     def __post_init__(self) -> None:
-        self.num_seen = int(np.count_nonzero(self.mask))
+        self.num_visible = int(np.count_nonzero(self.mask))
 
 
 def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, easy: bool = False) -> Scene:
-    """An image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
+    """Draw an image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
 
-    An `easy` one has five classes, larger figures, no textures and nothing else in it.
+    An `easy` scene has five classes, larger figures, no textures and a plain background.
     """
-    side = size * FINE
-    owner = np.zeros((side, side), np.int8)  # 0 is background, figure i is i + 1
-    placed: list[_Placed] = []
-    wanted = int(rng.integers(1, max_figures + 1))
-    for _ in range(wanted):
+    side = size * SUPERSAMPLING
+    owner = np.zeros((side, side), np.int8)  # 0 is the background, i + 1 is figure i
+    placed: list[_PlacedFigure] = []
+    num_figures = int(rng.integers(1, max_figures + 1))
+    for _ in range(num_figures):
         for _attempt in range(12):
-            candidate = _place(rng, side, easy)
+            candidate = _random_figure(rng, side, easy)
             top, left, bottom, right = candidate.window
             below = owner[top:bottom, left:right]
             covered = np.bincount(below[candidate.mask], minlength=len(placed) + 1)
             if _fits(candidate, placed, covered):
                 for other, lost in zip(placed, covered[1:], strict=True):
-                    other.num_seen -= int(lost)
+                    other.num_visible -= int(lost)
                 placed.append(candidate)
                 below[candidate.mask] = len(placed)
                 break
@@ -101,14 +109,14 @@ def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, eas
     for candidate in placed:
         _paint(rng, fine, candidate)
     for number, candidate in enumerate(placed, start=1):
-        _describe(candidate, owner, number, side)
+        _annotate(candidate, owner, number, side)
     image = cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA)
     grain = rng.uniform(0, 4 if easy else 9)
     image = image.astype(np.float32) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(grain)
     return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed])
 
 
-def _place(rng: Generator, side: int, easy: bool) -> _Placed:
+def _random_figure(rng: Generator, side: int, easy: bool) -> _PlacedFigure:
     names = EASY_CLASS_NAMES if easy else CLASS_NAMES
     name = names[int(rng.integers(len(names)))]
     texture = "plain" if easy or rng.random() < 0.4 else list(TEXTURES)[int(rng.integers(len(TEXTURES)))]
@@ -126,80 +134,84 @@ def _place(rng: Generator, side: int, easy: bool) -> _Placed:
             paints.append((window, fill(rings, window), part.paint, part.points if part.solid else ()))
         solid = [ring * scale + centre for part in pose.parts if part.solid for ring in part.rings]
         window = bounds(solid, side, side)
-        return _Placed(figure, window, fill(solid, window), paints, pose.points * scale + centre, pose.faces_viewer)
+        mask, points = fill(solid, window), pose.points * scale + centre
+        return _PlacedFigure(figure, window, mask, paints, points, pose.faces_viewer)
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    ring = outline(name, rng) @ turn * scale + centre
+    ring = random_polygon(name, rng) @ turn * scale + centre
     window = bounds([ring], side, side)
-    return _Placed(figure, window, fill([ring], window), [])
+    return _PlacedFigure(figure, window, fill([ring], window), [])
 
 
-def _fits(candidate: _Placed, placed: list[_Placed], covered: NDArray[np.int64]) -> bool:
-    """Whether enough of every figure would still be seen; `covered` counts fine pixels lost, by owner."""
-    if candidate.num_seen < (3 * FINE) ** 2:
+def _fits(candidate: _PlacedFigure, placed: list[_PlacedFigure], covered: NDArray[np.int64]) -> bool:
+    """Return whether enough of every figure stays visible; `covered` counts the fine pixels hidden, by owner."""
+    if candidate.num_visible < (3 * SUPERSAMPLING) ** 2:
         return False
     return all(
-        lost == 0 or other.num_seen - lost >= MIN_VISIBLE * np.count_nonzero(other.mask)
+        lost == 0 or other.num_visible - lost >= MIN_VISIBLE * np.count_nonzero(other.mask)
         for other, lost in zip(placed, covered[1:], strict=True)
     )
 
 
 def _background(rng: Generator, size: int, easy: bool) -> NDArray[np.uint8]:
-    """The ground (size * FINE) pixels a side; it has no edges that would need the fine grid to begin with."""
+    """Draw a background of size * SUPERSAMPLING pixels a side; it has no edges, so it is drawn small and enlarged."""
     kinds, odds = ("plain", "gradient", "clouds", "stripes", "checks", "noise"), (0.2, 0.25, 0.3, 0.1, 0.05, 0.1)
     kind = "plain" if easy else str(rng.choice(kinds, p=odds))
-    first, second = colours.muted(rng), colours.muted(rng)
+    first, second = muted_colour(rng), muted_colour(rng)
     if kind in ("stripes", "checks", "noise"):
-        second = first + (second - first) * np.float32(0.35)  # busy, yet a background
-    share = weights(kind, rng, (size, size), size * rng.uniform(0.06, 0.2))
+        second = first + (second - first) * np.float32(0.35)  # low contrast, so it stays a background
+    share = texture_weights(kind, rng, (size, size), size * rng.uniform(0.06, 0.2))
     ground = blend(np.zeros((size, size), np.float32) if share is None else share, first, second)
-    fine = np.asarray(cv2.resize(ground, (size * FINE, size * FINE), interpolation=cv2.INTER_LINEAR), np.uint8)
-    for _ in range(0 if easy else int(rng.integers(0, 4))):  # lines that are no objects
-        (x0, y0), (x1, y1) = rng.integers(0, size * FINE, (2, 2)).tolist()
-        cv2.line(fine, (x0, y0), (x1, y1), colours.muted(rng).tolist(), int(rng.integers(1, 2 * FINE)), cv2.LINE_AA)
+    side = size * SUPERSAMPLING
+    fine = np.asarray(cv2.resize(ground, (side, side), interpolation=cv2.INTER_LINEAR), np.uint8)
+    for _ in range(0 if easy else int(rng.integers(0, 4))):  # lines as distractors
+        (x0, y0), (x1, y1) = rng.integers(0, side, (2, 2)).tolist()
+        colour, width = muted_colour(rng).tolist(), int(rng.integers(1, 2 * SUPERSAMPLING))
+        cv2.line(fine, (x0, y0), (x1, y1), colour, width, cv2.LINE_AA)
     return fine
 
 
-def _paint(rng: Generator, fine: NDArray[np.uint8], candidate: _Placed) -> None:
+def _paint(rng: Generator, fine: NDArray[np.uint8], candidate: _PlacedFigure) -> None:
     figure = candidate.figure
-    colour = colours.named(figure.colour, rng)
-    second = colours.second_tone(figure.colour, colour, rng)
+    colour = named_colour(figure.colour, rng)
+    second = second_tone(figure.colour, colour, rng)
     top, left, bottom, right = candidate.window
-    period = max((bottom - top + right - left) / 2 * rng.uniform(0.15, 0.35), 3.0 * FINE)
+    period = max((bottom - top + right - left) / 2 * rng.uniform(0.15, 0.35), 3.0 * SUPERSAMPLING)
     flat = {
-        "skin": np.array(colours.SKIN[int(rng.integers(len(colours.SKIN)))], np.float32),
-        "hair": np.array(colours.HAIR[int(rng.integers(len(colours.HAIR)))], np.float32),
+        "skin": np.array(SKIN[int(rng.integers(len(SKIN)))], np.float32),
+        "hair": np.array(HAIR[int(rng.integers(len(HAIR)))], np.float32),
         "ink": np.array((30, 24, 22), np.float32),
-        "trousers": colours.muted(rng),
+        "trousers": muted_colour(rng),
     }
-    pieces = [(window, mask, paint) for window, mask, paint, _ in candidate.paints]
-    for (top, left, bottom, right), mask, paint in pieces or [(candidate.window, candidate.mask, "all")]:
+    parts = [(window, mask, paint) for window, mask, paint, _ in candidate.paints]
+    for (top, left, bottom, right), mask, paint in parts or [(candidate.window, candidate.mask, "all")]:
         if mask.size == 0:
             continue
-        share = None if paint in flat else weights(figure.texture, rng, mask.shape, period)
+        share = None if paint in flat else texture_weights(figure.texture, rng, mask.shape, period)
         ground = fine[top:bottom, left:right]
         ground[mask] = flat.get(paint, colour).astype(np.uint8) if share is None else blend(share[mask], colour, second)
 
 
-def _describe(candidate: _Placed, owner: NDArray[np.int8], number: int, side: int) -> None:
-    """Fill in what is visible of a figure."""
+def _annotate(candidate: _PlacedFigure, owner: NDArray[np.int8], number: int, side: int) -> None:
+    """Fill in the annotations of the visible part of a figure."""
     top, left, bottom, right = candidate.window
-    seen = owner[top:bottom, left:right] == number
-    rings = [(ring + (left, top)) / FINE for ring in mask_rings(seen, min_area=MIN_PART * FINE**2)]
+    visible_mask = owner[top:bottom, left:right] == number
+    fine_rings = mask_to_polygons(visible_mask, min_area=MIN_PART * SUPERSAMPLING**2)
+    rings = [(ring + (left, top)) / SUPERSAMPLING for ring in fine_rings]
     figure = candidate.figure
     figure.rings = rings
     points = np.concatenate(rings)
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
     figure.box_xyxy = (x0, y0, x1, y1)
-    figure.area = float(sum(ring_area(ring) for ring in rings))
+    figure.area = float(sum(abs(ring_area(ring)) for ring in rings))
     if candidate.points is None or candidate.faces_viewer is None:
         return
     figure.keypoints = np.zeros((len(candidate.points), 3))
     for index, (x, y) in enumerate(candidate.points.tolist()):
         if not (0 <= x < side and 0 <= y < side):
             continue
-        # Hidden by another figure, by a piece of the person's own body that lies before it, or on the
-        # far side of the head.
+        # A point is hidden by another figure, by a part of the person's own body in front of it, or on
+        # the far side of the head.
         column, row = int(x), int(y)
         on_top = [
             points
@@ -211,4 +223,56 @@ def _describe(candidate: _Placed, owner: NDArray[np.int8], number: int, side: in
         ]
         shown = owner[row, column] == number and bool(on_top) and index in on_top[-1]
         visible = shown and bool(candidate.faces_viewer[index])
-        figure.keypoints[index] = (x / FINE, y / FINE, 2 if visible else 1)
+        figure.keypoints[index] = (x / SUPERSAMPLING, y / SUPERSAMPLING, 2 if visible else 1)
+
+
+def mask_to_polygons(mask: NDArray[np.bool_], *, min_area: float) -> list[Ring]:
+    """Trace the outer rings of a mask (H, W), largest first, with pixel edges at whole numbers.
+
+    COCO's polygons have no holes, so a mask with a hole is cut in two through the hole, and each side
+    is traced. Parts and holes of less than `min_area` square pixels are left out.
+    """
+    rings: list[Ring] = []
+    rest = [(mask, 0, 0)]
+    while rest:
+        piece, top, left = rest.pop()
+        outer, holes = _trace(piece)
+        holes = [hole for hole in holes if cv2.contourArea(hole.astype(np.float32)) >= min_area]
+        if not holes:
+            rings += [ring + (left, top) for ring in outer if cv2.contourArea(ring.astype(np.float32)) >= min_area]
+            continue
+        column, row = np.rint((holes[0].min(0) + holes[0].max(0)) / 2).astype(int)
+        if np.count_nonzero(piece[:, column]) <= np.count_nonzero(piece[row]):
+            rest += [(piece[:, :column], top, left), (piece[:, column:], top, left + int(column))]
+        else:
+            rest += [(piece[:row], top, left), (piece[row:], top + int(row), left)]
+    return sorted(rings, key=lambda ring: -cv2.contourArea(ring.astype(np.float32)))
+
+
+def _trace(mask: NDArray[np.bool_]) -> tuple[list[Ring], list[Ring]]:
+    """Trace the outer rings and the holes of a mask (H, W).
+
+    `cv2.findContours` runs through the centres of the outermost pixels, so it loses half a pixel on
+    each side. Here it runs on a grid twice as fine, with the points in between set if the mean of the
+    pixels around them is at least a half, so it passes midway between inside and outside: marching
+    squares, without a bias on straight or slanted edges.
+    """
+    height, width = mask.shape
+    padded = np.zeros((height + 2, width + 2), np.uint8)
+    padded[1:-1, 1:-1] = mask
+    across = padded[:, :-1] | padded[:, 1:]
+    down = padded[:-1] | padded[1:]
+    grid = np.empty((2 * height + 3, 2 * width + 3), np.uint8)
+    grid[::2, ::2] = padded
+    grid[::2, 1::2] = across
+    grid[1::2, ::2] = down
+    # Two or more of the four pixels are set: one in each column, or one in each row.
+    grid[1::2, 1::2] = (down[:, :-1] & down[:, 1:]) | (across[:-1] & across[1:])
+    contours, hierarchy = cv2.findContours(grid, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outer: list[Ring] = []
+    holes: list[Ring] = []
+    for index, contour in enumerate(contours):
+        ring = cv2.approxPolyDP(contour, 2 * TOLERANCE, True)[:, 0]
+        if len(ring) >= 3:
+            (outer if hierarchy[0, index, 3] < 0 else holes).append(ring.astype(np.float64) / 2 - 0.5)
+    return outer, holes

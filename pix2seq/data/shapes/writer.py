@@ -1,6 +1,6 @@
-"""A generated data set on disk, in COCO layout with COCO's file names.
+"""Write a generated data set in COCO layout with COCO's file names, and draw a contact sheet of it.
 
-Image i of a split is a function of (seed, split, i), so the number of processes changes nothing.
+Image i of a split is a function of (seed, split, i), so it does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.image import read_image
 from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
 from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, Figure, make_scene
+from pix2seq.drawing import draw_target, tile
 from pix2seq.errors import InputError
 
-SPLITS = {"train": 0, "val": 1}  # their share in the seed; also keeps image ids apart
+SPLITS = {"train": 0, "val": 1}  # part of the seed; also keeps image ids distinct
 VAL_IDS_FROM = 5_000_000
 JPEG_QUALITY = 92
-# As in COCO, ids have gaps, and the person comes first; code that mistakes ids for indices shows here.
+# As in COCO, ids have gaps and the person comes first; this exposes code that uses ids as indices.
 CATEGORY_IDS = {name: 1 if name == "person" else 3 + 2 * i for i, name in enumerate(CLASS_NAMES)}
 
-Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
+Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]  # entry of an image, of its annotations, captions
 
 
 def write_shapes(
@@ -44,9 +48,8 @@ def write_shapes(
 ) -> None:
     """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
-    Each shows 1 to `max_objects` figures; `easy` ones are plain, see `make_scene`.
-
-    Raises `InputError` for a folder with something in it and for numbers out of range.
+    Each has 1 to `max_objects` figures; for `easy`, see `make_scene`. Raises `InputError` if the folder is
+    not empty or a number is out of range.
     """
     out = Path(out)
     if not 32 <= size <= 2048:
@@ -74,16 +77,29 @@ def write_shapes(
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
+def contact_sheet(
+    folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", first: int = 0, width: int = 1200
+) -> Image.Image:
+    """Draw a sheet, `width` pixels wide, of a split in COCO layout from image `first` on, with all annotations."""
+    dataset = CocoDataset.read(folder, split)
+    drawn = []
+    for index in range(first, min(first + rows * columns, len(dataset))):
+        target = dataset.target(index)
+        drawn.append(draw_target(read_image(target.image.path), target, dataset.categories))
+    sheet = tile(drawn, columns=columns)
+    return sheet.resize((width, round(sheet.height * width / sheet.width)), Image.Resampling.LANCZOS)
+
+
 def _write_split(
     folder: Path, split: str, count: int, write: Callable[..., Written], *, seed: int, workers: int
 ) -> None:
-    pictures = folder / f"{split}2017"
-    pictures.mkdir()
+    image_folder = folder / f"{split}2017"
+    image_folder.mkdir()
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     bar = tqdm(
-        _spread(partial(write, folder=pictures), range(count), workers),
+        _spread(partial(write, folder=image_folder), range(count), workers),
         total=count,
         unit="image",
         desc=f"shapes {split}",
@@ -129,7 +145,7 @@ def _one_thread() -> None:
 
 
 def write_image(index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int, easy: bool) -> Written:
-    """Draw and save image `index` of a split; return its COCO entries, the annotations without ids."""
+    """Draw and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
     scene = make_scene(rng, size, max_objects, easy=easy)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
