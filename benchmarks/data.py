@@ -58,7 +58,6 @@ from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.examples import collate
-from pix2seq.geometry.affine import Affine
 from pix2seq.tasks import BUILT_IN, get_task
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig

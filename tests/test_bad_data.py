@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import warnings
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,7 +289,7 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
             read_record_image(image)
 
     class Encoder:
-        tasks = {"captioning": Captioning}
+        tasks = MappingProxyType({"captioning": Captioning})
         model = SimpleNamespace(categories=())
 
         def require(self, name): ...

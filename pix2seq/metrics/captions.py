@@ -66,7 +66,8 @@ class CaptionMetric(Metric):
     def add(self, target: Target, answers: Sequence[Caption]) -> None:
         """See `Metric`."""
         self.references[target.image.id] = target.captions
-        self.predictions |= {target.image.id: caption.text for caption in answers}
+        for caption in answers:
+            self.predictions[target.image.id] = caption.text
 
     def merge(self, other: CaptionMetric) -> None:
         """See `Metric`."""

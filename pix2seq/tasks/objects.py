@@ -1,4 +1,4 @@
-"""What tasks about single objects share: an object of given box and class is the prompt, its mask or keypoints the answer.
+"""What tasks about single objects share: the prompt is an object's box and class, the answer its mask or keypoints.
 
 Scores follow google-research/pix2seq, `compute_weighted_scores`. Shapes: R rows, T tokens.
 """

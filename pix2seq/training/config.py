@@ -170,7 +170,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
 
 
 def _schema(sources: Sequence[Mapping[str, Any]]) -> type[TrainConfig]:
-    """`TrainConfig` with a field for each task that is built in, registered, trained or set. Others are not imported."""
+    """`TrainConfig` with a field for each task that is built in, registered, trained or set; others stay unimported."""
     trained = next((source["tasks"] for source in reversed(sources) if source.get("tasks")), [DEFAULT_TASK])
     trained = [trained] if isinstance(trained, str) else list(trained)
     own = {entry.name for entry in dataclasses.fields(TrainConfig)}

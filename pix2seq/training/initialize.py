@@ -14,7 +14,7 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
-from pix2seq.vocab import CLASS_BASE
+from pix2seq.vocab import CLASS_BASE, OTHER_TASK_IDS
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
@@ -61,10 +61,13 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
 def _matching_rows(model: Pix2Seq, source: Pix2Seq) -> tuple[Tensor, Tensor, str]:
     """Return ids of `model` and the ids of `source` with the same meaning, and a summary of the matches."""
     ours, theirs = model.config.vocab, source.config.vocab
-    pairs = [(token, token) for token in range(CLASS_BASE)]
+    pairs = [(token, token) for token in range(CLASS_BASE) if token not in OTHER_TASK_IDS]
+    pairs += [
+        (ours.other_tasks[name], theirs.other_tasks[name]) for name in ours.other_tasks.keys() & theirs.other_tasks
+    ]
     if ours.num_bins == theirs.num_bins:
         pairs += [(ours.coord_base + i, theirs.coord_base + i) for i in range(ours.num_bins)]
-    known = {same_name(category.name): category.label for category in source.categories}
+    known = {category_key(category.name): category.label for category in source.categories}
     classes = [
         (CLASS_BASE + category.label, CLASS_BASE + known[category_key(category.name)])
         for category in model.categories

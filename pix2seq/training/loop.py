@@ -19,7 +19,6 @@ from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
-from pix2seq.training.allocator import keep_freed_memory
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks

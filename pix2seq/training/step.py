@@ -108,7 +108,7 @@ class TrainingModel:
         self.model = model
         self.bf16 = bf16
         self.ranks = ranks or Ranks(model.device)
-        self._loss = spread(_SequenceLoss(model, label_smoothing), self.ranks, parallel, blocks=model.block_list())
+        self._loss = parallelize(_SequenceLoss(model, label_smoothing), self.ranks, parallel, blocks=model.block_list())
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
@@ -195,7 +195,7 @@ def compile_model(model: Pix2Seq) -> None:
         raise InputError("compile=true found no C++ compiler, which the CPU needs; install g++, or leave compile out")
     import torch._dynamo  # takes seconds
 
-    blocks = model.units()
+    blocks = model.block_list()
     # Blocks that differ in a number, such as timm's drop rates, are variants of one function. Beyond this limit
     # torch.compile silently leaves the rest uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
