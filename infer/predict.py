@@ -19,8 +19,9 @@ from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder
-from pix2seq.predictor import EncodedImage, Prediction, Predictor
+from pix2seq.predictor import Prediction, Predictor
 from pix2seq.tasks.objects import Boxes
+from pix2seq.tasks.request import EncodedImage
 
 
 def predict_files(

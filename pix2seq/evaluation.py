@@ -36,7 +36,8 @@ class EvalResult:
     @classmethod
     def of(cls, measured: Measured, *, num_images: int, seconds: float) -> EvalResult:
         """Compute the scores of what was measured."""
-        scores, metrics = {}, {}
+        scores: dict[str, Scores] = {}
+        metrics: dict[str, float | None] = {}
         for (name, question), metric in measured.items():
             found = metric.result()
             scores[f"{name}/{question}" if question else name] = found

@@ -29,7 +29,7 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
-from pix2seq.tasks.request import EncodedImage, Request
+from pix2seq.tasks.request import EncodedImage, Region, Request
 from pix2seq.tasks.task import Task
 from pix2seq.types import Caption, Instance
 
@@ -323,7 +323,8 @@ class Predictor:
         token_bytes = 2 * len(decoder.blocks) * width * (2 if self.bf16 else 4)
         order = sorted(range(len(asked)), key=lambda i: (asked[i][1].num_samples, -asked[i][1].length))
         batches: list[list[int]] = []
-        rows, slots, memories, samples = 0, 0, set(), 0
+        rows = slots = samples = 0
+        memories: set[tuple[int, Region | None]] = set()
         for i in order:
             image, request = asked[i]
             key = (id(image), request.region)

@@ -39,7 +39,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     folder = existing_folder(path)
     if (folder / CONFIG_FILE).is_file():
-        damage = find_damage(folder, leaving_out=STATE_FILES)
+        damage = find_damage(folder, ignore=STATE_FILES)
         if damage is not None:
             raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
         return folder

@@ -71,8 +71,9 @@ class Keypoint(ObjectTask[KeypointConfig]):
     def example(self, target: Target, i: int, size: tuple[int, int], rng: np.random.Generator) -> Example:
         """See `ObjectTask`."""
         points = target.keypoints[i, : len(self.categories[int(target.labels[i])].keypoints)]
+        scale: NDArray[np.float32] = np.array(size, np.float32)
         response = encode_keypoints(
-            points[:, 1::-1] / np.array(size, np.float32),
+            points[:, 1::-1] / scale,
             points[:, 2] > 0,
             self.vocab,
             rng if self.config.mask_inputs else None,

@@ -124,12 +124,12 @@ def join_ranks(device: str, num_processes: int = 0) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def spread(module: nn.Module, ranks: Ranks, how: str, *, blocks: Sequence[nn.Module]) -> nn.Module:
-    """`module` so that its gradients are averaged over all ranks. Build optimisers after this.
+def parallelize(module: nn.Module, ranks: Ranks, how: str, *, blocks: Sequence[nn.Module]) -> nn.Module:
+    """Return `module` with gradients averaged over all ranks. Build the optimiser afterwards.
 
-    `how` is `ddp`, where every rank holds all weights, or `fsdp`, where each holds a part of every
-    weight and its optimiser state, and gathers the weights of one of the `blocks` inside at a time. Batch
-    normalisation takes its statistics from all ranks.
+    With `how="ddp"` every rank holds all weights. With `how="fsdp"` each rank holds a shard of every weight
+    and its optimiser state, and gathers the full weights of one of the `blocks` at a time. Batch norms use
+    the statistics of all ranks.
     """
     if ranks.size == 1:
         return module
