@@ -297,15 +297,7 @@ def test_a_damaged_model_gives_an_error_of_one_line(tmp_path):
     valid = path.read_bytes()
     no_utf8 = valid.replace("\u2581a".encode(), b"\xe2\xff\x81a")
     assert no_utf8 != valid
-    for damaged in (
-        b"",
-        b"no model",
-        bytes(500),
-        valid[: len(valid) // 2],
-        valid[:-1],
-        b"<html>" + valid,
-        no_utf8,
-    ):
+    for damaged in (b"", b"no model", bytes(500), valid[: len(valid) // 2], valid[:-1], b"<html>" + valid, no_utf8):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=SENTENCEPIECE_FILE) as raised:
             load_text_tokenizer(tmp_path)

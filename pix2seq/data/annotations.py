@@ -233,15 +233,7 @@ def box_annotations(
         "first_char": no_edges.copy(),
         "captions": no_bytes.copy(),
     }
-    return Annotations(
-        first=first,
-        boxes_xyxy=boxes_xyxy,
-        labels=labels,
-        areas=areas,
-        iscrowd=iscrowd,
-        ids=ids,
-        **(empty | more),
-    )
+    return Annotations(first, boxes_xyxy, labels, areas, iscrowd, ids, **(empty | more))
 
 
 def find_samples(annotations: Annotations, learns_from: str, *, each_object: bool) -> NDArray[np.int32]:

@@ -71,11 +71,10 @@ class SplitReport:
         counts = objects.groupby("image_id").size()
         lines = [f"{self.split}: {self.num_images} images, {len(objects)} objects"]
         if len(objects):
-            per_image = counts.reindex(range(0), fill_value=0) if not len(counts) else counts
             side = (objects["width"] * objects["height"]) ** 0.5
             quantiles = side.quantile([0.05, 0.5, 0.95])
             lines.append(
-                f"  objects per image: median {per_image.median():g}, most {per_image.max():g}, "
+                f"  objects per image: median {counts.median():g}, most {counts.max():g}, "
                 f"{self.num_images - len(counts)} images without objects"
             )
             lines.append(

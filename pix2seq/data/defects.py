@@ -29,7 +29,7 @@ OBJECT_COLUMNS = (
     "num_keypoints",  # labelled keypoints
 )
 DEFECT_COLUMNS = ("image", "annotation_id", "defect", "action", "detail")
-MAX_COORDINATE = 1e7  # pixels; larger ones are errors
+MAX_COORD = 1e7  # pixels; larger ones are errors
 BOX_DEFECTS = (  # by the code from `clip_boxes`
     None,
     "box is not four numbers",
@@ -55,10 +55,6 @@ class Defects:
     def add(self, image: Any, annotation: Any, defect: str, action: str, detail: str = "") -> None:
         """Add a defect of an annotation, or of the image if `annotation` is None."""
         self.rows.append((image, annotation, defect, action, detail))
-
-    def frame(self) -> pd.DataFrame:
-        """Return one row per defect."""
-        return defect_frame(self.rows)
 
 
 def defect_frame(rows: Sequence[Defect]) -> pd.DataFrame:
@@ -90,7 +86,7 @@ def clip_boxes(
     it was not four numbers.
     """
     codes = np.zeros(len(xywh), np.int8)
-    codes[~(np.abs(xywh) <= MAX_COORDINATE).all(axis=1)] = 2
+    codes[~(np.abs(xywh) <= MAX_COORD).all(axis=1)] = 2
     codes[~np.isfinite(xywh).all(axis=1)] = 1
     corners = np.where(codes[:, None] > 0, 0.0, xywh)
     codes[(codes == 0) & (corners[:, 2:] <= 0).any(axis=1)] = 3

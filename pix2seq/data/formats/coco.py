@@ -26,14 +26,7 @@ from typing import Any
 import pandas as pd
 
 from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.defects import (
-    MAX_BAD_SHARE,
-    MAX_COORDINATE,
-    Defects,
-    defect_frame,
-    label_categories,
-    refuse_bad_share,
-)
+from pix2seq.data.defects import MAX_BAD_SHARE, MAX_COORD, Defects, defect_frame, label_categories, refuse_bad_share
 from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole_number
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.image import image_size
@@ -196,7 +189,7 @@ class _Reader:
 
     def _size(self, image_id: int, entry: dict[str, Any], path: Path) -> tuple[int, int] | None:
         width, height = whole_number(entry.get("width")), whole_number(entry.get("height"))
-        if width is not None and height is not None and 0 < width <= MAX_COORDINATE and 0 < height <= MAX_COORDINATE:
+        if width is not None and height is not None and 0 < width <= MAX_COORD and 0 < height <= MAX_COORD:
             return width, height
         try:
             size = image_size(path)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations, gather, offsets
-from pix2seq.data.defects import BOX_DEFECTS, MAX_COORDINATE, Defect, clip_box, clip_boxes
+from pix2seq.data.defects import BOX_DEFECTS, MAX_COORD, Defect, clip_box, clip_boxes
 from pix2seq.geometry.polygons import run_lengths
 from pix2seq.types import Category
 
@@ -71,7 +71,7 @@ class ObjectColumns:
             column.append(number)
         self._add_box(row, entry.get("bbox"))
         area = entry.get("area")
-        self.areas.append(area if type(area) is float or (type(area) is int and abs(area) < MAX_COORDINATE**2) else 0.0)
+        self.areas.append(area if type(area) is float or (type(area) is int and abs(area) < MAX_COORD**2) else 0.0)
         self.iscrowd.append(bool(entry.get("iscrowd", 0)))
         segmentation = entry.get("segmentation")
         if isinstance(segmentation, list):
@@ -268,7 +268,7 @@ def _valid_rings(columns: ObjectColumns, row_defects: list[_RowDefect]) -> NDArr
     valid = np.ones(len(columns.ring_rows), np.bool_)
     points, ends = np.frombuffer(columns.points, np.float32), _int64(columns.ring_ends)
     for start in range(0, len(points), _CHUNK):
-        bad = np.flatnonzero(~(np.abs(points[start : start + _CHUNK]) <= MAX_COORDINATE))
+        bad = np.flatnonzero(~(np.abs(points[start : start + _CHUNK]) <= MAX_COORD))
         valid[np.searchsorted(ends, start + bad, side="right")] = False
     for ring in np.flatnonzero(~valid).tolist():
         row_defects.append((columns.ring_rows[ring], _MASK, "polygon with unusable numbers", "part left out", ""))
@@ -320,7 +320,7 @@ def _valid_keypoints(
     complete = np.diff(edges)[chosen] == 3 * count
     sets = gather(values, edges, chosen[complete]).reshape(-1, count, 3)
     valid = complete.copy()
-    valid[complete] = (np.abs(sets) <= MAX_COORDINATE).all(axis=(1, 2))
+    valid[complete] = (np.abs(sets) <= MAX_COORD).all(axis=(1, 2))
     for row in owner[chosen[~valid]].tolist():
         row_defects.append((row, _KEYPOINTS, "bad keypoints", "left out", f"expected {3 * count} numbers"))
     sets, owner = sets[valid[complete]], owner[chosen[valid]]
@@ -360,7 +360,7 @@ def _boxes(
         boxes[rows] = xyxy
         area = written_areas[rows]
         box_area = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
-        areas[rows] = np.where((area > 0) & (area < MAX_COORDINATE**2), area, box_area)
+        areas[rows] = np.where((area > 0) & (area < MAX_COORD**2), area, box_area)
     return boxes, areas
 
 

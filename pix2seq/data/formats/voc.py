@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations
 from pix2seq.data.defects import (
     MAX_BAD_SHARE,
-    MAX_COORDINATE,
-    OBJECT_COLUMNS,
+    MAX_COORD,
     Defects,
     clip_box,
     defect_frame,
@@ -34,7 +33,6 @@ from pix2seq.errors import InputError
 from pix2seq.types import Category, Target
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
-VOC_COLUMNS = (*OBJECT_COLUMNS, "difficult", "truncated")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class VocDataset:
 
     @property
     def objects(self) -> pd.DataFrame:
-        """One row per used annotation, with `VOC_COLUMNS`; rebuilt on each access."""
+        """One row per used annotation, with `OBJECT_COLUMNS`, `difficult` and `truncated`; rebuilt on each access."""
         table = self.annotations.table(self.images, self.categories)
         table["difficult"], table["truncated"] = self.annotations.iscrowd, self.truncated
         return table
@@ -143,7 +141,7 @@ def _read_objects(
             continue
         tree, image_id = parsed[name], image_ids[name]
         width, height = (_number(tree, f"size/{side}") for side in ("width", "height"))
-        if not (1 <= width <= MAX_COORDINATE and 1 <= height <= MAX_COORDINATE):
+        if not (1 <= width <= MAX_COORD and 1 <= height <= MAX_COORD):
             try:
                 width, height = image_size(files[name])
             except InputError as error:
