@@ -1,34 +1,32 @@
-"""How fast tokens come: this project, the same model without a cache, and Hugging Face's generate.
+"""Benchmark of decoding: this project, the same model without a cache, and Hugging Face's generate.
 
     python benchmarks/decode.py [--sizes deit-small-384 vit-b-640] [--batches 1 16] [--device cpu] [--json]
 
-On a CUDA GPU where there is one, else on the CPU, with random weights, greedy and without an end token, so that
-everyone gives as many tokens.
-Contestants take turns and medians are reported. Decoding starts from the encoder's output and includes
-what each does once per image (projecting keys and values of memory); the encoder is timed apart.
+It runs on a CUDA GPU if there is one, else on the CPU. Weights are random, decoding is greedy and without an end
+token, so that all contestants generate the same number of tokens. Contestants take turns, and medians are reported.
+Decoding starts from the encoder's output and includes the work per image (projecting keys and values of memory). The
+encoder is timed separately.
 
-- `ours` decodes as `Pix2Seq.generate` does by default, with the log-probability of every token; in bf16
-  under autocast, as the predictor does.
-- `ours, no logprobs` leaves those out, as Hugging Face's greedy decoding does.
-- `uncached` runs the decoder over the whole sequence for every token. It is timed once at each of five
-  lengths, and the time of a whole sequence is the area below.
-- `hugging face` is VisionEncoderDecoderModel with a BertLMHeadModel as decoder: the same width, depth,
-  heads, feed-forward and vocabulary, cross-attention in every layer, and a dense layer more in front of
-  the output. In bf16 its weights are bf16. Where transformers is missing (`pip install pix2seq[bench]`)
-  the column is left out.
+- `ours` decodes with the defaults of `Pix2Seq.generate`, with the log-probability of every token. bf16 means
+  autocast, as in the predictor.
+- `ours, no logprobs` leaves out log-probabilities, as Hugging Face's greedy decoding does.
+- `uncached` runs the decoder over the full sequence for every token. It is timed once at each of five lengths, and
+  the time of a sequence is the area under this curve.
+- `hugging face` is VisionEncoderDecoderModel with a BertLMHeadModel as decoder: the same width, depth, heads,
+  feed-forward width and vocabulary, cross-attention in every layer, and one more dense layer before the output. In
+  bf16, its weights are bf16. Without transformers (`pip install pix2seq[bench]`) this column is left out.
 
-`x HF` is the median, over turns, of the ratio of wall times; `best` that of the fastest turns; `CPU` that of
-the times the process had a processor. On a machine that others use too, use one thread (--threads 1): threads
-that wait for each other cost many times what they bring, and their waiting counts as processor time.
+`x HF` is the median ratio of wall times over turns; `best` is that of the fastest turns, and `CPU` that of processor
+times. On a machine that others use too, use one thread (--threads 1): threads that wait for each other cost far more
+than they gain, and their waiting counts as processor time.
 
-Bandwidth: the bytes that a step cannot avoid reading (decoder weights, and keys and values of memory and of
-half the tokens, in the type asked for) over the time of a step, as a share of what reading as many bytes
-with `Tensor.sum` reaches on this machine. Memory: growth of the resident set during one decoding; on a GPU, of what
-PyTorch has allocated there.
+Bandwidth: the bytes that a step must read (decoder weights, and keys and values of memory and of half the tokens, in
+the requested type) over the time of a step, as a share of the bandwidth of `Tensor.sum` over as many bytes on this
+machine. Memory: growth of the resident set during one decoding; on a GPU, growth of PyTorch's allocated memory.
 
-`predict` is one image of configs/demo.yaml's size, from a PNG file to objects by `Predictor.predict`, against
-the encoder and as many bare steps of the decoder, without grammar, sampling, scores, files and resizing.
-Results go to benchmarks/results/, dated; --json prints them as one JSON object and nothing else.
+`predict` takes one image of the size in configs/demo.yaml from a PNG file to objects with `Predictor.predict`. It is
+compared with the encoder and as many bare steps of the decoder, without grammar, sampling, scores, files and resizing.
+Results are written to benchmarks/results/ with the date; --json prints them as one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -77,9 +75,9 @@ MEMORY_VOCABS = (3000, 12000)
 
 @dataclass(frozen=True)
 class Size:
-    image: int  # pixels of a side; patches are of 16
+    image: int  # pixels per side, in patches of 16
     encoder: EncoderConfig
-    dim: int  # of the decoder, as all below
+    dim: int  # of the decoder, like all below
     num_heads: int
     num_layers: int = 6
     mlp_dim: int = 2048
@@ -97,7 +95,7 @@ SIZES = {
 
 
 def build(size: Size, vocab_size: int, tokens: int) -> Pix2Seq:
-    """A model of random weights with positions for a start and `tokens` more."""
+    """Build a model with random weights and positions for a start token and `tokens` more."""
     torch.manual_seed(0)
     decoder = DecoderConfig(
         dim=size.dim,
@@ -112,7 +110,7 @@ def build(size: Size, vocab_size: int, tokens: int) -> Pix2Seq:
 
 
 def build_hugging_face(size: Size, vocab_size: int, tokens: int) -> Any | None:
-    """Their model of that size, or None where transformers is not installed."""
+    """Build Hugging Face's model of that size, or return None if transformers is not installed."""
     try:
         import transformers
         from transformers import BertConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
@@ -141,7 +139,7 @@ def build_hugging_face(size: Size, vocab_size: int, tokens: int) -> Any | None:
 
 
 def hugging_face_decode(model: Any, features: Tensor, tokens: int) -> Tensor:
-    """Ids (B, 1 + tokens)."""
+    """Generate ids (B, 1 + tokens) with Hugging Face's model."""
     from transformers.modeling_outputs import BaseModelOutput
 
     return model.generate(
@@ -158,7 +156,7 @@ def hugging_face_decode(model: Any, features: Tensor, tokens: int) -> Tensor:
 
 
 def decode(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool, with_logprobs: bool = True) -> Tensor:
-    """Ids (B, tokens) of the decoder on memory (B, N, D)."""
+    """Generate ids (B, tokens) from memory (B, N, D)."""
     prompt = torch.full((len(memory), 1), START_ID)
     with torch.autocast(memory.device.type, torch.bfloat16, enabled=bf16):
         return generate(
@@ -173,7 +171,7 @@ def decode(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool, with_logp
 
 
 def uncached_seconds(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool) -> float:
-    """Time of all tokens, each of which runs the decoder over all before; from five lengths."""
+    """Return the time of all tokens if each runs the decoder over all tokens before, estimated from five lengths."""
     lengths = torch.linspace(1, tokens, UNCACHED_LENGTHS).round().long().tolist()
     times = []
     with torch.autocast(memory.device.type, torch.bfloat16, enabled=bf16):
@@ -184,30 +182,30 @@ def uncached_seconds(model: Pix2Seq, memory: Tensor, tokens: int, *, bf16: bool)
 
 
 def step_bytes(model: Pix2Seq, memory: Tensor, tokens: int, item_size: int) -> int:
-    """What one step in the middle of a sequence must read."""
+    """Return the bytes that a step in the middle of a sequence must read."""
     decoder = model.decoder
-    # Keys and values of memory are projected before; of the embedding the output layer reads all.
+    # Keys and values of memory are projected in advance; the output layer reads the full embedding.
     weights = sum(p.numel() for p in decoder.parameters()) - decoder.position_embedding.numel()
     weights -= sum(block.cross_attention.key_value.weight.numel() for block in decoder.blocks)
-    batch, places, dim = memory.shape
-    return item_size * (weights + 2 * len(decoder.blocks) * batch * dim * (places + tokens // 2))
+    batch, num_memory, dim = memory.shape
+    return item_size * (weights + 2 * len(decoder.blocks) * batch * dim * (num_memory + tokens // 2))
 
 
 def read_bandwidth(num_bytes: int) -> float:
-    """Bytes a second of reading so many again and again."""
+    """Return the bytes per second of reading `num_bytes` repeatedly."""
     numbers = torch.ones(max(num_bytes // 4, 1))
     return num_bytes / median(seconds(numbers.sum) for _ in range(9))
 
 
 def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes a second, read and written ones, of copying so many."""
+    """Return the bytes per second, read and written, of copying `num_bytes`."""
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
     return 2 * num_bytes / median(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call, on the GPU until all is done."""
+    """Return the wall time of one call, including all its work on the GPU."""
     _synchronize()
     start = time.perf_counter()
     function()
@@ -225,7 +223,7 @@ def _synchronize() -> None:
 
 
 def peak_growth(function: Callable[[], Any]) -> int | None:
-    """By how many bytes the memory in use was larger, at most, during one call; None where Linux does not tell."""
+    """Return the peak growth in bytes of the memory in use during one call, or None if Linux does not report it."""
     if _on_gpu():
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
@@ -233,8 +231,8 @@ def peak_growth(function: Callable[[], Any]) -> int | None:
         return torch.cuda.max_memory_allocated() - allocated
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is taken again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else reused memory is not counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         function()
         return _status("VmHWM") - before
@@ -248,11 +246,11 @@ def _status(name: str) -> int:
 
 
 def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table for one size, batch and type."""
+    """Measure the rows of the table for one size, batch size and type."""
     size, tokens, bf16 = SIZES[name], args.tokens, dtype == "bfloat16"
     model = build(size, args.vocab, tokens)
-    places = (size.image // 16) ** 2
-    memory = torch.randn(batch, places, size.dim)
+    num_patches = (size.image // 16) ** 2
+    memory = torch.randn(batch, num_patches, size.dim)
     images = torch.rand(batch, 3, size.image, size.image)
 
     def encode() -> None:
@@ -267,7 +265,7 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
     theirs = build_hugging_face(size, args.vocab, tokens)
     if theirs is not None:
         theirs = theirs.to(DTYPES[dtype])
-        features = torch.randn(batch, places, size.encoder.dim, dtype=DTYPES[dtype])
+        features = torch.randn(batch, num_patches, size.encoder.dim, dtype=DTYPES[dtype])
         pixels = images.to(DTYPES[dtype])
         contestants["hugging face"] = lambda: hugging_face_decode(theirs, features, tokens)
         encoders["hugging face"] = lambda: theirs.encoder(pixels)
@@ -320,7 +318,7 @@ def measure(name: str, batch: int, dtype: str, args: argparse.Namespace) -> list
 
 
 def bytes_per_token(memory: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
-    """What a token more takes in one row, between neighbouring lengths, for each vocabulary."""
+    """Return the bytes per additional token in a row, between successive lengths, for each vocabulary size."""
     found: dict[int, list[float]] = {}
     for shorter, longer in itertools.pairwise(memory):
         if shorter["vocab"] == longer["vocab"] and None not in (shorter["peak_bytes"], longer["peak_bytes"]):
@@ -330,7 +328,7 @@ def bytes_per_token(memory: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
 
 
 def encode_seconds(run: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Median time of an encoder, of as many turns as a quarter of the budget allows."""
+    """Return the median time of an encoder over as many turns as a quarter of the budget allows."""
     spent = [seconds(run)]
     while len(spent) < min(args.repeats, MAX_ENCODE_TURNS) and sum(spent) < args.budget / 4:
         spent.append(seconds(run))
@@ -338,14 +336,14 @@ def encode_seconds(run: Callable[[], Any], args: argparse.Namespace) -> float:
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """How many times faster, as the median over turns: neighbours in time share what else the machine does."""
+    """Return the median speedup over turns, as the load of the machine is similar within a turn."""
     if len(theirs) != len(ours):
         return median(theirs) / median(ours)
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def memory_growth(name: str, *, rows: int) -> list[dict[str, Any]]:
-    """Peak memory of decoding against tokens, for two vocabularies."""
+    """Measure the peak memory of decoding for several numbers of tokens and two vocabulary sizes."""
     found = []
     for vocab_size in MEMORY_VOCABS:
         model = build(SIZES[name], vocab_size, max(MEMORY_TOKENS))
@@ -358,13 +356,13 @@ def memory_growth(name: str, *, rows: int) -> list[dict[str, Any]]:
 
 
 def predict_overhead(turns: int) -> dict[str, Any]:
-    """What `Predictor.predict` costs beside the encoder and the steps that it cannot do without."""
+    """Compare `Predictor.predict` with the encoder and the decoder steps that it needs."""
     config = load_config(config_file("demo.yaml"), data="-", out="-")
     torch.manual_seed(0)
     model = build_model(config.model).eval()
     model.task_settings = {"detection": asdict(config.detection)}
     predictor = Predictor(model)
-    predictor.configure(num_objects=config.detection.max_objects)  # a fixed number, with random weights too
+    predictor.configure(num_objects=config.detection.max_objects)  # a fixed number, even with random weights
     tokens = TOKENS_PER_OBJECT * config.detection.max_objects
     height, width = config.model.image_size
     inputs = torch.rand(1, 3, height, width)
@@ -388,7 +386,7 @@ def predict_overhead(turns: int) -> dict[str, Any]:
         for turn in range(turns + MIN_TURNS):
             for name, run in parts.items():
                 spent = seconds(run)
-                if turn >= MIN_TURNS:  # those before warm up
+                if turn >= MIN_TURNS:  # earlier turns warm up
                     times[name].append(spent)
     needed = [encoder + stepping for encoder, stepping in zip(times["encoder"], times["steps"], strict=True)]
     return {
@@ -400,7 +398,7 @@ def predict_overhead(turns: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on; not who it is."""
+    """Describe the machine, without identifying it."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -427,19 +425,21 @@ def machine() -> dict[str, Any]:
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["deit-small-384", "vit-b-640"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="images at a time")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="batch sizes in images")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--tokens", type=int, default=200, help="tokens an image")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens per image")
     parser.add_argument("--vocab", type=int, default=3000, help="size of the vocabulary")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant, as far as --budget allows")
-    parser.add_argument("--budget", type=float, default=90, help="seconds after which no turn but the second begins")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="where; else a GPU where there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads; else PyTorch's choice")
-    parser.add_argument("--no-uncached", action="store_true", help="leave out the model without a cache")
-    parser.add_argument("--no-memory", action="store_true", help="leave out memory against tokens and vocabulary")
-    parser.add_argument("--no-predict", action="store_true", help="leave out one image through predict")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
-    parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-decode.json")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant, within --budget")
+    parser.add_argument("--budget", type=float, default=90, help="seconds after which only the second turn may start")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--no-uncached", action="store_true", help="skip the model without a cache")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="skip the peak memory of several lengths and vocabularies"
+    )
+    parser.add_argument("--no-predict", action="store_true", help="skip Predictor.predict on one image")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to test the benchmark; writes no file")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-decode.json")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.quick:
@@ -491,7 +491,7 @@ def _main(argv: Sequence[str]) -> None:
         result["bytes_per_token"] = bytes_per_token(result["memory"])
         for vocab, found in result["bytes_per_token"].items():
             grows = ", then ".join(f"{growth / 1024:.1f} KiB" for growth in found)
-            print(f"vocabulary {vocab}: a token more in one row takes {grows}", file=say)
+            print(f"vocabulary {vocab}: each more token in a row takes {grows}", file=say)
     if not args.no_predict:
         result["predict"] = found = predict_overhead(MIN_TURNS if args.quick else PREDICT_TURNS)
         size = "x".join(str(side) for side in found["image_size"])
