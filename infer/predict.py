@@ -5,7 +5,6 @@ Writes NAME.json and NAME.png for every image.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -15,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pix2seq.cli import add_predict, run_guarded
 from pix2seq.data.image import read_image
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder
@@ -121,12 +119,7 @@ def write_result(stem: Path, source: Path, prediction: Prediction, *, min_score:
     prediction.draw(min_score=min_score).save(stem.with_name(f"{stem.name}.png"))
 
 
-def _main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_predict(parser)
-    args = parser.parse_args(argv)
-    args.run(args)
-
-
 if __name__ == "__main__":
-    sys.exit(run_guarded(_main, sys.argv[1:]))
+    from pix2seq.cli import main
+
+    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -28,7 +28,7 @@ LEVELS = [
     "sequences infer demo train",
     "cli",
 ]
-MODEL_USES = ("errors", "files", "device", "types", "vocab", "tokenizers.text")  # of the lower rooms
+MODEL_USES = ("errors", "files", "device", "types", "vocab", "geometry", "tokenizers.text")  # of the lower rooms
 LAZY_ROOM = "cli"  # it imports inside functions to keep --help quick; those imports may go anywhere
 NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models

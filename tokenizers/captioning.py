@@ -8,11 +8,15 @@ Reference: arXiv 2206.07669, section 3, and google-research/pix2seq, `tasks/capt
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.vocab import NOISE, PAD, Vocab
+
+if TYPE_CHECKING:
+    from pix2seq.tokenizers.text import TextTokenizer
 
 
 def encode_caption(text: str, tokenizer: TextTokenizer, vocab: Vocab, *, max_tokens: int = 128) -> NDArray[np.int64]:
