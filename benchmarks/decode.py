@@ -434,9 +434,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--no-uncached", action="store_true", help="skip the model without a cache")
-    parser.add_argument(
-        "--no-memory", action="store_true", help="skip the peak memory of several lengths and vocabularies"
-    )
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory of several lengths and vocabularies")
     parser.add_argument("--no-predict", action="store_true", help="skip Predictor.predict on one image")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to test the benchmark; writes no file")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-decode.json")

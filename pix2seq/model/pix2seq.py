@@ -19,7 +19,6 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
-from pix2seq.model.decoding.grammar import Grammar
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
@@ -138,42 +137,19 @@ class Pix2Seq(nn.Module):
         images_or_memory: Tensor,
         prompt: Tensor,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        grammar: Grammar | None = None,
         num_samples: int = 1,
-        score_range: tuple[int, int] | None = None,
-        score_steps: tuple[int, int] = (1, 0),
-        with_logprobs: bool = True,
-        score_without: int | None = None,
-        eos_id: int | None = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **settings: Any,
     ) -> Generated:
-        """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D).
+        """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D), all in the same way.
 
+        `settings` are the fields of `GenerationConfig`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `grammar`, ...
         See `pix2seq.model.decoding.generate.generate`.
         """
         with torch.inference_mode():
             memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
-        return generate(
-            self.decoder,
-            memory,
-            prompt.to(memory.device),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            grammar=grammar,
-            num_samples=num_samples,
-            score_range=score_range,
-            score_steps=score_steps,
-            with_logprobs=with_logprobs,
-            score_without=score_without,
-            eos_id=eos_id,
-            generator=generator,
-        )
+        prompt = prompt.to(memory.device)
+        return generate(self.decoder, memory, prompt, num_samples=num_samples, generator=generator, **settings)
 
     def generate_mixed(
         self,

@@ -84,15 +84,13 @@ class Generated:
     def completions(self, num_samples: int) -> list[Completion]:
         """Return the results of each prompt as NumPy arrays, with one transfer per tensor for all prompts."""
 
-        def split(x: Tensor) -> list[NDArray[Any]]:
-            return np.split(x.cpu().numpy(), len(x) // num_samples)
+        num_prompts = len(self.tokens) // num_samples
 
-        tokens, truncated = split(self.tokens), split(self.truncated)
-        none = [None] * len(tokens)
-        best_tokens = none if self.best_tokens is None else split(self.best_tokens)
-        best_logprobs = none if self.best_logprobs is None else split(self.best_logprobs)
-        fields = zip(tokens, split(self.logprobs), best_tokens, best_logprobs, truncated, strict=True)
-        return [Completion(*each) for each in fields]
+        def split(x: Tensor | None) -> list[Any]:
+            return [None] * num_prompts if x is None else np.split(x.cpu().numpy(), num_prompts)
+
+        fields = map(split, (self.tokens, self.logprobs, self.best_tokens, self.best_logprobs, self.truncated))
+        return [Completion(*each) for each in zip(*fields, strict=True)]
 
 
 def generate(
@@ -100,40 +98,19 @@ def generate(
     memory: Tensor,
     prompt: Tensor,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    grammar: Grammar | None = None,
     num_samples: int = 1,
-    score_range: tuple[int, int] | None = None,
-    score_steps: tuple[int, int] = (1, 0),
-    with_logprobs: bool = True,
-    score_without: int | None = None,
-    eos_id: int | None = 0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compact: bool = True,
+    **settings: Any,
 ) -> Generated:
-    """Continue prompts (B, P), or (B, I, P) for I prompts per image, all with the same settings.
+    """Continue prompts (B, P), or (B, I, P) for I prompts per image, all with the `settings` of one `GenerationConfig`.
 
-    See `GenerationConfig` for the settings and `generate_mixed` for the rest.
+    See `generate_mixed` for the other arguments.
     """
     if prompt.shape[0] != memory.shape[0]:
         raise ValueError(f"{prompt.shape[0]} prompts were given for {memory.shape[0]} images")
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        grammar=grammar,
-        eos_id=eos_id,
-        score_range=score_range,
-        score_steps=score_steps,
-        with_logprobs=with_logprobs,
-        score_without=score_without,
-    )
     prompts = prompt.reshape(-1, prompt.shape[-1]).unbind()
-    configs = [config] * len(prompts)
+    configs = [GenerationConfig(**settings)] * len(prompts)
     return generate_mixed(
         decoder, memory, prompts, configs, num_samples=num_samples, generator=generator, compact=compact
     )
