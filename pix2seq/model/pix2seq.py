@@ -143,7 +143,7 @@ class Pix2Seq(nn.Module):
     ) -> Generated:
         """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D), all in the same way.
 
-        `settings` are the fields of `GenerationConfig`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `grammar`, ...
+        `settings` are the fields of `GenerationConfig`: `max_new_tokens`, `temperature`, `top_p`, `grammar` and others.
         See `pix2seq.model.decoding.generate.generate`.
         """
         with torch.inference_mode():
