@@ -291,10 +291,10 @@ def loss_memory(num_threads: int) -> dict[str, int | None]:
     return found
 
 
-def _take_loss(pipe: Connection, whole: bool, num_threads: int) -> None:
+def _take_loss(pipe: Connection, at_once: bool, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     num_scored, vocab_size, dim = 16 * 500, 35_000, 256
-    if whole:
+    if at_once:
         train.LOGITS_AT_ONCE = num_scored * vocab_size
     decoder = Decoder(vocab_size=vocab_size, dim=dim, num_layers=1, num_heads=8, mlp_dim=dim, max_seq_len=500)
     hidden = torch.randn(num_scored, dim, requires_grad=True)

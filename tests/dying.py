@@ -12,7 +12,7 @@ from pix2seq.cli import main
 from pix2seq.data.samples import TrainingSet
 from pix2seq.predictor import Predictor
 
-# Owner and name of the function whose call triggers the signal.
+# Owner and name of the function that triggers the signal when it is called.
 KILL_POINTS = {
     "waiting for data": (pix2seq.training.loop, "TaskBatches"),
     "between micro-batches": (pix2seq.training.step, "sequence_loss"),

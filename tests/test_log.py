@@ -40,10 +40,10 @@ def test_a_line_has_six_digits_and_null_for_undefined_values(tmp_path):
 
 
 def test_a_resumed_run_reads_as_one(tmp_path):
-    write(tmp_path / "whole", 1, 9)
+    write(tmp_path / "unbroken", 1, 9)
     write(tmp_path / "broken", 1, 7)  # killed; its last checkpoint is from step 4
     write(tmp_path / "broken", 5, 9, start=4)
-    assert read(tmp_path / "broken") == read(tmp_path / "whole")
+    assert read(tmp_path / "broken") == read(tmp_path / "unbroken")
     assert steps(tmp_path / "broken") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
