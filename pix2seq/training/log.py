@@ -38,22 +38,15 @@ class Report:
 
         self.evaluated = ranks.on_first(open_log)  # the last step with an evaluation in the log
         self._bar = tqdm(
-            total=config.steps,
-            initial=state.step,
-            unit="step",
-            smoothing=0.05,
-            mininterval=1.0,
-            disable=not ranks.first,
+            total=config.steps, initial=state.step, unit="step", smoothing=0.05, mininterval=1.0, disable=not ranks.first
         )
         self._waited = 0.0  # seconds of waiting for data since the last line
         self._logged_step, self._logged_seconds = state.step, state.seconds
         if ranks.first:
             sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
             millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-            processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
-            print(
-                f"{sizes}, {millions:.1f} M parameters, {processes}{ranks.device}, from step {state.step}", flush=True
-            )
+            count = f"{ranks.size} processes, " if ranks.size > 1 else ""
+            print(f"{sizes}, {millions:.1f} M parameters, {count}{ranks.device}, from step {state.step}", flush=True)
 
     def step(self, state: RunState, result: StepResult, *, rate: float, waited: float) -> None:
         """Report optimiser step `state.step`, which waited `waited` seconds for its data."""
