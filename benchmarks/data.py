@@ -1,22 +1,22 @@
-"""How fast training samples come, where the time goes, and what a large data set costs.
+"""Speed of preparing training samples, by stage, and the cost of large data sets.
 
     python benchmarks/data.py [--turns 5] [--large] [--json]
 
-Writes images of 640x480 with a COCO-like file of annotations to a temporary folder: per image seven objects
-with outlines of 30 points, two of them persons with 17 keypoints, and five captions. `samples`: images a second
-of one process, from file to a collated batch of training samples of 640 px, by task, and the share of each
-stage: decode, affine (the resampling), photometry (brightness, contrast and saturation), sequences (annotations,
-moving them, and the task's tokens) and collate. Pillow and simplejpeg (`pip install pix2seq[turbo]`), whose
-pixels are the same, take turns; processor time, medians over turns.
+Writes 640x480 images with COCO annotations to a temporary folder: per image seven objects with polygons of 30
+points, two of them persons with 17 keypoints, and five captions. `samples`: images/s of one process, from file to a
+collated batch of 640 px training samples, by task, and the share of each stage: decode, affine (resampling),
+photometry (brightness, contrast and saturation), sequences (annotations, their transform, and the task's tokens) and
+collate. Pillow and simplejpeg (`pip install pix2seq[turbo]`) decode to the same pixels and take turns. Times are CPU
+times, medians over turns.
 
-`--large` adds, in a process of its own for each size:
+`--large` adds, each size in its own process:
 
-- `growth`: data sets of up to 2 million images and 30 million boxes (15 an image) in flat arrays, whose names point
-  to the same few files. Memory of the arrays, growth of the resident set, seconds to a `TrainingSet` that is ready,
-  microseconds for annotations of a random image, and images a second. Workers: what each of two holds for itself
-  (USS) and its part of what is shared (PSS).
-- `reading`: a COCO file of 200,000 images and 3 million boxes through the reader: seconds, size of the file, peak
-  of the resident set.
+- `growth`: data sets of up to 2 million images and 30 million boxes (15 per image) in flat arrays, which name the
+  same few files. Memory of the arrays, growth of the resident size, seconds until a `TrainingSet` is ready,
+  microseconds for the annotations of a random image, and images/s. Two workers: each one's own memory (USS), and
+  with its part of shared memory (PSS).
+- `reading`: the reader on a COCO file with 200,000 images and 3 million boxes: seconds, file size, peak resident
+  size.
 
 Results go to benchmarks/results/, dated; --json prints them as one JSON object and nothing else.
 """
@@ -65,8 +65,8 @@ from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 WIDTH, HEIGHT, SIZE = 640, 480, (640, 640)
-OBJECTS, POINTS, KEYPOINTS, CAPTIONS = 7, 30, 17, 5  # of an image; about COCO's means
-BOXES = 15  # of an image of the large sets
+OBJECTS, POINTS, KEYPOINTS, CAPTIONS = 7, 30, 17, 5  # per image; close to COCO's means
+BOXES = 15  # per image of the large data sets
 AUGMENT = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4)
 STAGES = ("decode", "affine", "photometry", "sequences", "collate")
 GROWTH = (20_000, 200_000, 2_000_000)  # images
@@ -75,7 +75,7 @@ MIB = 2**20
 
 
 def write_images(root: Path, count: int) -> int:
-    """JPEG images with edges, texture and grain, and what COCO says of such; bytes of an image."""
+    """Write JPEG images with edges, texture and grain, and COCO annotations; return the mean bytes per image."""
     rng = np.random.default_rng(0)
     (root / "annotations").mkdir(parents=True)
     (root / "train").mkdir()
@@ -121,9 +121,6 @@ def write_images(root: Path, count: int) -> int:
     return total // count
 
 
-# Samples
-
-
 @contextmanager
 def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
     """The stages of a sample, as `TrainingSet` calls them, with their processor time added up."""
@@ -157,7 +154,7 @@ def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def one_turn(samples: TrainingSet, count: int, batch_size: int) -> dict[str, float]:
-    """Seconds of processor time for `count` images in all, and by stage."""
+    """Return seconds of CPU time for `count` images, in all and by stage."""
     seconds: dict[str, float] = defaultdict(float)
     keys = islice(EpochSampler(len(samples), batch_size, seed=0), count // batch_size)
     started = time.process_time()
@@ -185,23 +182,20 @@ def measure_samples(root: Path, args: argparse.Namespace) -> list[dict[str, Any]
             for who, decode in decoders.items():
                 image_module._turbo = lambda decode=decode: decode  # type: ignore[assignment,misc]
                 times = one_turn(samples, args.images, args.batch_size)
-                if turn:  # the first warms up
+                if turn:  # the first turn warms up
                     turns[who].append(times)
         for who, measured in turns.items():
-            whole = median(times["all"] for times in measured)
-            row: dict[str, Any] = {"task": name, "decoder": who, "images_per_second": args.images / whole}
-            row["ms_per_image"] = 1000 * whole / args.images
+            seconds = median(times["all"] for times in measured)
+            row: dict[str, Any] = {"task": name, "decoder": who, "images_per_second": args.images / seconds}
+            row["ms_per_image"] = 1000 * seconds / args.images
             row["share"] = {stage: median(t[stage] / t["all"] for t in measured) for stage in STAGES}
             row["times_pillow"] = median(a["all"] / b["all"] for a, b in zip(turns["pillow"], measured, strict=True))
             rows.append(row)
     return rows
 
 
-# Large data sets
-
-
 def large_dataset(root: Path, num_images: int) -> CocoDataset:
-    """Boxes only, whose images are the same few files over and over."""
+    """Make a data set with boxes only, and the same few image files over and over."""
     names = sorted(f"train/{path.name}" for path in (root / "train").iterdir())
     images = ImageTable.build(root, ((i, names[i % len(names)], WIDTH, HEIGHT) for i in range(num_images)))
     rng = np.random.default_rng(0)
@@ -224,7 +218,7 @@ def large_dataset(root: Path, num_images: int) -> CocoDataset:
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
-    """MiB of a process: resident, its own alone (USS), and with its part of what it shares (PSS); Linux only."""
+    """Return MiB of a process: resident, own (USS), and with its part of shared memory (PSS); Linux only."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
@@ -318,7 +312,7 @@ def measure_reading(root: Path, num_images: int) -> dict[str, Any]:
 
 
 def in_a_process(part: str, root: Path, num_images: int) -> dict[str, Any]:
-    """Measured in a process that has held nothing before."""
+    """Measure in a fresh process."""
     command = [sys.executable, __file__, "--part", part, "--root", str(root), "--images", str(num_images)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     row: dict[str, Any] = json.loads(done.stdout)
@@ -327,12 +321,12 @@ def in_a_process(part: str, root: Path, num_images: int) -> dict[str, Any]:
 
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5, help="turns of each decoder")
-    parser.add_argument("--images", type=int, default=96, help="images a turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns per decoder")
+    parser.add_argument("--images", type=int, default=96, help="images per turn")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--large", action="store_true", help="also what 2 million images cost; takes 3 GiB and minutes")
-    parser.add_argument("--quick", action="store_true", help="few and small, to see that all runs; writes no file")
-    parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-data.json")
+    parser.add_argument("--large", action="store_true", help="also up to 2 million images; takes 3 GiB and minutes")
+    parser.add_argument("--quick", action="store_true", help="a smoke test with few, small images; writes no file")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-data.json")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--part", choices=["growth", "reading"], help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -357,7 +351,7 @@ def _main(argv: Sequence[str]) -> None:
         root = Path(folder)
         result["bytes_per_picture"] = write_images(root, 8 if args.quick else 64)
         result["samples"] = measure_samples(root, args)
-        print(f"{result['bytes_per_picture'] / 1024:.0f} KiB an image of {WIDTH}x{HEIGHT}", file=say)
+        print(f"{result['bytes_per_picture'] / 1024:.0f} KiB per image of {WIDTH}x{HEIGHT}", file=say)
         print("".join(f"{name:>14}" for name in ("task", "decoder", "images/s", "x Pillow", *STAGES)), file=say)
         for row in result["samples"]:
             cells = [row["task"], row["decoder"], f"{row['images_per_second']:.0f}", f"{row['times_pillow']:.2f}"]
@@ -367,17 +361,17 @@ def _main(argv: Sequence[str]) -> None:
             for row in result["growth"]:
                 own = ", ".join(f"{w['uss']:.0f} (PSS {w['pss']:.0f})" for w in row["workers_mib"])
                 print(
-                    f"{row['images']} images, {row['boxes']} boxes: arrays {row['arrays_mib']:.0f} MiB, resident set "
+                    f"{row['images']} images, {row['boxes']} boxes: arrays {row['arrays_mib']:.0f} MiB, resident size "
                     f"+{row['rss_growth_mib'] or 0:.0f} MiB, ready in {row['seconds_to_first_key']:.2f} s, "
-                    f"{row['target_us']:.0f} us a target, {row['images_per_second']:.0f} images/s, "
+                    f"{row['target_us']:.0f} us per target, {row['images_per_second']:.0f} images/s, "
                     f"workers' own MiB {own}",
                     file=say,
                 )
             result["reading"] = row = in_a_process("reading", root, reading)
             print(
                 f"reading {row['images']} images, {row['boxes']} boxes, {row['file_mib']:.0f} MiB: "
-                f"{row['seconds']:.0f} s, resident set +{row['rss_growth_mib'] or 0:.0f} MiB, "
-                f"at its peak +{row['peak_growth_mib'] or 0:.0f} MiB",
+                f"{row['seconds']:.0f} s, resident size +{row['rss_growth_mib'] or 0:.0f} MiB, "
+                f"peak +{row['peak_growth_mib'] or 0:.0f} MiB",
                 file=say,
             )
     if args.out is not None or not args.quick:

@@ -1,9 +1,9 @@
-"""How fast a detector learns the generated shapes: AP against images seen and minutes trained.
+"""Learning curve of a detector on the generated shapes: AP against images seen and minutes trained.
 
     python benchmarks/learning.py [--out DIR] [--json] [key=value ...]
 
 Trains configs/detection_shapes.yaml from scratch and reads the run's log. Minutes count training
-alone, not evaluation. Dated results: benchmarks/results/.
+only, not evaluation. Dated results: benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ("images", "minutes", "AP", "AP50", "AP75", "AR100")
 
 
 def learning_curve(out: Path, overrides: Sequence[str], *, num_train: int, num_val: int) -> list[dict[str, Any]]:
-    """Train, and return the evaluations of the run, a mapping with COLUMNS each."""
+    """Train, and return one mapping with COLUMNS for each evaluation of the run."""
     config = load_config(
         config_file("detection_shapes.yaml"), overrides, data=str(out / "shapes"), out=str(out / "run")
     )
@@ -45,7 +45,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--train", type=int, default=20_000, help="training images")
     parser.add_argument("--val", type=int, default=500, help="validation images")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the config's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config")
     args = parser.parse_args(argv)
     curve = learning_curve(args.out, args.settings, num_train=args.train, num_val=args.val)
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

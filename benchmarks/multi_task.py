@@ -1,4 +1,4 @@
-"""What the other tasks cost detection: one run of detection alone and one of four tasks, with the same steps.
+"""Cost of multi-task training for detection: detection alone against all four tasks, with the same steps.
 
     python benchmarks/multi_task.py [--out DIR] [--json] [key=value ...]
 
@@ -37,7 +37,7 @@ SHOWN = (
 
 
 def train_and_score(out: Path, tasks: Sequence[str], overrides: Sequence[str]) -> EvalResult:
-    """One run with `tasks`, evaluated on all of them."""
+    """Train `tasks` in one run, and evaluate all of them."""
     name = "multi_task" if len(tasks) > 1 else tasks[0]
     fixed = {"tasks": list(tasks), "data": str(out / "shapes"), "out": str(out / name)}
     config = load_config(config_file("multi_task_shapes.yaml"), overrides, **fixed)
@@ -58,7 +58,7 @@ def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/multi_task"), help="new folder for data and runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the config's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config")
     args = parser.parse_args(argv)
     alone = train_and_score(args.out, ["detection"], args.settings).metrics
     together = train_and_score(args.out, ALL, args.settings).metrics

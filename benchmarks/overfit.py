@@ -1,10 +1,10 @@
-"""Learn a few real images by heart, with boxes, outlines, keypoints and captions, then score them.
+"""Overfit a few real images with boxes, masks, keypoints and captions, then score them.
 
     python benchmarks/overfit.py COCO_FOLDER [--images 8] [--out DIR] [--json] [key=value ...]
 
-Takes the first images of the training split that show a person with keypoints as both splits, trains
-configs/overfit.yaml on them, all four tasks in one model, and evaluates with `pix2seq eval`. A model
-that cannot do this has a broken part. Dated results: benchmarks/results/.
+Uses the first training images with a person's keypoints as both splits, trains configs/overfit.yaml on them,
+all four tasks in one model, and evaluates with `pix2seq eval`. A model that cannot overfit them has a broken
+part. Dated results: benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pix2seq.cli import TASK_NAMES, main, run_guarded
+from pix2seq.cli import main, run_guarded
 from pix2seq.data.formats.coco import CocoDataset, find_files
 from pix2seq.errors import InputError
+from pix2seq.tasks import TASKS
 from pix2seq.training.config import config_file
 
-MIN_POINTS = 5  # labelled keypoints that one person must have more of
+MIN_POINTS = 5  # one person must have more labelled keypoints than this
 SHOWN = ("AP50", "segmentation/true_boxes/AP50", "keypoint/true_boxes/AP50", "captioning/BLEU-4")
 
 
 def write_subset(source: Path, out: Path, num_images: int) -> None:
-    """The first `num_images` of the training split with a person's keypoints as both splits of a new COCO folder."""
+    """Write the first `num_images` training images with a person's keypoints as both splits of a new COCO folder."""
     files = find_files(source, "train")
     dataset = CocoDataset.read(source, "train")
     chosen: dict[int, Path] = {}
@@ -49,21 +50,13 @@ def write_subset(source: Path, out: Path, num_images: int) -> None:
 
 
 def overfit(source: Path, out: Path, num_images: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate; returns what `pix2seq eval` wrote."""
+    """Train and evaluate; return what `pix2seq eval` wrote."""
     if out.exists():
-        raise InputError(f"{out} already exists; name a new folder with --out, or remove it")
+        raise InputError(f"{out} already exists; give a new folder with --out, or remove it")
     write_subset(source, out / "data", num_images)
     config = str(config_file("overfit.yaml"))
-    arguments = [
-        "--task",
-        ",".join(TASK_NAMES),
-        "--config",
-        config,
-        f"data={out / 'data'}",
-        f"out={out / 'run'}",
-        *overrides,
-    ]
-    if main(["train", *arguments]):
+    arguments = ["--task", ",".join(TASKS), "--config", config, f"data={out / 'data'}", f"out={out / 'run'}"]
+    if main(["train", *arguments, *overrides]):
         raise InputError("training failed")
     arguments = ["--checkpoint", str(out / "run"), "--data", str(out / "data"), "--out", str(out / "metrics.json")]
     if main(["eval", *arguments]):

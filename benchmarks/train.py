@@ -1,26 +1,26 @@
-"""How fast training goes: this project, in float32 and bf16, beside the form of an earlier PyTorch implementation.
+"""Training speed of this project in float32 and bf16, against the usual form of earlier PyTorch implementations.
 
     python benchmarks/train.py [--steps 5] [--threads 2] [--json]
 
-- `ours` is `train_step` on DeiT-small at 384 pixels and a decoder of 6 layers, width 256, 8 heads, feed-forward
-  2048, vocabulary 3000, in float32 and under bf16 autocast; dropout and stochastic depth at their defaults.
-- `baseline` has the same encoder and sizes of the decoder in the usual form: timm's DeiT, a post-norm
-  `nn.TransformerDecoder`, float32, every sequence padded to 300 tokens, logits of every position, cross entropy that
-  ignores padding, AdamW as it is by default.
-- `ours, 100 objects` trains on what configs/detection_coco.yaml asks for: sequences filled with invented objects up
-  to 100, 501 tokens in all. There is no such row for the baseline, whose sequences end after 300.
+- `ours` is `train_step` with DeiT-small at 384 pixels and a decoder with 6 layers, width 256, 8 heads, feed-forward
+  2048 and vocabulary 3000, in float32 and with bf16 autocast; dropout and stochastic depth have their defaults.
+- `baseline` has the same encoder and decoder sizes in the usual form: timm's DeiT, a post-norm
+  `nn.TransformerDecoder`, float32, every sequence padded to 300 tokens, logits at every position, cross entropy that
+  ignores padding, and AdamW with its defaults.
+- `ours, 100 objects` trains as configs/detection_coco.yaml does, on sequences filled with noise objects up to 100
+  objects, 501 tokens in all. The baseline has no such row, because its sequences end at 300 tokens.
 
-All but the last read the same sequences: the objects of an image and an end token, no noise objects, as many objects
-as images of COCO have (`OBJECTS`), drawn by a seed; longer ones are cut at 300 tokens. Pixels are noise; reading
-images is not part of this. Each contestant is a process of its own; they take turns, one step of 8 images
-each, after one that does not count, and medians are reported. `x baseline` is the median over turns of the ratio of
-wall times, `CPU` that of the times the processes had a processor: look at it where others use the machine too.
-Peak memory is that of the whole process. Stages are shares of a step that is timed apart.
+All rows but the last use the same sequences: the objects of an image and an end token, without noise objects. The
+number of objects is drawn with a seed from COCO's distribution (`OBJECTS`); longer sequences are cut at 300 tokens.
+Pixels are noise, and reading images is not measured. Each contestant runs in its own process. They take turns: one
+warm-up step and one timed step of 8 images each. Medians are reported. `x baseline` is the median over turns of the
+ratio of wall times, and `CPU` of CPU times; prefer `CPU` if others use the machine. Peak memory is that of the
+process. Stages are shares of a separately timed step.
 
-With a GPU, a ViT-B at 640 pixels is trained too: images/s, memory, and the share of the rate that a large bf16 matrix
+With a GPU, ViT-B at 640 pixels is trained too: images/s, memory, and the share of the rate that a large bf16 matrix
 product reaches on the same card. --loss-memory adds the peak memory of loss and gradient for 16 x 500 scored tokens
-and a vocabulary of 35,000, in pieces as trained and whole (4 GB). Results go to benchmarks/results/, dated; --json
-prints one JSON object and nothing else.
+and a vocabulary of 35,000, in chunks as trained and all at once (4 GB). Results go to benchmarks/results/, dated;
+--json prints one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ NUM_LABELS = 80
 BATCH_SIZE = 8
 BASELINE_TOKENS = 300
 MAX_OBJECTS = 100  # of configs/detection_coco.yaml
-# How many of 120 images of COCO 2017 have so many objects that are no crowd (mean 8.5; all of train2017: 7.3).
+# Number of images, of 120 from COCO 2017, by their number of non-crowd objects (mean 8.5; all of train2017: 7.3).
 OBJECTS = dict(
     enumerate(
         [9, 16, 10, 14, 12, 6, 4, 5, 2, 5, 3, 5, 2, 2, 5, 2, 3, 2, 1, 3, 2, 1, 1, 0, 0, 0, 0, 2, 0, 0, 0, 1, 1, 1],
@@ -75,9 +75,9 @@ BASELINE, OURS, OURS_BF16, FILLED = "baseline", "ours, float32", "ours, bf16", "
 
 @dataclass(frozen=True)
 class Size:
-    image: int  # pixels of a side
-    encoder: str  # of timm
-    dim: int  # of the decoder, as all below
+    image: int  # side in pixels
+    encoder: str  # timm name
+    dim: int  # of the decoder, as are all below
     num_heads: int
     num_layers: int = 6
     mlp_dim: int = 2048
@@ -91,7 +91,7 @@ SIZES = {
 
 
 class Baseline(nn.Module):
-    """The usual form: every position computed, padding included."""
+    """The usual form, which computes every position, also padding."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Baseline(nn.Module):
 
 
 def baseline_step(size: Size) -> Callable[[Batch], Any]:
-    """A training step as the baseline takes it."""
+    """Return the baseline's training step."""
     model = Baseline(size).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
 
@@ -135,7 +135,7 @@ def baseline_step(size: Size) -> Callable[[Batch], Any]:
 
 
 def build(size: Size) -> tuple[Pix2Seq, torch.optim.Optimizer]:
-    """Our model of that size, with fresh weights, and its optimiser."""
+    """Build our model of a size, with fresh weights, and its optimiser."""
     decoder = DecoderConfig(
         dim=size.dim, num_layers=size.num_layers, num_heads=size.num_heads, mlp_dim=size.mlp_dim, max_seq_len=512
     )
@@ -146,20 +146,18 @@ def build(size: Size) -> tuple[Pix2Seq, torch.optim.Optimizer]:
 
 
 def our_step(model: Pix2Seq, optimizer: torch.optim.Optimizer, *, bf16: bool) -> Callable[[Batch], Any]:
-    """A training step as `pix2seq train` takes it."""
-    training_model = TrainingModel(model, bf16=bf16)
-    return lambda batch: train_step(
-        training_model, optimizer, [TaskBatches("detection", 1.0, [batch])], max_grad_norm=1.0
-    )
+    """Return the training step of `pix2seq train`."""
+    wrapped = TrainingModel(model, bf16=bf16)
+    return lambda batch: train_step(wrapped, optimizer, [TaskBatches("detection", 1.0, [batch])], max_grad_norm=1.0)
 
 
 def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BATCH_SIZE) -> Batch:
-    """Images with as many objects as COCO's have; with `fill_to`, invented ones follow up to that many."""
+    """Make images with as many objects as in COCO, filled up to `fill_to` with noise objects."""
     rng = np.random.default_rng(seed)
     samples = []
     counts = rng.choice(list(OBJECTS), batch_size, p=np.array(list(OBJECTS.values())) / sum(OBJECTS.values()))
     for image_id, count in enumerate(counts.tolist()):
-        # One token less than fits, for the end.
+        # Leave room for the end token.
         count = min(count, MAX_OBJECTS if fill_to else (BASELINE_TOKENS - 2) // TOKENS_PER_OBJECT)
         boxes = random_boxes(count, rng)
         boxes, labels = add_noise_objects(boxes, rng.integers(1, NUM_LABELS + 1, count), max(fill_to - count, 0), rng)
@@ -171,7 +169,7 @@ def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BAT
 
 
 def contestant(pipe: Connection, who: str, size: Size, num_threads: int) -> None:
-    """A process that takes two steps at every seed it is sent, and at `None` tells its stages and peak memory."""
+    """Run two steps for every seed received; after `None`, send stage shares and peak memory."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     if who == BASELINE:
@@ -197,8 +195,8 @@ def contestant(pipe: Connection, who: str, size: Size, num_threads: int) -> None
 
 
 def stage_shares(model: Pix2Seq, optimizer: torch.optim.Optimizer, batch: Batch, bf16: bool) -> dict[str, float]:
-    """What share of a step's time its parts take; the clock is read around modules."""
-    sequence_loss(model, batch).backward()  # brings the memory back, see above
+    """Return the share of a step's time for each stage, timed around modules."""
+    sequence_loss(model, batch).backward()  # allocates the memory again, as a warm-up
     model.zero_grad(set_to_none=True)
     spent = {"encoder": 0.0, "decoder": 0.0}
     started: dict[str, float] = {}
@@ -230,7 +228,7 @@ def stage_shares(model: Pix2Seq, optimizer: torch.optim.Optimizer, batch: Batch,
 
 
 def _peak_memory() -> int | None:
-    """Largest resident set of this process in bytes; None where Linux does not tell."""
+    """Return the peak resident size of this process in bytes, or None without Linux's /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -239,7 +237,7 @@ def _peak_memory() -> int | None:
 
 
 def compare(size: Size, *, num_steps: int, num_threads: int) -> list[dict[str, Any]]:
-    """A row for each contestant."""
+    """Return a row for each contestant."""
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -275,13 +273,13 @@ def compare(size: Size, *, num_steps: int, num_threads: int) -> list[dict[str, A
 
 
 def _ratio(turns: dict[str, list[dict[str, Any]]], who: str, unit: str) -> float:
-    """How many times faster than the baseline: neighbours in time share what else the machine does."""
+    """Return the speed relative to the baseline, in pairs of turns, which share the machine's other load."""
     pairs = zip(turns[BASELINE], turns[who], strict=True)
     return median(theirs[unit] / ours[unit] for theirs, ours in pairs)
 
 
 def loss_memory(num_threads: int) -> dict[str, int | None]:
-    """By how many bytes memory grows, at most, while the output layer's loss is taken in bf16, in pieces and whole."""
+    """Return the peak memory growth in bytes during the output layer's bf16 loss, in chunks and all at once."""
     spawn = multiprocessing.get_context("spawn")
     found = {}
     for name in ("in pieces", "whole"):
@@ -293,10 +291,10 @@ def loss_memory(num_threads: int) -> dict[str, int | None]:
     return found
 
 
-def _take_loss(pipe: Connection, whole: bool, num_threads: int) -> None:
+def _take_loss(pipe: Connection, at_once: bool, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     num_scored, vocab_size, dim = 16 * 500, 35_000, 256
-    if whole:
+    if at_once:
         train.LOGITS_AT_ONCE = num_scored * vocab_size
     decoder = Decoder(vocab_size=vocab_size, dim=dim, num_layers=1, num_heads=8, mlp_dim=dim, max_seq_len=500)
     hidden = torch.randn(num_scored, dim, requires_grad=True)
@@ -310,7 +308,7 @@ def _take_loss(pipe: Connection, whole: bool, num_threads: int) -> None:
 
 
 def gpu_row(size: Size, *, num_steps: int, batch_size: int) -> dict[str, Any]:
-    """Training on the GPU in bf16, on sequences filled up to 100 objects."""
+    """Measure bf16 training on the GPU, with sequences filled up to 100 objects."""
     model, optimizer = build(size)
     step = our_step(model, optimizer, bf16=True)
     batch = make_batch(size, 0, fill_to=MAX_OBJECTS, batch_size=batch_size).to(model.device)
@@ -341,7 +339,7 @@ def _gpu_seconds(function: Callable[[], Any]) -> float:
 
 
 def machine(num_threads: int) -> dict[str, Any]:
-    """What the figures were taken on; not who it is."""
+    """Describe the machine, without names."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -359,16 +357,16 @@ def machine(num_threads: int) -> dict[str, Any]:
 
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=5, help="turns per contestant")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; else PyTorch's choice"
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default: PyTorch's choice"
     )
     parser.add_argument(
         "--loss-memory", action="store_true", help="measure the memory of a loss over a large vocabulary"
     )
-    parser.add_argument("--gpu-batch", type=int, default=32, help="images a step on the GPU")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs; writes no file")
-    parser.add_argument("--out", type=Path, help="result file; else benchmarks/results/DATE-train.json")
+    parser.add_argument("--gpu-batch", type=int, default=32, help="images per step on the GPU")
+    parser.add_argument("--quick", action="store_true", help="a smoke test with a tiny model; writes no file")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-train.json")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     say = sys.stderr if args.json else sys.stdout

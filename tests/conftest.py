@@ -1,4 +1,4 @@
-"""Fixtures and settings that every test shares."""
+"""Fixtures and settings for all tests."""
 
 import os
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before torch is imported, and inherited by the commands that tests start: with more threads than
-# this, tensors as small as the tests' are slower, and a shared machine is worse.
+# Set before torch is imported; commands that tests start inherit it. More threads make small tensors slower,
+# above all on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no request to the registry at import
 
@@ -21,7 +21,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` where there is none."""
+    """Skip tests marked `gpu` without a GPU."""
     if item.get_closest_marker("gpu") is not None:
         import torch
 
@@ -31,7 +31,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference arrays and small data sets beside the repository."""
+    """The folder of reference arrays and small data sets, beside the repository."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"the reference arrays and data sets are not at {folder}")
@@ -40,7 +40,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten easy images to train on and four to evaluate, for runs that many tests start."""
+    """Ten easy images for training and four for evaluation, shared by the runs of many tests."""
     from pix2seq.data.shapes import write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")

@@ -1,4 +1,4 @@
-"""Runs that are ended from within at a chosen place, for test_kill.py. Started in a process of their own."""
+"""Runs that kill themselves at a chosen point, for test_kill.py; each runs in its own process."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from pix2seq.cli import main
 from pix2seq.data.samples import TrainingSet
 from pix2seq.predictor import Predictor
 
-# Where a signal comes, as (owner, name) of what is called there.
-PLACES = {
+# Owner and name of the function that triggers the signal when it is called.
+KILL_POINTS = {
     "waiting for data": (pix2seq.training.loop, "TaskBatches"),
     "between micro-batches": (pix2seq.training.step, "sequence_loss"),
     "updating weights": (pix2seq.training.loop, "learning_rate"),
@@ -22,11 +22,11 @@ PLACES = {
 }
 
 
-def train(arguments, place=None, call=1, signum=signal.SIGKILL):
-    """`pix2seq train`, ended by a signal right after the `call`-th call at a place. The exit code is the process's."""
-    if place is None:
+def train(arguments, point=None, call=1, signum=signal.SIGKILL):
+    """Run `pix2seq train`, with a signal right after call number `call` at a point. Exits with the command's code."""
+    if point is None:
         raise SystemExit(main(["train", *arguments]))
-    owner, name = PLACES[place]
+    owner, name = KILL_POINTS[point]
     original = getattr(owner, name)
     calls = 0
 
@@ -43,7 +43,7 @@ def train(arguments, place=None, call=1, signum=signal.SIGKILL):
 
 
 def train_with_a_hanging_image(arguments, index):
-    """A training set that never gives the image of this number."""
+    """Run `pix2seq train` on a training set that never returns image number `index`."""
     original = TrainingSet.__getitem__
 
     def hanging(self, key):

@@ -1,7 +1,7 @@
-"""Official checkpoints made from scratch: TensorFlow's file format, variable names and a slow forward pass.
+"""Official checkpoints from scratch: TensorFlow's file format, variable names and a slow forward pass.
 
-Written from the format's description and from the official code's structure, apart from what
-`pix2seq.convert` does, so that the two can disagree.
+Written from the format's description and the official code's structure, independently of `pix2seq.convert`,
+so that the two can disagree.
 """
 
 import struct
@@ -27,7 +27,7 @@ def varint(value: int) -> bytes:
 
 
 def block(items: list[tuple[bytes, bytes]], restart_every: int) -> bytes:
-    """A table block: keys share what they begin with, but at every restart."""
+    """A table block: keys share prefixes with the previous key, except at restarts."""
     data, restarts, last = bytearray(), [], b""
     for index, (key, value) in enumerate(items):
         shared = 0
@@ -44,7 +44,7 @@ def block(items: list[tuple[bytes, bytes]], restart_every: int) -> bytes:
 
 
 def write_bundle(prefix: Path, tensors: dict, *, num_shards: int = 1, keys_per_block: int = 7) -> None:
-    """Write arrays (or bytes, as a scalar string) as PREFIX.index and shards, tensors dealt out in turn."""
+    """Write arrays (or bytes, as a scalar string) as PREFIX.index and shards, assigned to shards in turn."""
     entries = {}
     files = [open(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}", "wb") for shard in range(num_shards)]  # noqa: SIM115
     for index, key in enumerate(sorted(tensors)):
@@ -148,7 +148,7 @@ def resnet_variables(config):
 
 
 def official_variables(config) -> dict[str, tuple[int, ...]]:
-    """Names (without `model/` and the suffix) and shapes of all variables of an official model."""
+    """Return names (without `model/` and the suffix) and shapes of all variables of an official model."""
     enc, dec = config["dim_att"], config["dim_att_dec"]
     ratio, ratio_dec = config["dim_mlp"] // enc, config["dim_mlp_dec"] // dec
     patch = config["patch_size"]
@@ -191,7 +191,7 @@ def official_variables(config) -> dict[str, tuple[int, ...]]:
 
 
 def random_variables(config, seed=0) -> dict[str, np.ndarray]:
-    """Random values for all of them, none at zero or one, so that no mistake can hide."""
+    """Return random values for all variables, none of them 0 or 1, which could hide mistakes."""
     rng = np.random.default_rng(seed)
     values = {}
     for name, shape in official_variables(config).items():
@@ -206,7 +206,7 @@ def random_variables(config, seed=0) -> dict[str, np.ndarray]:
 
 
 def checkpoint_tensors(variables: dict[str, np.ndarray]) -> dict:
-    """What a checkpoint holds: the variables, optimizer slots of some, counters and the object graph."""
+    """Return the content of a checkpoint: the variables, an optimizer slot, counters and the object graph."""
     tensors: dict = {f"model/{name}{VALUE}": value for name, value in variables.items()}
     some = next(iter(variables))
     tensors[f"model/{some}/.OPTIMIZER_SLOT/optimizer/m{VALUE}"] = np.ones_like(variables[some])
@@ -246,20 +246,20 @@ def attend(v, name, x, context, causal):
     return np.einsum("qhe,hed->qd", out, v[f"{name}/_output_dense/kernel"]) + v[f"{name}/_output_dense/bias"]
 
 
-def waves(length, dim):
+def sincos(length, dim):
     position = np.arange(length) / (length - 1) * 6.2831852
     rates = 10_000.0 ** (-2 * np.arange(dim // 2) / dim)
     return np.concatenate([np.sin(position[:, None] * rates), np.cos(position[:, None] * rates)], 1)
 
 
-def places(rows, columns, dim):
-    y = np.repeat(waves(rows, dim // 2)[:, None], columns, 1)
-    x = np.repeat(waves(columns, dim // 2)[None], rows, 0)
+def sincos_2d(rows, columns, dim):
+    y = np.repeat(sincos(rows, dim // 2)[:, None], columns, 1)
+    x = np.repeat(sincos(columns, dim // 2)[None], rows, 0)
     return np.concatenate([y, x], -1).reshape(rows * columns, dim)
 
 
 def slow_vit_forward(config, v, image, tokens):
-    """Memory and logits of one image (H, W, 3) and tokens (T,) by the official ViT model, in float64."""
+    """Return memory and logits of the official ViT model for one image (H, W, 3) and tokens (T,), in float64."""
     v = {name: value.astype(np.float64) for name, value in v.items()}
     patch = config["patch_size"]
     rows, columns = (side // patch for side in config["image_size"])
@@ -267,7 +267,7 @@ def slow_vit_forward(config, v, image, tokens):
     kernel = v["encoder/stem_conv/kernel"].reshape(patch * patch * 3, -1)
     x = patches.reshape(rows * columns, -1) @ kernel + v["encoder/stem_conv/bias"]
     learned = config["pos_encoding"] == "learned"
-    codes = v["encoder/vit.Svis_pos_embedding"] if learned else places(rows, columns, config["dim_att"])
+    codes = v["encoder/vit.Svis_pos_embedding"] if learned else sincos_2d(rows, columns, config["dim_att"])
     x = layer_norm(v, "encoder/stem_ln", x) + codes
     if config["use_cls_token"]:
         x = np.concatenate([v["encoder/vit.Scls_token_embedding"], x])
@@ -278,7 +278,7 @@ def slow_vit_forward(config, v, image, tokens):
     x = layer_norm(v, "encoder/output_ln", x)
     x = layer_norm(v, "proj_ln", x @ v["proj/kernel"] + v["proj/bias"])
     if config["dec_proj_mode"] != "linear":
-        codes = v["proj.Svis_pos_embedding"] if learned else places(rows, columns, config["dim_att_dec"])
+        codes = v["proj.Svis_pos_embedding"] if learned else sincos_2d(rows, columns, config["dim_att_dec"])
         x[-rows * columns :] += codes
         if config["dec_proj_mode"] == "mlp":
             x = feed_forward(v, "proj_mlp", x)
@@ -290,7 +290,7 @@ def slow_vit_forward(config, v, image, tokens):
     if config["pos_encoding_dec"] == "learned":
         positions = v["decoder/ar_decoder.Sseq_pos_embedding"]
     else:
-        positions = waves(config["max_seq_len"], config["dim_att_dec"])
+        positions = sincos(config["max_seq_len"], config["dim_att_dec"])
     y = embedding[tokens] + positions[: len(tokens)]
     for layer in range(config["num_decoder_layers"]):
         name = f"decoder/decoder/dec_layers/{layer}"

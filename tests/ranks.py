@@ -1,4 +1,4 @@
-"""Run by torchrun in test_distributed.py: some steps on random batches, and what came of them."""
+"""Run by torchrun in test_distributed.py: save the results of some steps on random batches."""
 
 import sys
 
@@ -29,7 +29,7 @@ def tiny_model(stem):
 
 
 def random_batch(seed, part, *, sequences):
-    """The same global batch on every rank; each keeps its part. Weights differ, so that scored tokens do."""
+    """Return this rank's part of a batch that is the same on all ranks. Images differ in their scored tokens."""
     generator = torch.Generator().manual_seed(seed)
     shape = (BATCH_SIZE, sequences, 20)
     images = torch.randint(256, (BATCH_SIZE, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -39,7 +39,7 @@ def random_batch(seed, part, *, sequences):
 
 
 def train(ranks, parallel, stem, trait=None):
-    """Three steps of two tasks in two micro-batches each; plain SGD, which does not magnify rounding as Adam does."""
+    """Train three steps of two tasks with two micro-batches each, with SGD, because Adam magnifies rounding."""
     model = tiny_model(stem)
     training_model = TrainingModel(model, ranks=ranks, parallel=parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -73,7 +73,7 @@ def train(ranks, parallel, stem, trait=None):
 
 
 def main(out, *runs):
-    """Each run is PARALLEL-STEM, then -nan for one on the last rank, or -uneven for parts of 3 and 5 images."""
+    """Run each PARALLEL-STEM, with a NaN on the last rank after -nan, and parts of 3 and 5 images after -uneven."""
     with join_ranks("cpu") as ranks:
         results = {run: train(ranks, *run.split("-")) for run in runs}
         if ranks.first:

@@ -1,4 +1,4 @@
-"""Caption scores: against COCO's scorers, a slow second implementation from the papers, and numbers by hand."""
+"""Caption scores against COCO's scorers, a slow second implementation from the papers, and hand-computed numbers."""
 
 import json
 import math
@@ -19,7 +19,7 @@ BLEU = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"]
 
 @pytest.fixture(scope="module")
 def left_out(shared):
-    """COCO's captions by image: the first as prediction, the others as references."""
+    """COCO's captions by image: the first as the prediction, the others as references."""
     captions = {}
     for path in (shared / "data/coco_mini/annotations").glob("captions_*.json"):
         for entry in json.loads(path.read_text())["annotations"]:
@@ -47,7 +47,7 @@ def ngrams(words, n):
 
 
 def slow_cider_d(references, predictions):
-    """Section 8 of arXiv 1411.5726, but with counts for term frequencies, as COCO's code has it."""
+    """Section 8 of arXiv 1411.5726, with counts as term frequencies, as in COCO's code."""
     truths = {i: [caption_words(text) for text in texts] for i, texts in references.items()}
     total = 0.0
     for n in range(1, 5):
@@ -71,7 +71,7 @@ def slow_cider_d(references, predictions):
 
 
 def slow_rouge_l(references, predictions):
-    """Section 3 of arXiv 1504.00325: the best recall and the best precision, not of one reference."""
+    """Section 3 of arXiv 1504.00325: the best recall and the best precision, each over all references."""
 
     def common(a, b):
         row = {-1: 0} | dict.fromkeys(range(len(b)), 0)
@@ -96,7 +96,7 @@ def test_bleu_equals_coco_and_nltk(left_out, cocoeval):
     scores = caption_scores(references, predictions).metrics
     ours = [scores[name] for name in BLEU]
     assert ours == pytest.approx(bleu_of_coco(references, predictions), abs=1e-9)
-    # nltk's own corpus score is defined otherwise for shorter captions.
+    # nltk's corpus score has another definition for captions of fewer words.
     assert min(len(caption_words(text)) for text in predictions.values()) >= 4
     weights = [(1 / n,) * n for n in range(1, 5)]
     truths = [[caption_words(text) for text in references[i]] for i in predictions]
@@ -125,31 +125,31 @@ def test_cider_and_rouge_equal_a_second_implementation(left_out, cocoeval):
     assert caption_scores(references, predictions).metrics["CIDEr-D"] > 0.5
 
 
-def test_scores_worked_by_hand(cocoeval):
-    # BLEU: the example of Papineni et al., section 2.1: two of seven words count.
+def test_scores_equal_hand_computed_ones(cocoeval):
+    # BLEU: the example in section 2.1 of Papineni et al.; two of seven words match.
     references = {1: ["The cat is on the mat.", "There is a cat on the mat."], 2: ["x"]}
     scores = caption_scores({1: references[1]}, {1: "the the the the the the the"}).metrics
     assert scores["BLEU-1"] == pytest.approx(2 / 7)
     assert [scores[name] for name in BLEU[1:]] == [0, 0, 0]
-    # CIDEr-D: `a` is everywhere and weighs nothing; `cat` and `a cat` agree; there are no longer n-grams.
+    # CIDEr-D: `a` is in every image and has no weight; `cat` and `a cat` match; longer n-grams do not exist.
     scores = caption_scores({1: ["a cat"], 2: ["a dog"]}, {1: "a cat", 2: "a dog"}).metrics
     assert scores["CIDEr-D"] == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
     # ROUGE-L: three common words of four and of five.
     scores = caption_scores({1: ["a x c d e"]}, {1: "a b c d"}).metrics
     assert scores["ROUGE-L"] == pytest.approx(2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75))
-    # The penalty: all words right, of a reference of twice the length.
+    # The brevity penalty: all words match, but the reference is twice as long.
     scores = caption_scores({1: ["a b c d e f g h"]}, {1: "a b c d"}).metrics
     assert [scores[name] for name in BLEU] == pytest.approx([math.exp(-1)] * 4)
 
 
-def test_case_and_punctuation_count_for_nothing(left_out):
+def test_case_and_punctuation_are_ignored(left_out):
     references, predictions = left_out
     plain = caption_scores(references, predictions)
     louder = {i: f'"{text.strip(". ").upper()}" ...!' for i, text in predictions.items()}
     assert caption_scores(references, louder).metrics == plain.metrics
 
 
-def test_words_are_split_as_the_penn_treebank_does():
+def test_words_are_split_as_in_the_penn_treebank():
     assert caption_words("A man's dog can't SIT, on (a) t-shirt. The end.") == (
         "a man 's dog ca n't sit on a t-shirt the end".split()
     )
@@ -157,7 +157,7 @@ def test_words_are_split_as_the_penn_treebank_does():
     assert caption_words("...") == caption_words("") == []
 
 
-def test_a_perfect_corpus_scores_the_most(cocoeval):
+def test_a_perfect_corpus_has_the_highest_scores(cocoeval):
     references = {1: ["a small dog on a mat", "an animal"], 2: ["two red kites fly high"], 3: ["a cat eats some fish"]}
     scores = caption_scores(references, {i: texts[0] for i, texts in references.items()}).metrics
     assert [scores[name] for name in (*BLEU, "ROUGE-L")] == pytest.approx([1.0] * 5)
@@ -194,7 +194,7 @@ def test_images_without_references_are_left_out_and_unknown_ones_refused():
     assert nothing.num_images == 0
 
 
-def test_without_pycocoevalcap_bleu_alone_is_given(monkeypatch):
+def test_without_pycocoevalcap_only_bleu_is_computed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     references = {1: ["a dog on a mat"], 2: ["a cat on a roof"]}
     result = caption_scores(references, {1: "a dog on a mat", 2: "a cat on a roof"})
@@ -203,7 +203,7 @@ def test_without_pycocoevalcap_bleu_alone_is_given(monkeypatch):
     assert "CIDEr-D      -" in result.text()
 
 
-def test_a_result_says_what_was_counted(cocoeval):
+def test_a_result_names_its_tokenization(cocoeval):
     references = {1: ["a dog on a mat"], 2: ["a cat on a roof"]}
     result = caption_scores(references, {1: "a dog on a mat"})
     content = json.loads(json.dumps(result.to_json()))

@@ -1,4 +1,4 @@
-"""Checkpoints: to the bit, complete or absent, verified, rotated, and safe from a crash at any point."""
+"""Checkpoints: bit-exact, complete or absent, verified, rotated, and safe from a crash at any point."""
 
 import hashlib
 import json
@@ -41,8 +41,8 @@ def names(out):
 
 def flip_a_bit(path, seed=0):
     content = bytearray(path.read_bytes())
-    place = random.Random(seed).randrange(len(content))
-    content[place] ^= 1 << seed % 8
+    position = random.Random(seed).randrange(len(content))
+    content[position] ^= 1 << seed % 8
     path.write_bytes(content)
 
 
@@ -64,11 +64,11 @@ def test_a_run_is_restored_to_the_bit(tmp_path, ema):
     assert all((tensor == (7.5 if ema else 7)).all() for tensor in weights.values())
 
 
-def test_a_checkpoint_of_before_manifests_opens(tmp_path):
+def test_a_checkpoint_without_a_manifest_opens(tmp_path):
     (folder,) = save_steps(tmp_path, 8)
     (folder / "manifest.json").unlink()
     tensors = load_file(folder / "state.safetensors")
-    tensors["rng/cpu"] = torch.get_rng_state()  # which those held besides
+    tensors["rng/cpu"] = torch.get_rng_state()  # older checkpoints contain it
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text('{"step": 8, "seconds": 4.0}')
     state = tiny_state(1)
@@ -89,7 +89,7 @@ def test_a_snapshot_shares_its_tensors_with_the_run():
     assert all(tensor.data_ptr() in live for tensor in snapshot.weights.values())
 
 
-def test_the_manifest_tells_size_and_sha256_of_every_file(tmp_path):
+def test_the_manifest_holds_size_and_sha256_of_every_file(tmp_path):
     (folder,) = save_steps(tmp_path, 1)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert tuple(files) == FILES
@@ -98,14 +98,14 @@ def test_the_manifest_tells_size_and_sha256_of_every_file(tmp_path):
         assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-@pytest.mark.parametrize("harm", ["bit", "short", "gone"])
+@pytest.mark.parametrize("damage", ["bit", "short", "gone"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_refused_and_passed_over(tmp_path, capsys, name, harm):
+def test_a_damaged_checkpoint_is_reported_refused_and_skipped(tmp_path, capsys, name, damage):
     old, new = save_steps(tmp_path, 1, 2)
     path = new / name
-    if harm == "bit":
+    if damage == "bit":
         flip_a_bit(path)
-    elif harm == "short":
+    elif damage == "short":
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
@@ -114,11 +114,11 @@ def test_a_damaged_checkpoint_is_named_refused_and_passed_over(tmp_path, capsys,
         load_checkpoint(tiny_state(), new)
     one_line(caught)
     assert newest_checkpoint(tmp_path) == old
-    # A folder without its config is none at all; anything else is worth a line.
-    assert ("step-00000002 is damaged" in capsys.readouterr().err) == ((name, harm) != ("config.json", "gone"))
-    if name in ("config.json", "model.safetensors"):  # what prediction reads
+    # A folder without config.json is not a checkpoint; any other damage is reported.
+    assert ("step-00000002 is damaged" in capsys.readouterr().err) == ((name, damage) != ("config.json", "gone"))
+    if name in ("config.json", "model.safetensors"):  # the files that prediction reads
         assert find_checkpoint(tmp_path) == old
-        if harm != "gone":
+        if damage != "gone":
             with pytest.raises(InputError, match="damaged"):
                 find_checkpoint(new)
     else:
@@ -132,13 +132,13 @@ def test_a_damaged_checkpoint_is_named_refused_and_passed_over(tmp_path, capsys,
 def test_a_copy_on_another_disk_verifies(tmp_path):
     (folder,) = save_steps(tmp_path, 3)
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # new times of change
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # with new modification times
     assert find_damage(copy, quick=True) is None
     flip_a_bit(copy / "state.safetensors")
     assert find_damage(copy, quick=True) is not None
 
 
-def test_the_newest_are_kept_and_a_damaged_one_is_not_counted(tmp_path):
+def test_the_newest_are_kept_without_counting_damaged_ones(tmp_path):
     folders = save_steps(tmp_path, 1, 2, 3, keep=2)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     flip_a_bit(folders[2] / "state.safetensors")
@@ -148,7 +148,7 @@ def test_the_newest_are_kept_and_a_damaged_one_is_not_counted(tmp_path):
     assert names(tmp_path) == ["step-00000004", "step-00000005"]
 
 
-def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+def test_a_run_resumed_from_an_older_step_keeps_what_it_saves(tmp_path):
     save_steps(tmp_path, 1, 2, 9)
     save_steps(tmp_path, 3, keep=2)
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000009"]
@@ -161,12 +161,12 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, where, bad):
     state = tiny_state(2)
     with torch.no_grad():
         parameter = state.model.decoder.token_embedding.weight
-        place = {
+        tensors = {
             "weights": parameter,
             "average": state.ema.weights["decoder.token_embedding.weight"],
             "optimizer": state.optimizer.state[parameter]["exp_avg_sq"],
         }
-        place[where][-1, -1] = bad
+        tensors[where][-1, -1] = bad
     with pytest.raises(InputError, match="not finite at step 2") as caught:
         save_checkpoint(state, tmp_path, keep=1)
     one_line(caught)
@@ -178,7 +178,7 @@ def test_the_best_stays_when_its_step_is_rotated_out(tmp_path, monkeypatch, link
     if not links:
 
         def refuse(self, target):
-            raise OSError("no links here")
+            raise OSError("no hard links")
 
         monkeypatch.setattr(Path, "hardlink_to", refuse)
     for step, value, won in ((1, 0.5, True), (2, 0.4, False), (3, float("nan"), False), (4, None, False)):
@@ -201,7 +201,7 @@ def test_the_best_stays_when_its_step_is_rotated_out(tmp_path, monkeypatch, link
     assert list_checkpoints(tmp_path) == [folder]
 
 
-def test_a_damaged_best_gives_way(tmp_path):
+def test_a_damaged_best_is_replaced(tmp_path):
     first, second = save_steps(tmp_path, 1, 2)
     assert mark_best(tmp_path, first, "AP", 0.9)
     flip_a_bit(tmp_path / "checkpoints/best/model.safetensors")
@@ -210,44 +210,44 @@ def test_a_damaged_best_gives_way(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_every_file_is_on_the_disk_before_its_folder_gets_its_name(tmp_path, monkeypatch):
-    log = []
+def test_every_file_is_on_the_disk_before_its_folder_is_renamed(tmp_path, monkeypatch):
+    calls = []
     rename, fsync = Path.rename, os.fsync
 
     def recorded_rename(self, target):
-        log.append(f"rename {self.name} {target.name}")
+        calls.append(f"rename {self.name} {target.name}")
         return rename(self, target)
 
     def recorded_fsync(descriptor):
-        log.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     monkeypatch.setattr(Path, "rename", recorded_rename)
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     (folder,) = save_steps(tmp_path, 1)
-    place = log.index("rename .partial-step-00000001 step-00000001")
-    assert {*FILES, ".partial-manifest.json", ".partial-step-00000001"} <= set(log[:place])
-    assert "checkpoints" in log[place:]
-    log.clear()
+    renamed = calls.index("rename .partial-step-00000001 step-00000001")
+    assert {*FILES, ".partial-manifest.json", ".partial-step-00000001"} <= set(calls[:renamed])
+    assert "checkpoints" in calls[renamed:]
+    calls.clear()
     mark_best(tmp_path, folder, "AP", 0.5)
-    place = log.index("rename .partial-best best")
-    assert {*FILES, "manifest.json", "best.json", ".partial-best"} <= set(log[:place])
-    assert "checkpoints" in log[place:]
+    renamed = calls.index("rename .partial-best best")
+    assert {*FILES, "manifest.json", "best.json", ".partial-best"} <= set(calls[:renamed])
+    assert "checkpoints" in calls[renamed:]
 
 
 class Crash(BaseException):
-    """The end of the process, as far as the code under test can tell."""
+    """Stands for the end of the process."""
 
 
 def crash_at(monkeypatch, number):
-    """Let change number `number` of the disk's names, and all after it, not happen. Returns the calls so far."""
+    """Raise at rename, mkdir or rmtree call number `number` and after it. Returns the list of calls."""
     calls = []
 
     def dying(real):
         def call(*args, **kwargs):
             calls.append(real.__name__)
             if len(calls) == number and real.__name__ == "rmtree" and Path(args[0]).is_dir():
-                max(Path(args[0]).iterdir()).unlink()  # half of it is gone
+                max(Path(args[0]).iterdir()).unlink()  # remove half of the folder
             if len(calls) >= number:
                 raise Crash
             return real(*args, **kwargs)
@@ -260,9 +260,9 @@ def crash_at(monkeypatch, number):
     return calls
 
 
-@pytest.mark.parametrize("step", [4, 5])  # in place of a checkpoint, and after it
-def test_a_crash_between_any_two_changes_loses_nothing(tmp_path, monkeypatch, step):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and a process that dies needs none
+@pytest.mark.parametrize("step", [4, 5])  # replaces a checkpoint, and adds one
+def test_a_crash_at_any_call_loses_nothing(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and a process crash does not need it
     for number in range(1, 100):
         out = tmp_path / str(number)
         folders = save_steps(out, 3, 4)
@@ -289,7 +289,7 @@ def test_a_crash_between_any_two_changes_loses_nothing(tmp_path, monkeypatch, st
             assert_at_step(restored, 4)
         load_checkpoint(restored, find_checkpoint(out / "checkpoints" / "best"))
         assert restored.step in (3, step)
-        save_steps(out, 6, keep=1)  # and what was left behind goes
+        save_steps(out, 6, keep=1)  # also removes the leftovers
         assert mark_best(out, newest_checkpoint(out), "AP", 0.3)
         assert names(out) == ["best", "step-00000006"]
         if not crashed:
@@ -297,7 +297,7 @@ def test_a_crash_between_any_two_changes_loses_nothing(tmp_path, monkeypatch, st
     assert number > 8, calls
 
 
-def save_without_end(out, pipe):
+def save_forever(out, pipe):
     torch.set_num_threads(1)
     state = tiny_state()
     found = list_checkpoints(out)
@@ -306,21 +306,21 @@ def save_without_end(out, pipe):
     while True:
         step += 1
         set_step(state, step)
-        for _ in range(2):  # the second takes the place of the first
+        for _ in range(2):  # the second replaces the first
             folder = save_checkpoint(state, out, keep=2)
         mark_best(out, folder, "AP", float(step))
         pipe.send(step)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
-def test_a_killed_save_leaves_the_last_checkpoint_that_was_done(tmp_path):
+def test_a_killed_save_leaves_the_last_finished_checkpoint(tmp_path):
     context = multiprocessing.get_context("fork")
     rng = random.Random(0)
     state = tiny_state()
     marked = 0
     for _ in range(20):
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=save_without_end, args=(tmp_path, theirs))
+        child = context.Process(target=save_forever, args=(tmp_path, theirs))
         child.start()
         theirs.close()
         done = ours.recv()
@@ -350,11 +350,11 @@ def test_a_killed_save_leaves_the_last_checkpoint_that_was_done(tmp_path):
     assert marked > 0
 
 
-def test_a_disk_that_has_too_little_room_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
+def test_a_disk_with_too_little_space_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     save_steps(tmp_path, 1, keep=1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr("pix2seq.training.checkpoint.write_checkpoint", None)  # would raise TypeError
+    monkeypatch.setattr("pix2seq.training.checkpoint.write_checkpoint", None)  # a call would raise TypeError
     with pytest.raises(InputError, match=r"disk full at .* while saving step 2: \d+ bytes needed, 1000 free") as caught:
         save_checkpoint(tiny_state(2), tmp_path, keep=1)
     assert "--resume auto" in one_line(caught)
@@ -362,7 +362,7 @@ def test_a_disk_that_has_too_little_room_is_refused_before_a_byte_is_written(tmp
 
 
 @pytest.mark.parametrize("limit", [0, 100, 20_000, 200_000])  # in the middle of each file
-def test_a_write_that_fails_halfway_leaves_the_older_checkpoints_alone(tmp_path, limit):
+def test_a_write_that_fails_halfway_keeps_the_older_checkpoints(tmp_path, limit):
     (folder,) = save_steps(tmp_path, 1, keep=1)
     sizes = [path.stat().st_size for path in folder.iterdir()]
     assert max(sizes) > limit
@@ -381,7 +381,7 @@ def test_a_write_that_fails_halfway_leaves_the_older_checkpoints_alone(tmp_path,
     assert names(tmp_path) == ["step-00000002"]
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(InputError, match="cannot be written while saving step 2") as caught:
         save_checkpoint(tiny_state(2), tmp_path, keep=1)

@@ -1,4 +1,4 @@
-"""Official checkpoints: the file format, the mapping of weights, and the numbers that come out."""
+"""Official checkpoints: the file format, the weight mapping, and the outputs of converted models."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ RESNET = MODEL | {"resnet_depth": 50, "resnet_sk_ratio": 0.0, "resnet_width_mult
 
 
 def write_official(folder: Path, model, *, num_shards=1, seed=0):
-    """A checkpoint and its config; returns the prefix, the config's path and the variables."""
+    """Write a checkpoint and its config; return the prefix, the config's path and the variables."""
     folder.mkdir(parents=True, exist_ok=True)
     variables = random_variables(model, seed)
     write_bundle(folder / "ckpt-7", checkpoint_tensors(variables), num_shards=num_shards)
@@ -91,12 +91,12 @@ def test_a_bundle_reads_what_was_written(tmp_path_factory, contents, num_shards,
 
 
 @pytest.mark.parametrize("file", ["ckpt.index", "ckpt.data-00000-of-00002", "ckpt.data-00001-of-00002"])
-def test_no_flipped_bit_and_no_cut_goes_unseen(tmp_path, file):
+def test_every_flipped_bit_and_every_cut_is_detected(tmp_path, file):
     rng = np.random.default_rng(1)
     tensors = {f"name {i}": rng.standard_normal((i, 3)).astype(np.float32) for i in range(1, 9)} | {"text": b"x" * 50}
     write_bundle(tmp_path / "ckpt", tensors, num_shards=2)
     path = tmp_path / file
-    sound = path.read_bytes()
+    intact = path.read_bytes()
 
     def read_all():
         bundle = TensorBundle(tmp_path / "ckpt")
@@ -104,22 +104,22 @@ def test_no_flipped_bit_and_no_cut_goes_unseen(tmp_path, file):
             bundle.verify(key)
 
     read_all()
-    for place in range(len(sound)):
-        damaged = bytearray(sound)
-        damaged[place] ^= 1 << int(rng.integers(8))
+    for position in range(len(intact)):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=file.split(".")[0]):
             read_all()
-    for length in (0, 1, len(sound) // 2, len(sound) - 1):
-        path.write_bytes(sound[:length])
+    for length in (0, 1, len(intact) // 2, len(intact) - 1):
+        path.write_bytes(intact[:length])
         with pytest.raises(InputError):
             read_all()
-    path.write_bytes(sound + b"\0")
+    path.write_bytes(intact + b"\0")
     with pytest.raises(InputError):
         read_all()
 
 
-def test_names_are_compared_by_what_they_mean():
+def test_names_are_compared_in_canonical_form():
     for key in ("decoder/ar_decoder.Stoken_embedding", "decoder/ar_decoder/token_embedding", "decoder/token_embedding"):
         assert canonical_name(f"model/{key}{VALUE}") == "decoder/token_embedding"
     assert canonical_name(f"model/decoder/seq_pos_emb{VALUE}") == "decoder/seq_pos_emb"
@@ -140,7 +140,7 @@ VIT_FLAGS = [
 
 
 @pytest.mark.parametrize("flags", VIT_FLAGS, ids=str)
-def test_a_converted_vit_computes_what_the_official_one_does(tmp_path, flags):
+def test_a_converted_vit_computes_the_official_outputs(tmp_path, flags):
     config = MODEL | flags
     prefix, path, variables = write_official(tmp_path, config, num_shards=2)
     convert_checkpoint(prefix, path, tmp_path / "out")
@@ -168,7 +168,7 @@ def test_a_converted_resnet_fills_every_parameter(tmp_path, depth, variant):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "resnet-c"])
-def test_official_arrays(shared, tmp_path, name):
+def test_converted_models_compute_the_recorded_arrays(shared, tmp_path, name):
     folder = shared / "parity" / name
     convert_checkpoint(folder / "ckpt-400", folder / "config.json", tmp_path / "out")
     model = Pix2Seq.from_pretrained(tmp_path / "out")
@@ -207,7 +207,7 @@ TASK_MODELS = ["vit_det", "resnet_det", "vit_multitask", "resnetc_multitask", "v
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
-def test_official_arrays_of_whole_tasks(shared, tmp_path, name):
+def test_converted_models_compute_the_recorded_tasks(shared, tmp_path, name):
     folder = shared / "parity" / "tasks"
     convert_checkpoint(folder / "ckpt" / name / "ckpt-0", folder / "ckpt" / name / "config.json", tmp_path / "out")
     model = Pix2Seq.from_pretrained(tmp_path / "out")
@@ -266,7 +266,7 @@ def test_keypoint_scores_are_the_official_ones(shared, tmp_path):
             assert task.scores(out[row], 0.5)[1] == pytest.approx(float(expected[row]), abs=1e-5)
             points = task.points(out[row], person, frame)
             theirs = arrays["keypoint_detection/post/pred_points"][row].reshape(-1, 2)[:, ::-1]
-            # Random weights say ids that are no coordinates too; those the official code reads all the same.
+            # Random weights also predict ids that are not coordinates; the official code decodes them anyway.
             inside = ((theirs >= 0) & (theirs <= 1)).all(axis=1) & (points[:, 2] > 0)
             np.testing.assert_allclose(points[inside, :2], theirs[inside], atol=1e-5)
             checked += int(inside.sum())
@@ -274,23 +274,23 @@ def test_keypoint_scores_are_the_official_ones(shared, tmp_path):
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
-def test_recorded_checkpoints_answer_every_task_they_have(shared, tmp_path, name):
+def test_recorded_checkpoints_predict_all_their_tasks(shared, tmp_path, name):
     folder = shared / "parity" / "tasks"
     text_model = folder / "tokenizer" / "tiny_spm.model" if "multitask" in name else None
     arguments = [folder / "ckpt" / name / "ckpt-0", folder / "ckpt" / name / "config.json", tmp_path / "m"]
     convert_checkpoint(*arguments, text_model=text_model)
     predictor = Predictor.from_pretrained(tmp_path / "m", device="cpu")
     assert len(predictor.tasks) == (4 if text_model else 1)
-    picture = np.random.default_rng(0).integers(0, 255, (60, 100, 3)).astype(np.uint8)
-    predictor.predict(picture, list(predictor.tasks))
+    image = np.random.default_rng(0).integers(0, 255, (60, 100, 3)).astype(np.uint8)
+    predictor.predict(image, list(predictor.tasks))
     if text_model:
         name_of_person = predictor.tasks["keypoint"].categories[1].name
-        (found,) = predictor.keypoints(picture, [[10, 10, 50, 50]], categories=name_of_person)
+        (found,) = predictor.keypoints(image, [[10, 10, 50, 50]], categories=name_of_person)
         assert found.keypoints.shape == (17, 3)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "resnet-c"])
-def test_our_official_variables_are_theirs(shared, name):
+def test_our_list_of_official_variables_is_the_recorded_one(shared, name):
     config = json.loads((shared / "parity" / name / "config.json").read_text())
     recorded = {
         key: tuple(shape)
@@ -311,7 +311,7 @@ def test_presets_have_the_published_variables(shared, preset, shapes):
     assert {key: recorded["config_model"][key] for key in model} == model
 
 
-def test_presets_cover_what_was_published():
+def test_presets_cover_all_published_checkpoints():
     assert len(PRESETS) == 18
     scores = [preset.coco_ap for preset in PRESETS.values() if preset.coco_ap is not None]
     assert (min(scores), max(scores)) == (39.1, 50.0)
@@ -324,16 +324,16 @@ def test_a_converted_checkpoint_predicts(tmp_path):
     predictor = Predictor.from_pretrained(tmp_path / "out", device="cpu")
     task = predictor.tasks["detection"]
     assert (task.config.top_p, task.config.num_objects, task.eos_id) == (0.4, 7, None)
-    picture = np.random.default_rng(0).integers(0, 255, (60, 100, 3)).astype(np.uint8)
-    found = predictor.detect(picture)
+    image = np.random.default_rng(0).integers(0, 255, (60, 100, 3)).astype(np.uint8)
+    found = predictor.detect(image)
     assert found
     assert {instance.category.name for instance in found} <= {f"class {label}" for label in range(1, 40)}
 
 
-def test_conversions_that_cannot_be_write_nothing(tmp_path, capsys):
+def test_refused_conversions_write_nothing(tmp_path, capsys):
     prefix, path, variables = write_official(tmp_path / "in", MODEL)
     shard = Path(f"{prefix}.data-00000-of-00001")
-    sound = shard.read_bytes()
+    intact = shard.read_bytes()
 
     def refused(*needles, prefix=prefix, config=path, out="out"):
         code = main(["convert", str(prefix), "--config", str(config), "--out", str(tmp_path / out)])
@@ -344,15 +344,15 @@ def test_conversions_that_cannot_be_write_nothing(tmp_path, capsys):
             assert needle in error
         assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
-    shard.write_bytes(sound[:-9])
+    shard.write_bytes(intact[:-9])
     refused("its index expects", str(shard))
-    damaged = bytearray(sound)
-    damaged[len(sound) // 2] ^= 4
+    damaged = bytearray(intact)
+    damaged[len(intact) // 2] ^= 4
     shard.write_bytes(damaged)
     refused("checksum", str(shard))
     shard.unlink()
     refused("does not exist", str(shard))
-    shard.write_bytes(sound)
+    shard.write_bytes(intact)
     refused("ckpt-8.index does not exist", prefix=prefix.with_name("ckpt-8"))
 
     def with_config(name, values):
@@ -397,7 +397,7 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path, capsys):
     assert main(["convert", str(prefix), "--config", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "not a converted checkpoint" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    # Converting once more replaces what a conversion wrote.
+    # A second conversion replaces the first.
     for _ in range(2):
         assert main(["convert", str(prefix), "--config", str(path), "--out", str(tmp_path / "new")]) == 0
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
@@ -405,7 +405,7 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "name"), FULL_SIZE)
-def test_full_size_models_compute_what_the_official_ones_do(shared, tmp_path, preset, name):
+def test_full_size_models_compute_the_official_outputs(shared, tmp_path, preset, name):
     import importlib.util
 
     folder = shared / "parity" / "tasks"

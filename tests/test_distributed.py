@@ -1,4 +1,4 @@
-"""Several processes train what one would, and all of them leave out a step that is sick on any."""
+"""Several processes train as one process does, and all of them skip a step that is not finite on any of them."""
 
 import math
 import os
@@ -24,7 +24,7 @@ def start(command, **settings):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two processes made of all runs."""
+    """Results of all runs with two processes."""
     path = tmp_path_factory.mktemp("ranks") / "two.pt"
     done = start([*TORCHRUN, "--nproc-per-node", "2", SCRIPT, path, *RUNS])
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """What one process makes of them, with batches of 8 in place of 2 x 4."""
+    """Results with one process, with batches of 8 instead of 2 x 4."""
     path = tmp_path_factory.mktemp("ranks") / "one.pt"
     done = start([sys.executable, SCRIPT, path, "ddp-patch", "ddp-conv"])
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def one_rank(tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", RUNS[:5])
-def test_two_processes_train_what_one_does(two_ranks, one_rank, run):
+def test_two_processes_train_as_one_does(two_ranks, one_rank, run):
     two, one = two_ranks[run], one_rank[run.replace("fsdp", "ddp").removesuffix("-uneven")]
     for step_of_one, *steps_of_two in zip(*one["steps"], *two["steps"], strict=True):
         for step in steps_of_two:
@@ -52,20 +52,20 @@ def test_two_processes_train_what_one_does(two_ranks, one_rank, run):
             torch.testing.assert_close(two[kind][name], tensor, rtol=0, atol=1e-6, msg=f"{kind} {name}")
 
 
-def test_fsdp_shards_every_weight_and_ddp_none(two_ranks):
+def test_fsdp_shards_every_weight_and_ddp_shards_none(two_ranks):
     assert two_ranks["fsdp-conv"]["num_sharded"] == two_ranks["fsdp-conv"]["num_parameters"] > 0
     assert two_ranks["ddp-conv"]["num_sharded"] == 0
 
 
 @pytest.mark.parametrize("run", RUNS[5:])
-def test_a_nan_on_one_rank_leaves_all_ranks_as_they_were(two_ranks, run):
+def test_a_nan_on_one_rank_leaves_all_ranks_unchanged(two_ranks, run):
     first, second = two_ranks[run]["steps"]
     assert [step["changed"] for step in first] == [step["changed"] for step in second] == [True, False, True]
     assert not math.isfinite(first[1]["loss"] + first[1]["grad_norm"])
     assert all(tensor.isfinite().all() for tensor in two_ranks[run]["weights"].values())
 
 
-def test_fewer_processes_than_asked_for_are_refused(tmp_path, capsys):
+def test_fewer_processes_than_requested_are_refused(tmp_path, capsys):
     assert main(["train", f"data={tmp_path}", f"out={tmp_path / 'run'}", "num_processes=2"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: num_processes=2, but 1 was started; start training with: torchrun")
@@ -73,7 +73,7 @@ def test_fewer_processes_than_asked_for_are_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_alone_every_exchange_gives_back_what_it_got():
+def test_with_one_process_every_exchange_returns_its_input():
     alone = Ranks(torch.device("cpu"))
     assert alone.first
     assert alone.any(True)

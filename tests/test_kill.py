@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and resumed ends as one that was left alone, to the bit."""
+"""A run that is killed anywhere and resumed ends with the same bits as an undisturbed one."""
 
 import json
 import multiprocessing
@@ -26,8 +26,8 @@ SETTINGS = [
     *("model.decoder.max_seq_len=32", "model.decoder.dropout=0.1", "model.vocab.num_bins=32", "model.vocab.size=1100"),
     *("detection.max_objects=4", "detection.noise_objects=1"),
 ]
-# A place, and at which call there the run is ended. Each goes on from what the one before it has saved.
-DEATHS = {
+# Where a run is killed, and at which call. Each run resumes from what the previous one saved.
+KILLS = {
     signal.SIGKILL: [
         ("between micro-batches", 3),
         ("saving", 1),
@@ -48,7 +48,7 @@ DEATHS = {
 
 @pytest.fixture(scope="module")
 def process():
-    """Starts functions in fresh processes that have imported everything already."""
+    """Starts functions in fresh processes that have already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pix2seq.cli", "pix2seq.training.loop", "pycocotools.cocoeval"])
     return context.Process
@@ -66,7 +66,7 @@ def exit_code(process):
 
 
 def outcome(out):
-    """Final weights, raw and averaged, and every number in the log that does not tell the time."""
+    """Return the final weights, raw and averaged, and every number in the log that does not depend on time."""
     folder = out / "checkpoints" / "step-00000008"
     files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "state.safetensors")}
     timing = ("images_per_second", "minutes", "minutes_left", "data_wait_share", "memory_mb")
@@ -85,28 +85,28 @@ def undisturbed(process, shapes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("signum", DEATHS)
-def test_a_run_that_is_ended_anywhere_goes_on_to_the_same_end(
+@pytest.mark.parametrize("signum", KILLS)
+def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(
     process, shapes, undisturbed, tmp_path, signum, num_workers
 ):
     options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
     expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
-    for place, call in DEATHS[signum]:
-        assert exit_code(process(target=dying.train, args=(options, place, call, signum))) == expected, place
+    for point, call in KILLS[signum]:
+        assert exit_code(process(target=dying.train, args=(options, point, call, signum))) == expected, point
     assert exit_code(process(target=dying.train, args=(options,))) == 0
     files, log = outcome(tmp_path / "run")
     assert log == undisturbed[1]
     assert files == undisturbed[0]
 
 
-@pytest.mark.parametrize("place", dying.PLACES)
-def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, place):
-    call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 5}.get(place, 1)
+@pytest.mark.parametrize("point", dying.KILL_POINTS)
+def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, point):
+    call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 5}.get(point, 1)
     options = arguments(shapes, tmp_path / "run", "num_workers=0", "checkpoint_every=4")
-    child = process(target=dying.train, args=(options, place, call, signal.SIGTERM))
+    child = process(target=dying.train, args=(options, point, call, signal.SIGTERM))
     assert exit_code(child) == 128 + signal.SIGTERM
-    # Of step 5 its data was waited for, or a part of it was done; the others come with step 4.
-    step = 5 if place in ("between micro-batches", "updating weights") else 4
+    # Step 5 if the signal comes while it runs; step 4 if it waits for data, or while step 4 is evaluated or saved.
+    step = 5 if point in ("between micro-batches", "updating weights") else 4
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == f"step-{step:08d}"
 
 

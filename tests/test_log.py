@@ -1,4 +1,4 @@
-"""The log of a run: one line a record, none twice, whatever was killed in between; trackers beside it."""
+"""The log of a run: one line per record, none twice, even after kills; and trackers."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ def write(out, first, last, **settings):
                 log.write(step, "eval", {"AP": step / 10, "AR": None})
 
 
-def test_a_line_has_six_digits_and_null_for_what_is_undefined(tmp_path):
+def test_a_line_has_six_digits_and_null_for_undefined_values(tmp_path):
     with RunLog(tmp_path, trackers=()) as log:
         log.write(1, "train", {"loss": 0.123456789, "AP": None})
         log.event(2, "skipped", image_ids=[3, 4], reason="loss is nan")
@@ -40,14 +40,14 @@ def test_a_line_has_six_digits_and_null_for_what_is_undefined(tmp_path):
 
 
 def test_a_resumed_run_reads_as_one(tmp_path):
-    write(tmp_path / "whole", 1, 9)
-    write(tmp_path / "broken", 1, 7)  # killed; its last checkpoint was of step 4
+    write(tmp_path / "unbroken", 1, 9)
+    write(tmp_path / "broken", 1, 7)  # killed; its last checkpoint is from step 4
     write(tmp_path / "broken", 5, 9, start=4)
-    assert read(tmp_path / "broken") == read(tmp_path / "whole")
+    assert read(tmp_path / "broken") == read(tmp_path / "unbroken")
     assert steps(tmp_path / "broken") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_the_log_tells_whether_an_evaluation_was_done(tmp_path):
+def test_the_log_knows_the_last_evaluation(tmp_path):
     write(tmp_path, 1, 5)
     done = steps(tmp_path, "eval")
     for start in range(6):
@@ -58,17 +58,17 @@ def test_the_log_tells_whether_an_evaluation_was_done(tmp_path):
             assert log.evaluated == max((step for step in done if step <= start), default=0)
 
 
-def test_a_run_from_the_start_drops_the_log_of_one_that_saved_nothing(tmp_path):
+def test_a_run_from_step_0_drops_the_log_of_a_run_that_saved_nothing(tmp_path):
     write(tmp_path, 1, 3)
     write(tmp_path, 1, 2)
     assert steps(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("start", [0, 3, 6])
-def test_wherever_a_crash_tears_the_file_it_goes_on_whole(tmp_path, start):
+def test_a_torn_last_line_is_dropped(tmp_path, start):
     write(tmp_path, 1, 6)
     content = (tmp_path / "log.jsonl").read_bytes()
-    for cut in range(len(content) - 120, len(content) + 1):  # the last two lines and a half
+    for cut in range(len(content) - 120, len(content) + 1):  # the last two and a half lines
         (tmp_path / "log.jsonl").write_bytes(content[:cut])
         expected = [line for line in content[:cut].split(b"\n")[:-1] if json.loads(line)["step"] <= start]
         with RunLog(tmp_path, start=start, trackers=()) as log:
@@ -78,7 +78,7 @@ def test_wherever_a_crash_tears_the_file_it_goes_on_whole(tmp_path, start):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_lines_before_it_stay(tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_keeps_earlier_lines(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, trackers=()) as log:
         log.write(1, "train", {"loss": 1.0})
@@ -109,7 +109,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 
 
 class FakeRun:
-    """What `wandb.init` and `trackio.init` return."""
+    """Stands for the result of `wandb.init` and `trackio.init`."""
 
     def __init__(self, settings):
         self.settings, self.logged, self.finished = settings, [], False
@@ -136,7 +136,7 @@ def fake(request, monkeypatch):
     return module
 
 
-def test_a_tracker_gets_numbers_by_kind_and_a_resumed_run_goes_on_in_it(tmp_path, fake):
+def test_a_tracker_gets_numbers_by_kind_and_a_resumed_run_continues_it(tmp_path, fake):
     name = fake.__name__
     with RunLog(tmp_path, trackers=(name,), config={"lr": 0.1}) as log:
         log.write(1, "train", {"loss": 0.5, "AP": None})
@@ -157,16 +157,16 @@ def test_a_tracker_gets_numbers_by_kind_and_a_resumed_run_goes_on_in_it(tmp_path
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_tracker_that_is_unknown_or_not_installed_is_told_in_one_line(tmp_path, monkeypatch):
+def test_an_unknown_or_missing_tracker_is_reported_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         make_trackers(["tensorbord"], tmp_path)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     with pytest.raises(InputError, match="pip install wandb") as caught:
         make_trackers(["wandb"], tmp_path)
     assert "\n" not in str(caught.value)
 
 
-TAKE_200_MB = """
+ALLOCATE_200_MB = """
 from pix2seq.training.memory import memory_mb
 before = memory_mb()["memory_mb"]
 block = bytearray(200_000_000)
@@ -175,9 +175,9 @@ print(before, memory_mb()["memory_mb"])
 """
 
 
-def test_memory_grows_by_what_is_taken():
-    # In a process of its own: this one may hand back what earlier tests left.
-    printed = subprocess.run([sys.executable, "-c", TAKE_200_MB], capture_output=True, text=True, check=True).stdout
+def test_reported_memory_grows_by_what_is_allocated():
+    # In its own process, because this one may free memory of earlier tests.
+    printed = subprocess.run([sys.executable, "-c", ALLOCATE_200_MB], capture_output=True, text=True, check=True).stdout
     before, after = map(float, printed.split())
     assert before > 50
     if sys.platform.startswith("linux"):

@@ -1,4 +1,4 @@
-"""What a run does when its loss goes bad or its metrics say which step was best."""
+"""A run skips steps that are not finite, and keeps the best checkpoint by its metric."""
 
 import json
 
@@ -30,18 +30,18 @@ def checkpoints(out):
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
-def test_a_loss_that_stays_sick_ends_the_run_and_it_goes_on_from_its_last_good_weights(
+def test_a_loss_that_stays_non_finite_ends_the_run_which_resumes_from_its_last_weights(
     data, tmp_path, monkeypatch, capsys
 ):
-    healthy = pix2seq.training.step.output_loss
+    original = pix2seq.training.step.output_loss
     calls = 0
 
-    def sick_from_the_fourth_on(*args):
+    def nan_from_the_fourth_call(*args):
         nonlocal calls
         calls += 1
-        return healthy(*args) * (torch.nan if calls >= 4 else 1)
+        return original(*args) * (torch.nan if calls >= 4 else 1)
 
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", sick_from_the_fourth_on)
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", nan_from_the_fourth_call)
     options = ["steps=9", "max_skipped=3", "checkpoint_every=2"]
     assert train(data, tmp_path, *options) == 2
     assert "no finite loss and gradient in 3 steps in a row, at last in step 6 (loss nan" in one_line(capsys)
@@ -56,28 +56,28 @@ def test_a_loss_that_stays_sick_ends_the_run_and_it_goes_on_from_its_last_good_w
         (batch,) = by_task["detection"]
         assert len(batch) == 4
         assert set(batch) <= ids
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", healthy)
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", original)
     assert train(data, tmp_path, *options) == 0
     weights = load_file(tmp_path / "checkpoints/step-00000009/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_single_sick_steps_are_left_out_and_do_not_add_up(data, tmp_path, monkeypatch):
-    healthy = pix2seq.training.step.output_loss
+def test_single_non_finite_steps_are_skipped_and_do_not_add_up(data, tmp_path, monkeypatch):
+    original = pix2seq.training.step.output_loss
     calls = 0
 
-    def sick_every_other_time(*args):
+    def inf_every_other_call(*args):
         nonlocal calls
         calls += 1
-        return healthy(*args) * (torch.inf if calls % 2 else 1)
+        return original(*args) * (torch.inf if calls % 2 else 1)
 
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", sick_every_other_time)
+    monkeypatch.setattr(pix2seq.training.step, "output_loss", inf_every_other_call)
     assert train(data, tmp_path, "max_skipped=2") == 0
     assert json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())["skipped"] == 3
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("AP", "step-00000004"), ("AR100", "step-00000002")])
-def test_the_best_checkpoint_is_that_of_the_metric_asked_for(data, tmp_path, monkeypatch, metric, expected):
+def test_the_best_checkpoint_is_chosen_by_best_metric(data, tmp_path, monkeypatch, metric, expected):
     values = [{"AP": 0.1, "AR100": 0.9}, {"AP": 0.5, "AR100": 0.8}, {"AP": 0.3, "AR100": 0.7}]
     score = pix2seq.training.loop.score
     found = []
@@ -96,7 +96,7 @@ def test_the_best_checkpoint_is_that_of_the_metric_asked_for(data, tmp_path, mon
     assert position["step"] == int(expected.removeprefix("step-"))
 
 
-def test_a_metric_that_does_not_exist_is_told_with_the_run_saved(data, tmp_path, capsys):
+def test_an_unknown_best_metric_is_reported_after_the_run_is_saved(data, tmp_path, capsys):
     assert train(data, tmp_path, "steps=2", "best_metric=AQ") == 2
     assert "best_metric=AQ is none of this run's metrics; it has AP, " in one_line(capsys)
     assert checkpoints(tmp_path) == ["step-00000002"]

@@ -1,10 +1,11 @@
-"""The wheel against the tree, lock and imports against pyproject.toml, and the two packages named tokenizers."""
+"""The wheel matches the tree, lock and imports match pyproject.toml, scripts and both packages `tokenizers` work."""
 
 import ast
 import configparser
 import email
 import importlib.metadata
 import itertools
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def source_files(folder: str) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """Built with no network from a copy, because setuptools leaves its build folder in the tree it builds."""
+    """Built without network from a copy, because setuptools leaves a build folder in the tree."""
     tree, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     for folder in [*FOLDERS, "tests"]:
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         yield archive
 
 
-def test_the_wheel_holds_the_mapped_folders_under_their_import_names_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_exactly_the_mapped_folders_under_their_import_names(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in FOLDERS.items()
@@ -60,7 +61,7 @@ def test_the_wheel_holds_the_mapped_folders_under_their_import_names_and_nothing
     assert got == expected, "differences are folders or files that pyproject.toml does not list under [tool.setuptools]"
 
 
-def test_the_wheel_says_what_it_needs_and_carries_licence_and_command(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_metadata_licence_and_command(wheel: zipfile.ZipFile) -> None:
     info = f"{PROJECT['name']}-{PROJECT['version']}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -76,14 +77,14 @@ def pinned() -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def test_every_line_of_the_lock_is_one_exact_version() -> None:
+def test_every_line_of_the_lock_is_an_exact_version() -> None:
     loose = [str(pin) for pin in pinned() if pin.url or [spec.operator for spec in pin.specifier] != ["=="]]
     assert loose == []
 
 
 @pytest.mark.parametrize("sys_platform", ["linux", "darwin", "win32"])
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
-def test_the_lock_has_one_version_within_the_bounds_of_every_dependency(python: str, sys_platform: str) -> None:
+def test_the_lock_has_one_allowed_version_of_every_dependency(python: str, sys_platform: str) -> None:
     environment = {
         "python_version": python,
         "python_full_version": f"{python}.0",
@@ -106,7 +107,7 @@ def test_the_lock_has_one_version_within_the_bounds_of_every_dependency(python: 
 
 
 def imported_names(path: Path, *, nested: bool) -> set[str]:
-    """Top-level names that a file imports, at module level only or inside functions and conditions too."""
+    """Top-level names that a file imports at module level, and with `nested` also in functions and conditions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
     for node in ast.walk(tree) if nested else tree.body:
@@ -142,6 +143,16 @@ def test_every_imported_package_is_a_declared_dependency() -> None:
     assert sorted(found) == []
 
 
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "train").glob("[a-z]*.py")))
+def test_a_training_script_is_the_command_for_its_task(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr("pix2seq.cli.main", called.append)
+    monkeypatch.setattr(sys, "argv", [f"train/{script}.py", "lr=1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "train" / f"{script}.py"), run_name="__main__")
+    assert called == [["train", *([] if script == "multi_task" else ["--task", script]), "lr=1"]]
+
+
 def test_from_the_root_both_packages_named_tokenizers_import() -> None:
     code = """
 import tokenizers
@@ -165,7 +176,7 @@ for module in (tokenizers, pix2seq.tokenizers):
     assert Path(our_file).resolve().parent == ROOT / "tokenizers"
 
 
-def test_without_hugging_faces_package_the_bare_name_is_not_found() -> None:
+def test_without_hugging_faces_package_the_name_tokenizers_is_not_found() -> None:
     code = "import sys; sys.path.insert(0, ''); import tokenizers"
     result = run_python("-I", "-S", "-c", code, cwd=ROOT)
     assert result.returncode == 1

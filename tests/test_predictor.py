@@ -141,9 +141,7 @@ def test_settings_reach_every_task_that_has_them(predictor):
     assert {task.config.top_p for task in predictor.tasks.values()} == {0.5}
     with pytest.raises(InputError, match=r"none of this checkpoint's tasks .* has the setting nonsense"):
         predictor.configure(nonsense=1)
-    with pytest.raises(
-        InputError, match="num_objects=100 needs sequences of 502 tokens"
-    ):
+    with pytest.raises(InputError, match="num_objects=100 needs sequences of 502 tokens"):
         predictor.configure(num_objects=100)
 
 

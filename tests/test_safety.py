@@ -1,4 +1,4 @@
-"""What a run must survive or refuse: pickles, a second run, the network, disks that are full or read-only."""
+"""What a run survives or refuses: pickles, a second run, the network, full and read-only disks."""
 
 import json
 import multiprocessing
@@ -57,7 +57,7 @@ def one_line(text):
 
 
 class Evil:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -68,7 +68,7 @@ class Evil:
 
 @pytest.fixture
 def evil(tmp_path):
-    """A pickle, and the file that exists once somebody has opened it."""
+    """A pickle; fails at the end if somebody has unpickled it."""
     mark = tmp_path / "executed"
     content = pickle.dumps(Evil(mark))
     pickle.loads(content).close()
@@ -80,7 +80,7 @@ def evil(tmp_path):
 
 @pytest.fixture
 def poisoned(run, tmp_path):
-    """A copy of the run without manifests, which would give a changed file away."""
+    """A copy of the run without manifests, which would reveal a changed file."""
     folder = tmp_path / "poisoned"
     shutil.copytree(run, folder)
     for path in folder.rglob(MANIFEST_FILE):
@@ -88,7 +88,7 @@ def poisoned(run, tmp_path):
     return folder
 
 
-def test_a_pickle_in_place_of_the_weights_is_not_opened(evil, poisoned, data, tmp_path, capsys):
+def test_a_pickle_instead_of_the_weights_is_not_opened(evil, poisoned, data, tmp_path, capsys):
     folder = list_checkpoints(poisoned)[-1]
     (folder / "model.safetensors").write_bytes(evil)
     (folder / "pytorch_model.bin").write_bytes(evil)
@@ -115,17 +115,17 @@ def test_a_pickle_in_place_of_the_weights_is_not_opened(evil, poisoned, data, tm
     assert "are damaged" in one_line(capsys.readouterr().err)
 
 
-def test_a_pickle_in_place_of_the_state_is_not_opened(evil, poisoned):
+def test_a_pickle_instead_of_the_state_is_not_opened(evil, poisoned):
     folder = list_checkpoints(poisoned)[-1]
     (folder / "state.safetensors").write_bytes(evil)
     with pytest.raises(InputError, match=r"state\.safetensors cannot be read"):
         load_checkpoint(tiny_state(), folder)
-    write_manifest(folder)  # its author writes a manifest that fits, too
+    write_manifest(folder)  # an attacker can also write a matching manifest
     with pytest.raises(InputError, match="cannot resume from"):
         load_checkpoint(tiny_state(), folder)
 
 
-def test_a_pickle_in_place_of_a_tensorflow_checkpoint_is_not_opened(evil, tmp_path):
+def test_a_pickle_instead_of_a_tensorflow_checkpoint_is_not_opened(evil, tmp_path):
     for name in ("ckpt-1.index", "ckpt-1.data-00000-of-00001", "model.pt", "model.bin"):
         (tmp_path / name).write_bytes(evil)
     for prefix in ("ckpt-1", "model.pt", "model.bin"):
@@ -151,7 +151,7 @@ def start_holder(out):
     return holder
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     out = tmp_path / "run"
     holder = start_holder(out)
     try:
@@ -175,7 +175,7 @@ def hold_and_fork(out, pipe):
         time.sleep(60)
 
 
-def test_workers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path):
+def test_workers_that_outlive_a_killed_run_do_not_lock_its_folder(tmp_path):
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=hold_and_fork, args=(tmp_path, theirs))
@@ -186,14 +186,14 @@ def test_workers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path):
             run_lock(tmp_path).__enter__()
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        os.kill(worker, 0)  # is there still
+        os.kill(worker, 0)  # is still running
         with run_lock(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_disk_without_locks_gets_a_file_that_a_dead_process_does_not_own(tmp_path, monkeypatch):
+def test_a_disk_without_locks_gets_a_pid_file_that_a_dead_process_does_not_hold(tmp_path, monkeypatch):
     import errno
     import fcntl
 
@@ -226,12 +226,12 @@ from pix2seq.vocab import Vocab
 
 out, *tiny = sys.argv[1:]
 pix2seq.demo.NUM_TRAIN, pix2seq.demo.NUM_VAL = 4, 2
-assert main(["demo", "--out", out, *tiny]) == 0  # data, train, eval and predict too
+assert main(["demo", "--out", out, *tiny]) == 0  # makes data, trains, evaluates and predicts
 data, image = f"{out}/shapes", str(next(Path(out, "shapes/val2017").iterdir()))
 assert main(["train", f"data={data}", f"out={out}/again", *tiny, "num_workers=1"]) == 0
 for command in (["eval", "--data", data], ["predict", image, "--out", f"{out}/p"]):
     assert main([*command, "--checkpoint", f"{out}/again"]) == 0
-# A model whose encoder timm could download: opening it needs nothing but its own file.
+# A model with an encoder that timm could download: opening it needs only its own files.
 model = build_model(
     ModelConfig(
         image_size=(32, 32),
@@ -248,7 +248,7 @@ print("done")
 
 
 def without_network(tmp_path, *command):
-    """Run Python where no socket leads out of the machine; what tried to is the second value."""
+    """Run Python without network access. Returns the finished process and the log of attempts to use the network."""
     log = tmp_path / "network.txt"
     paths = [str(ROOT / "tests" / "no_network"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"NETWORK_LOG": str(log), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -257,7 +257,7 @@ def without_network(tmp_path, *command):
     return done, log.read_text() if log.exists() else ""
 
 
-def test_the_block_sees_a_request_whose_failure_is_swallowed(tmp_path):
+def test_the_network_block_logs_a_request_even_if_its_error_is_swallowed(tmp_path):
     request = "import urllib.request as u\ntry: u.urlopen('http://192.0.2.1/')\nexcept OSError: print('swallowed')"
     done, attempts = without_network(tmp_path, "-c", request)
     assert done.stdout == "swallowed\n"
@@ -274,13 +274,13 @@ def test_train_eval_predict_and_demo_make_no_network_call(tmp_path):
 
 
 def on_a_small_disk(tmp_path, size, script):
-    """Run a Python script as root of its own mounts, in a folder `disk` of `size` bytes."""
+    """Run a Python script in its own mount namespace, beside a folder `disk` on a disk of `size` bytes."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
     mount = f"mount -t tmpfs -o size={size} tmpfs disk"
     probe = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], cwd=tmp_path, capture_output=True, text=True)
     if probe.returncode:
-        pytest.skip(f"no mounts of our own here: {probe.stderr.strip()}")
+        pytest.skip(f"mounts are not allowed here: {probe.stderr.strip()}")
     command = f'{mount} && exec "$0" script.py'
     return subprocess.run(
         ["unshare", "-Urm", "sh", "-c", command, sys.executable],
@@ -295,7 +295,7 @@ needs_unshare = pytest.mark.skipif(shutil.which("unshare") is None, reason="need
 
 
 @needs_unshare
-def test_a_full_and_a_read_only_disk_end_a_run_in_one_line_and_it_goes_on_later(tmp_path, data):
+def test_a_full_or_read_only_disk_ends_a_run_in_one_line_and_it_resumes_later(tmp_path, data):
     done = on_a_small_disk(
         tmp_path,
         "2m",
@@ -314,7 +314,7 @@ def test_a_full_and_a_read_only_disk_end_a_run_in_one_line_and_it_goes_on_later(
         kept = names()
         assert kept == ["step-00000001"], kept
         Path("disk/more").write_bytes(bytes(shutil.disk_usage("disk").free - 150_000))
-        checkpoint.free_bytes = lambda path: 1 << 40  # and if nobody had looked before
+        checkpoint.free_bytes = lambda path: 1 << 40  # as if nobody had checked before
         assert main(train) == 2
         assert names() == kept
         subprocess.run(["mount", "-o", "remount,ro", "disk"], check=True)
@@ -336,7 +336,7 @@ def test_a_full_and_a_read_only_disk_end_a_run_in_one_line_and_it_goes_on_later(
 
 
 @needs_unshare
-def test_what_is_read_only_is_refused_before_the_work(tmp_path):
+def test_read_only_outputs_are_refused_before_the_work(tmp_path):
     done = on_a_small_disk(
         tmp_path,
         "1m",
@@ -352,10 +352,10 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
         subprocess.run(["mount", "--bind", "disk/old.json", "fixed.json"], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", "fixed.json"], check=True)
         subprocess.run(["mount", "-o", "remount,ro", "disk"], check=True)
-        for place in (output_folder, lambda path: run_lock(path).__enter__()):
+        for open_output in (output_folder, lambda path: run_lock(path).__enter__()):
             for path in ("disk", "disk/new"):
                 try:
-                    place(Path(path))
+                    open_output(Path(path))
                 except InputError as error:
                     print(error)
         for path in ("disk/new.json", "disk/old.json", "fixed.json"):
@@ -370,7 +370,7 @@ def test_what_is_read_only_is_refused_before_the_work(tmp_path):
     assert all("give another" in line for line in done.stdout.splitlines())
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_passed_over_by_resume(run, data, tmp_path, capsys):
+def test_resume_skips_a_checkpoint_with_a_flipped_bit(run, data, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     first, second = list_checkpoints(out)

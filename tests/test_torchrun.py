@@ -1,4 +1,4 @@
-"""`torchrun -m pix2seq.cli train`: a run that goes on over any number of processes, however they share the weights."""
+"""`torchrun -m pix2seq.cli train`: a run resumes with any number of processes, with DDP or FSDP."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from test_kill import arguments
 
 from pix2seq.cli import main
 
-# Without random draws and warm-up, whose course would depend on the number of processes and of steps.
+# Without dropout and warm-up, which depend on the number of processes and of steps.
 PLAIN = ["model.encoder.drop_path=0", "model.decoder.dropout=0", "model.decoder.drop_path=0"]
 PLAIN += ["schedule.name=none", "schedule.warmup_steps=0", "lr=1e-4", "eval_every=0", "num_workers=0"]
 
@@ -34,8 +34,8 @@ def last_step(out):
     return max(line["step"] for line in lines if line["kind"] == "train")
 
 
-def test_a_run_goes_on_over_other_processes(shapes, tmp_path):
-    """Two processes with DDP, ended by SIGTERM; two with FSDP; one. Against one from where SIGTERM came."""
+def test_a_run_resumes_with_other_numbers_of_processes(shapes, tmp_path):
+    """Two processes with DDP until SIGTERM, then two with FSDP, then one, compared with one process after SIGTERM."""
     out, plain = tmp_path / "run", tmp_path / "plain"
     process = start_two(shapes, out, "steps=100000", "checkpoint_every=100000")
     while not (out / "log.jsonl").exists() or "train" not in (out / "log.jsonl").read_text():
@@ -62,5 +62,5 @@ def test_a_run_goes_on_over_other_processes(shapes, tmp_path):
     name = f"checkpoints/step-{step + 4:08d}/model.safetensors"
     ours, theirs = load_file(out / name), load_file(plain / name)
     assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():  # a lost moment would move weights by 1e-4 a step
+    for key, tensor in theirs.items():  # losing Adam's moments would move weights by 1e-4 per step
         torch.testing.assert_close(ours[key], tensor, rtol=0, atol=3e-5)

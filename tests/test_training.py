@@ -1,4 +1,4 @@
-"""Training: schedule, accumulation, order, augmentation, resume, and that a tiny model learns."""
+"""Training: schedule, loss, accumulation, order, augmentation and settings; and a tiny model learns."""
 
 import math
 
@@ -83,7 +83,7 @@ def test_the_schedule_equals_the_official_one(parity_ops, name):
     np.testing.assert_allclose(ours, official, rtol=2e-6, atol=1e-12)
 
 
-def test_a_hold_keeps_the_peak_and_then_falls_in_a_line():
+def test_a_hold_keeps_the_peak_before_the_linear_decay():
     schedule = ScheduleConfig(name="linear", warmup_steps=10, hold=0.5, end_factor=0.0)
     rates = [learning_rate(step, 110, 1.0, schedule) for step in (5, 10, 59, 60, 85, 110)]
     np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 0.5, 0], atol=1e-12)
@@ -123,19 +123,19 @@ def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
         model = tiny_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
-        whole = random_batch(8)
-        each = 8 // parts
+        batch = random_batch(8)
+        size = 8 // parts
         split = [
-            type(whole)(
-                *(t[i : i + each] for t in (whole.images, whole.tokens, whole.targets, whole.weights)),
-                whole.image_ids[i : i + each],
+            type(batch)(
+                *(t[i : i + size] for t in (batch.images, batch.tokens, batch.targets, batch.weights)),
+                batch.image_ids[i : i + size],
             )
-            for i in range(0, 8, each)
+            for i in range(0, 8, size)
         ]
         train_step(TrainingModel(model), optimizer, [TaskBatches("detection", 1.0, split)], max_grad_norm=0)
         gradients.append([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)])
-    for whole, split in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, split, atol=2e-6, rtol=1e-4)
+    for full, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(full, split, atol=2e-6, rtol=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -159,7 +159,7 @@ def test_norms_biases_and_embeddings_do_not_decay():
     assert len(decayed) + len(kept) == len(list(model.parameters()))
 
 
-def test_the_average_follows_its_formula():
+def test_the_moving_average_follows_its_formula():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     ema = Ema(model, 0.9)
@@ -179,7 +179,7 @@ def test_a_tiny_model_overfits_four_images():
     assert losses[-1] < 0.1
 
 
-def test_every_epoch_shows_every_image_once_and_a_resumed_stream_goes_on():
+def test_every_epoch_shows_every_image_once_and_a_resumed_stream_continues():
     def take(start, count):
         stream = iter(EpochSampler(10, 4, seed=3, start=start))
         return [next(stream) for _ in range(count)]
@@ -196,7 +196,7 @@ def test_mirrored_boxes_and_keypoints_equal_the_official_ones(parity_ops):
     boxes = mirror.boxes(parity_ops["flip_boxes_in"][:, [1, 0, 3, 2]])[:, [1, 0, 3, 2]]
     np.testing.assert_allclose(boxes, parity_ops["flip_boxes_out"], atol=1e-6)
     points = parity_ops["flip_keypoints_in"].reshape(-1, 17, 2)
-    # Invisible points, y = -3, are mirrored like all others in the official code; their y still tells them.
+    # The official code also mirrors invisible points, which y = -3 marks before and after.
     mirrored = mirror.points(points[..., ::-1])[..., ::-1][:, mirror_order(KEYPOINTS)]
     np.testing.assert_allclose(mirrored.reshape(-1, 34), parity_ops["flip_keypoints_out"], atol=1e-6)
 
@@ -268,16 +268,12 @@ def test_eval_resizing_equals_the_official_one(shared):
         difference = warp_image(image, affine, (height, width)) / 255 - arrays[f"{name}_image"].astype(np.float32)
         assert np.abs(difference).mean() < 0.004
         fractions = np.array([[0, 0, 1, 1], [0.1, 0.25, 0.9, 0.5]])  # xyxy of the recorded yxyx boxes
-        pixels = affine.boxes(
-            fractions * [image.shape[1], image.shape[0]] * 2
-            if False
-            else fractions * np.array([image.shape[1], image.shape[0]] * 2)
-        )
+        pixels = affine.boxes(fractions * np.array([image.shape[1], image.shape[0]] * 2))
         ours = (pixels / [width, height, width, height])[:, [1, 0, 3, 2]]
         np.testing.assert_allclose(ours, arrays[f"{name}_bbox_yxyx"], atol=1e-6)
 
 
-def test_color_jitter_is_a_function_of_its_generator():
+def test_color_jitter_depends_only_on_its_generator():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     config = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4)
     draws = [color_jitter(image, config, np.random.default_rng(seed)) for seed in (1, 2, 1)]
@@ -300,13 +296,13 @@ def test_color_jitter_is_a_function_of_its_generator():
         ("accumulate=5", "does not divide"),
     ],
 )
-def test_a_wrong_setting_ends_in_one_line_that_helps(setting, message):
+def test_a_wrong_setting_is_reported_in_one_helpful_line(setting, message):
     with pytest.raises(InputError, match=message) as caught:
         load_config(None, [setting])
     assert "\n" not in str(caught.value)
 
 
-def test_settings_go_over_the_file_and_the_saved_file_repeats_the_run(tmp_path):
+def test_settings_override_the_file_and_the_saved_file_repeats_the_run(tmp_path):
     from pix2seq.training.config import save_config
 
     (tmp_path / "a.yaml").write_text("lr: 1e-3\ndetection: {top_p: 0.5}\nmodel: {image_size: [64, 96]}\n")

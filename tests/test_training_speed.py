@@ -103,7 +103,7 @@ def test_timm_attention_is_redirected_in_copies_too(monkeypatch):
 
 
 def test_training_a_timm_encoder_in_bf16_follows_float32():
-    model = tiny_model(DEIT).eval()  # no dropout, but gradients
+    model = tiny_model(DEIT).eval()  # gradients without dropout
     _, exact = loss_and_gradients(model, random_batch())
     _, half = loss_and_gradients(model, random_batch(), bf16=True)
     for name, gradient in exact.items():
@@ -113,22 +113,22 @@ def test_training_a_timm_encoder_in_bf16_follows_float32():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-def test_the_loss_in_pieces_has_the_gradients_of_the_whole(monkeypatch, smoothing, rows_at_once):
+def test_the_loss_in_chunks_has_the_gradients_of_the_full_loss(monkeypatch, smoothing, rows_at_once):
     monkeypatch.setattr(step, "LOGITS_AT_ONCE", rows_at_once * VOCAB.size + 3)
     model, batch = tiny_model().eval(), random_batch()
     loss, gradients = loss_and_gradients(model, batch, label_smoothing=smoothing)
     model.zero_grad()
     logits = model(batch.images / 255, batch.tokens).flatten(0, 1)
     losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
-    whole = (losses * batch.weights.flatten()).sum()
-    whole.backward()
-    torch.testing.assert_close(loss, whole.detach())
+    full = (losses * batch.weights.flatten()).sum()
+    full.backward()
+    torch.testing.assert_close(loss, full.detach())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name, rtol=1e-4, atol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees every tensor that is made, in gradients too."""
+    """Records the size of the largest tensor that is created, also in the backward pass."""
 
     numel = 0
 
@@ -138,36 +138,36 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_logits_of_all_positions_ever_exist(monkeypatch):
+def test_the_logits_of_all_positions_are_never_in_memory(monkeypatch):
     model, batch = tiny_model(), random_batch()
     num_logits = int((batch.weights > 0).sum()) * VOCAB.size
     at_once = 5 * VOCAB.size
     largest_weight = max(p.numel() for p in model.parameters())
     monkeypatch.setattr(step, "LOGITS_AT_ONCE", at_once)
-    with LargestTensor() as seen:
+    with LargestTensor() as largest:
         loss_and_gradients(model, batch)
-    assert seen.numel <= max(at_once, largest_weight) < num_logits
+    assert largest.numel <= max(at_once, largest_weight) < num_logits
     monkeypatch.setattr(step, "LOGITS_AT_ONCE", num_logits)
-    with LargestTensor() as seen:
+    with LargestTensor() as largest:
         loss_and_gradients(model, batch)
-    assert seen.numel == num_logits
+    assert largest.numel == num_logits
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("encoder", [VIT, DEIT], ids=["vit", "deit"])
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(encoder, sequences, bf16):
+def test_activation_checkpointing_saves_less_and_gives_the_same_gradients(encoder, sequences, bf16):
     model, batch = tiny_model(encoder), random_batch(sequences)
-    kept = []
+    runs = []
     for enabled in (False, True):
         model.set_activation_checkpointing(enabled)
         count = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, c=count: c.append(x.numel()) or x, lambda x: x):
             result = loss_and_gradients(model, batch, bf16=bf16)
-        kept.append((sum(count), *result))
-    assert kept[1][0] < 0.7 * kept[0][0]
-    torch.testing.assert_close(kept[1][1], kept[0][1], rtol=0, atol=0)
-    torch.testing.assert_close(kept[1][2], kept[0][2], rtol=0, atol=0)
+        runs.append((sum(count), *result))
+    assert runs[1][0] < 0.7 * runs[0][0]
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=0, atol=0)
+    torch.testing.assert_close(runs[1][2], runs[0][2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("encoder", [VIT, DEIT, {"name": "resnet10t"}], ids=str)
@@ -179,7 +179,7 @@ def test_compiling_keeps_the_names_of_weights(encoder):
     assert model.decoder.blocks[0]._compiled_call_impl is not None
 
 
-def test_compiling_without_a_compiler_ends_in_one_line(monkeypatch):
+def test_compiling_without_a_compiler_is_reported(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="no C\\+\\+ compiler"):
         compile_model(tiny_model())
@@ -198,7 +198,7 @@ def test_a_compiled_model_has_the_same_gradients(encoder):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
-def test_kept_memory_is_not_asked_for_again():
+def test_kept_memory_causes_no_page_faults():
     count_faults = """
 import resource, torch
 from pix2seq.training.memory import keep_freed_memory

@@ -1,4 +1,4 @@
-"""A run small enough to save hundreds of times, its state filled with its step."""
+"""A run small enough to save hundreds of times, with a state that depends only on its step."""
 
 import torch
 
@@ -11,7 +11,7 @@ from pix2seq.vocab import Vocab
 
 
 def tiny_state(step=0, *, ema=True):
-    """A model of some 20 000 numbers with AdamW's state and an average, all of them functions of `step`."""
+    """Return a model of about 20,000 numbers with AdamW's state and an average, all functions of `step`."""
     torch.manual_seed(step)
     model = build_model(
         ModelConfig(
@@ -29,7 +29,7 @@ def tiny_state(step=0, *, ema=True):
 
 
 def set_step(state, step):
-    """Fill weights, average and optimiser with numbers that tell the step."""
+    """Fill weights, average and optimiser state with functions of the step."""
     state.step, state.seconds, state.skipped = step, step / 2, step % 3
     with torch.no_grad():
         for parameter in state.model.parameters():
@@ -49,7 +49,7 @@ def set_step(state, step):
 
 
 def assert_at_step(state, step):
-    """Fail unless every number of a restored state is that of `step`."""
+    """Check that every number of a restored state is that of `step`."""
     assert (state.step, state.seconds, state.skipped) == (step, step / 2, step % 3)
     for parameter in state.model.parameters():
         values = state.optimizer.state[parameter]

@@ -1,1 +1,1 @@
-"""A training run: step, schedule, average, checkpoints, logs and the loop around them."""
+"""A training run: the loop, its settings and data, step, optimiser, average, checkpoints, log and processes."""

@@ -115,8 +115,8 @@ def save_checkpoint(state: RunState, out: Path, *, keep: int, ranks: Ranks | Non
         name = next(filter(None, not_finite), None)
         if name is not None:
             raise InputError(
-                f"{name} is not finite at step {state.step}, so it was not saved; resume from the last checkpoint with "
-                "--resume auto and a lower lr"
+                f"{name} is not finite at step {state.step}, so the step was not saved; resume from the last "
+                "checkpoint with --resume auto and a lower lr"
             )
         with _saving(state, out, num_bytes):
             _remove_leftovers(folder.parent)

@@ -50,10 +50,8 @@ class Report:
         if ranks.first:
             sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
             millions = sum(p.numel() for p in state.model.parameters()) / 1e6
-            processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
-            print(
-                f"{sizes}, {millions:.1f} M parameters, {processes}{ranks.device}, from step {state.step}", flush=True
-            )
+            count = f"{ranks.size} processes, " if ranks.size > 1 else ""
+            print(f"{sizes}, {millions:.1f} M parameters, {count}{ranks.device}, from step {state.step}", flush=True)
 
     def step(self, state: RunState, result: StepResult, *, rate: float, waited: float) -> None:
         """Report optimiser step `state.step`, which waited `waited` seconds for its data."""

@@ -15,7 +15,7 @@ NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_toke
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Build AdamW with weight decay on matrices and kernels, but not on norms, biases and embeddings.
 
@@ -29,7 +29,7 @@ def build_optimizer(
         is_embedding = id(parameter) in embeddings or name.endswith(NOT_DECAYED)
         (not_decayed if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)
