@@ -15,12 +15,12 @@ from pix2seq.tasks import DEFAULT_TASK, task_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code; also the console script's entry."""
+    """Run one subcommand and return its exit code; the entry of the console script."""
     return run_guarded(_main, sys.argv[1:] if argv is None else argv)
 
 
 def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Call a command so that an `InputError` becomes one line and exit code 2."""
+    """Run a command; an `InputError` becomes one line and exit code 2."""
     try:
         return command(argv) or 0
     except InputErrorElsewhere:
@@ -37,18 +37,18 @@ def run_guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away, as `head` does; keep Python from complaining at exit.
+        # The reader of our output is gone, as after `head`; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _rank() -> int:
-    """Of this process among those that torchrun started."""
+    """Return the rank of this process among those that torchrun started."""
     return int(os.environ.get("RANK", "0"))
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong command line, in place of the whole usage."""
+    """A parser that reports a wrong command line in one line, without the usage."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}; see {self.prog} --help")
@@ -59,7 +59,7 @@ def _main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
-    add_predict(commands.add_parser("predict", help="ask about images; answers as JSON and as a drawing each"))
+    add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     data = commands.add_parser("data", help="make or check a data set")
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str]) -> int:
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
-    # argparse takes key=value words from one place alone; people put them before and after options.
+    # argparse takes positional words from one position only; people put key=value before and after options.
     args, others = parser.parse_known_args(argv)
     if others and not (hasattr(args, "settings") and all("=" in word and word[0] != "-" for word in others)):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -78,7 +78,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """`a,b` to task names. Raises `InputError` for an unknown one."""
+    """Split `a,b` into task names. Raises `InputError` for an unknown one."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in task_names():
@@ -88,18 +88,16 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> None:
-    """Options of training; `task` fixes it, as the scripts in train/ do."""
-    if task is None:
-        help_task = f"tasks to train, separated by commas: {', '.join(task_names())}; by default those of --config"
-        parser.add_argument("--task", help=help_task)
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Add the options of training."""
+    help_task = f"tasks to train, separated by commas: {', '.join(task_names())}; by default those of --config"
+    parser.add_argument("--task", help=help_task)
     parser.add_argument("--config", help="YAML file of settings, see configs/")
     parser.add_argument("--resume", default="never", help="never, auto (newest checkpoint of the run) or a checkpoint")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:
-        named = task or args.task
-        fixed = {"tasks": list(parse_tasks(named))} if named is not None else {}
+        fixed = {"tasks": list(parse_tasks(args.task))} if args.task is not None else {}
         from pix2seq.training.config import load_config
         from pix2seq.training.loop import run as train
 
@@ -112,7 +110,7 @@ def add_train(parser: argparse.ArgumentParser, *, task: str | None = None) -> No
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
-    """Options of evaluation."""
+    """Add the options of evaluation."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--data", required=True, type=Path, help="COCO or Pascal VOC folder")
     _add_task(parser)
@@ -153,7 +151,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    """Options of prediction."""
+    """Add the options of prediction."""
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
     parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name an image")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
@@ -189,7 +187,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    """Options of conversion."""
+    """Add the options of conversion."""
     from pix2seq.convert.presets import preset_table
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -209,7 +207,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """Options of the generated data set."""
+    """Add the options of the generated data set."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=4000, help="training images")
     parser.add_argument("--val", type=int, default=500, help="validation images")
@@ -238,7 +236,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    """Options of the data check."""
+    """Add the options of the data check."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", help="one split; all that are found by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -254,7 +252,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shard(parser: argparse.ArgumentParser) -> None:
-    """Options of writing shards."""
+    """Add the options of writing shards."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder to write; data=OUT, or its http address, trains from it")
     parser.add_argument("--split", help="one split; all that are found by default")
@@ -273,7 +271,7 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sequences(parser: argparse.ArgumentParser) -> None:
-    """Options of the look at training sequences."""
+    """Add the options of showing training sequences."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", default=DEFAULT_TASK, help=f"one task: {', '.join(task_names())}")
     parser.add_argument("--index", type=int, default=0, help="number of the sample, from 0")
@@ -300,7 +298,7 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    """Options of the demonstration."""
+    """Add the options of the demo."""
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over configs/demo.yaml")
 
@@ -318,7 +316,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, int]:
-    """Settings of tasks that were given as options."""
+    """Return the settings of tasks that were given as options."""
     given = {"num_objects": args.num_objects, "num_samples": args.num_samples}
     return {name: value for name, value in given.items() if value is not None}
 

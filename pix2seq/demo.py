@@ -1,4 +1,4 @@
-"""From nothing to boxes on an image: make data, train, evaluate, predict."""
+"""Make data, train a model, evaluate it and predict with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIN_SCORE = 0.3
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
-    """Leave a data set, a trained model, metrics and `demo.png` in `out`, a folder that is new or an old demo's."""
+    """Write a data set, a trained model, metrics and `demo.png` into `out`, a new folder or that of an earlier demo."""
     if out.exists() and any(out.iterdir()) and not (out / "shapes").is_dir():
         raise InputError(f"{out} is not empty and holds no earlier demo; give another folder with --out")
     for folder in (out / "run", out / "predictions"):
@@ -45,17 +45,17 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
         workers=os.cpu_count() or 1,
     )
 
-    print("2/4  a detector, trained on them from scratch")
+    print("2/4  training a detector on them from scratch")
     checkpoint = run(config)
 
-    print("3/4  its score on images that it has not seen")
+    print("3/4  scoring it on images that it has not seen")
     predictor = Predictor.from_pretrained(checkpoint, device=config.device)
     dataset = open_dataset(out / "shapes", "val")
     result = evaluate(predictor, dataset)
     print(result.text())
     result.save(out / "metrics.json")
 
-    print("4/4  what it sees")
+    print("4/4  predicting")
     shown = [image.path for image in dataset.images[:NUM_SHOWN]]
     predict_files(shown, checkpoint=checkpoint, out=out / "predictions", min_score=MIN_SCORE, device=config.device)
     drawn = [found.draw(min_score=MIN_SCORE) for found in predictor.predict_batch(shown, tuple(predictor.tasks))]

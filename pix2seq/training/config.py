@@ -43,7 +43,7 @@ class TrainConfig:
     `load_config` gives it a field of its own for each task, with that task's settings: `detection.top_p=0.4`.
     """
 
-    data: Any = None  # folder, or folder or http address of shards, or a mapping of task names to them
+    data: Any = None  # data folder, folder or http address of shards, or a mapping of task names to these
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
     shard_mix: int = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/train"  # folder of checkpoints and logs
@@ -57,22 +57,24 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 1000  # steps; the last step is always saved
     keep_checkpoints: int = 3  # newest kept, and the best besides
-    best_metric: str | None = None  # of metrics.json, which the best checkpoint is chosen by; None: of the first task
+    best_metric: str | None = (
+        None  # metric of metrics.json that chooses the best checkpoint; None: the first task's main metric
+    )
     eval_every: int = 0  # steps; 0 evaluates only after the last
     eval_images: int = 0  # of the validation split; 0 takes all
     eval_batch_size: int = 16
     log_every: int = 20  # steps
     trackers: tuple[str, ...] = ("tensorboard",)  # beside log.jsonl: tensorboard, wandb, trackio
     max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
-    num_workers: int = 1  # processes that prepare samples; 0 prepares them in between steps
-    max_bad_share: float = MAX_BAD_SHARE  # of images, objects or captions; with more unusable, the run stops
-    worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from them after which the run stops
+    num_workers: int = 1  # processes that prepare samples; 0 prepares them between steps
+    max_bad_share: float = MAX_BAD_SHARE  # of images, objects or captions; the run stops if more are unusable
+    worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from the workers after which the run stops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_processes: int = 0  # that torchrun must have started; 0 takes any number
-    parallel: str = "ddp"  # over processes: ddp, or fsdp, which shards weights and optimiser state
+    num_processes: int = 0  # number of processes that torchrun must have started; 0: any number
+    parallel: str = "ddp"  # ddp, or fsdp, which shards weights and optimiser state over processes
     bf16: bool = True  # bf16 autocast
-    activation_checkpointing: bool = False  # recompute what the backward pass needs: less memory, a third more time
-    compile: bool = False  # torch.compile of the layers: minutes at first; no gain was seen on two CPU cores
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile the blocks: takes minutes at first; no gain was measured on two CPU cores
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0  # 0 does not clip
@@ -107,17 +109,17 @@ class TrainConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
 
     def task(self, name: str) -> TaskConfig:
-        """The settings of a task."""
+        """Return the settings of a task."""
         settings = getattr(self, name)
         assert isinstance(settings, TaskConfig)
         return settings
 
     def batch_size_of(self, task: str) -> int:
-        """Images of a task a step."""
+        """Return the images of a task per step."""
         return self.task(task).batch_size or self.batch_size
 
     def data_of(self, task: str) -> str:
-        """The data folder of a task, or its address. Raises `InputError` where none was given."""
+        """Return the data folder or address of a task. Raises `InputError` if none was given."""
         folder = _of_task(self.data, task)
         if not folder:
             raise InputError(
@@ -127,7 +129,7 @@ class TrainConfig:
         return str(folder)
 
     def val_data_of(self, task: str) -> str:
-        """The folder of a task's validation split."""
+        """Return the folder of a task's validation split."""
         return str(_of_task(self.val_data, task) or self.data_of(task))
 
 
@@ -136,7 +138,7 @@ def _of_task(setting: Any, task: str) -> Any:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed: Any) -> TrainConfig:
-    """Defaults, then the YAML file, then `key=value` strings, then `fixed` values.
+    """Merge defaults, the YAML file, `key=value` strings and `fixed` values; later ones win.
 
     Raises `InputError` for an unreadable file, for a key that does not exist (naming the nearest one)
     and for a value of the wrong type or range.
@@ -185,12 +187,12 @@ def _schema(sources: Sequence[Mapping[str, Any]]) -> type[TrainConfig]:
 
 
 def config_file(name: str) -> Path:
-    """A recipe that comes with the package."""
+    """Return the path of a config file of the package."""
     return Path(str(resources.files("pix2seq.configs").joinpath(name)))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `InputError` where there is none."""
+    """Read the mapping of a YAML file. Raises `InputError` if there is none."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -207,19 +209,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved settings as YAML, to be read again with `load_config`."""
+    """Write the resolved settings as YAML, for `load_config`."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
-    """`a.b.c` and a value to nested mappings."""
+    """Turn `a.b.c` and a value into nested mappings."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string, because it lacks a point."""
+    """Convert numbers such as 1e-4, which YAML 1.1 reads as strings."""
     if isinstance(value, dict):
         return {key: _number(entry) for key, entry in value.items()}
     if isinstance(value, str):

@@ -37,14 +37,8 @@ class Report:
             return self._log.evaluated
 
         self.evaluated = ranks.on_first(open_log)  # the last step with an evaluation in the log
-        self._bar = tqdm(
-            total=config.steps,
-            initial=state.step,
-            unit="step",
-            smoothing=0.05,
-            mininterval=1.0,
-            disable=not ranks.first,
-        )
+        options: dict[str, Any] = {"unit": "step", "smoothing": 0.05, "mininterval": 1.0, "disable": not ranks.first}
+        self._bar = tqdm(total=config.steps, initial=state.step, **options)
         self._waited = 0.0  # seconds of waiting for data since the last line
         self._logged_step, self._logged_seconds = state.step, state.seconds
         if ranks.first:

@@ -34,10 +34,10 @@ from pix2seq.training.stop import Interrupted, StopRequest
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
-    """Train as `config` says, alone or as one of the processes that torchrun started, and return the last checkpoint.
+    """Train with `config`, alone or as one of the processes that torchrun started; return the last checkpoint.
 
     `resume` is `never`, `auto` (the newest checkpoint of the run, if there is one) or a checkpoint.
-    Raises `InputError` where data, settings or checkpoints cannot be used, and `Stopped` after SIGTERM, with
+    Raises `InputError` if data, settings or checkpoints cannot be used, and `Stopped` after SIGTERM, with
     everything saved.
     """
     out = Path(config.out)
@@ -56,22 +56,24 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
 
 
 def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
-    """Take the run's folder, and find the checkpoint to go on from."""
+    """Lock the run's folder, and find the checkpoint to resume from."""
     output_folder(out)
     stack.enter_context(run_lock(out))
     done = list_checkpoints(out)
     if resume == "never" and done:
-        raise InputError(f"{out} already holds {done[-1].name}; go on with --resume auto, or give another out=FOLDER")
+        raise InputError(
+            f"{out} already holds {done[-1].name}; continue with --resume auto, or give another out=FOLDER"
+        )
     if resume == "never" or (resume == "auto" and not done):
         return None
     return newest_checkpoint(out) if resume == "auto" else find_checkpoint(Path(resume))
 
 
 class _Trainer:
-    """A run's model, data and state, and what it does with them."""
+    """The model, data and state of a run."""
 
     def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
-        """The run at step 0."""
+        """Build the run at step 0."""
         self.config, self.recipe, self.ranks = config, recipe, ranks
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
@@ -82,17 +84,17 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
-        self.learner = TrainingModel(
+        self.training_model = TrainingModel(
             model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
         )
         optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
-        self._saved: Path | None = None  # the checkpoint written last
+        self._saved: Path | None = None  # the last written checkpoint
         self._saved_step = -1
 
     def train(self, report: Report, stop: StopRequest) -> None:
-        """Go on to the last step. Raises `Stopped` where `stop` was requested, once the state is saved."""
+        """Train to the last step. Raises `Stopped` once the state is saved, if `stop` was requested."""
         config, state = self.config, self.state
         streams = {
             samples.task.name: batches(
@@ -121,14 +123,14 @@ class _Trainer:
                         tasks.append(TaskBatches(name, config.task(name).loss_weight, some))
             except Interrupted:
                 pass
-            self._leave_if_asked(stop)
+            self._stop_if_requested(stop)
             waited = time.perf_counter() - started
 
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            result = train_step(self.learner, state.optimizer, tasks, max_grad_norm=config.max_grad_norm)
+            result = train_step(self.training_model, state.optimizer, tasks, max_grad_norm=config.max_grad_norm)
             state.step += 1
             if state.ema is not None and result.finite:
                 state.ema.update(state.model, state.step)
@@ -139,20 +141,20 @@ class _Trainer:
                 self._save()
 
     def _seed_of_step(self) -> int:
-        """Of dropout and stochastic depth: a function of seed, step and rank, so that a resumed run draws the same."""
+        """Return the seed of dropout, a function of seed, step and rank, so that a resumed run draws the same."""
         sequence = np.random.SeedSequence((self.config.seed, self.state.step, self.ranks.rank))
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _leave_if_asked(self, stop: StopRequest) -> None:
+    def _stop_if_requested(self, stop: StopRequest) -> None:
         if self.ranks.any(stop.requested):
             self._save()
             raise Stopped(
-                f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}; all is saved in {self.out}, "
-                "go on with --resume auto"
+                f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}; everything is saved in "
+                f"{self.out}, continue with --resume auto"
             )
 
     def _count_skipped(self, report: Report, result: StepResult, tasks: Sequence[TaskBatches]) -> None:
-        """Write down what a step without an update was made of, and end the run where they do not cease."""
+        """Log the images of a step without an update, and end the run after too many such steps in a row."""
         if result.finite:
             self._skipped_in_a_row = 0
             return
@@ -165,27 +167,27 @@ class _Trainer:
             report.skipped(self.state, loss=loss, grad_norm=grad_norm, image_ids_by_rank=samples)
             if self._skipped_in_a_row == self.config.max_skipped:
                 raise InputError(
-                    f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, at last in step "
+                    f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, the last in step "
                     f"{self.state.step} (loss {loss}, gradient norm {grad_norm}); {self.out / LOG_FILE} names their "
-                    "images; lower lr, and go on from the last checkpoint with --resume auto"
+                    "images; lower lr, and continue from the last checkpoint with --resume auto"
                 )
 
         self.ranks.on_first(record)
 
     def _save(self) -> Path:
-        """The checkpoint of this step, written if it is not there yet."""
+        """Return the checkpoint of this step; write it if it is not there yet."""
         if self._saved is None or self._saved_step != self.state.step:
             self._saved = save_checkpoint(self.state, self.out, keep=self.config.keep_checkpoints, ranks=self.ranks)
             self._saved_step = self.state.step
         return self._saved
 
     def _keep_if_best(self, metrics: Mapping[str, float | None]) -> None:
-        """Keep this step's checkpoint as OUT/checkpoints/best where its metric beats all before."""
+        """Keep this step's checkpoint as OUT/checkpoints/best if its metric is the best so far."""
         first = get_task(self.config.tasks[0])
         name = self.config.best_metric or first.metric_name(first.main_metric)
         if name not in metrics:
             self._save()
-            raise InputError(f"best_metric={name} is none of this run's metrics; it has {', '.join(metrics)}")
+            raise InputError(f"best_metric={name} is not a metric of this run; it has {', '.join(metrics)}")
         value = metrics[name]
         if self.ranks.on_first(lambda: is_best(self.out, name, value)):
             folder = self._save()
@@ -212,7 +214,7 @@ class _Trainer:
                     num_images = max(num_images, len(images))
         except Interrupted:
             pass
-        self._leave_if_asked(stop)
+        self._stop_if_requested(stop)
         parts = ranks.gather(measured)
         seconds = time.perf_counter() - started
 
@@ -226,7 +228,7 @@ class _Trainer:
         self._keep_if_best(metrics)
 
     def _averaged_model(self) -> Predictor:
-        """A copy with the averaged weights, so that training goes on undisturbed."""
+        """Return a copy of the model with the averaged weights."""
         model = self.state.model
         copy = build_model(model.config, model.categories, model.text, load_pretrained=False)
         copy.task_settings = model.task_settings
@@ -236,7 +238,7 @@ class _Trainer:
 
 
 def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:
-    """The model at step 0, for the classes and words of the recipe."""
+    """Build the model at step 0, for the classes and words of the recipe."""
     settings = replace(config.model, vocab=recipe.vocab)
     model = build_model(settings, recipe.categories, recipe.text, load_pretrained=config.init is None)
     model.task_settings = {samples.task.name: asdict(config.task(samples.task.name)) for samples in recipe.samples}

@@ -92,7 +92,7 @@ def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardInde
     if len(dataset.defects):
         print(
             f"warning: {len(dataset.defects)} annotations or images of split {split!r} have defects and "
-            f"were dropped or mended; see: pix2seq data check {dataset.root}",
+            f"were dropped or repaired; see: pix2seq data check {dataset.root}",
             file=sys.stderr,
         )
     return dataset
@@ -101,7 +101,7 @@ def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardInde
 def _open_val(config: TrainConfig, location: str) -> Dataset:
     if is_shards(location, config.val_split) or is_shards(location, config.train_split):
         raise InputError(
-            f"{location} holds shards, and evaluation reads single images; give val_data=FOLDER with a COCO or "
+            f"{location} holds shards, but evaluation reads single images; give val_data=FOLDER with a COCO or "
             "Pascal VOC data set"
         )
     dataset = _open(config, location, config.val_split)
