@@ -44,7 +44,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run_which_resumes_from_its_last_w
     monkeypatch.setattr(pix2seq.training.step, "output_loss", nan_from_the_fourth_call)
     options = ["steps=9", "max_skipped=3", "checkpoint_every=2"]
     assert train(data, tmp_path, *options) == 2
-    assert "no finite loss and gradient in 3 steps in a row, at last in step 6 (loss nan" in one_line(capsys)
+    assert "no finite loss and gradient in 3 steps in a row, the last in step 6 (loss nan" in one_line(capsys)
     assert checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     skipped = [line for line in lines if line["kind"] == "skipped"]
@@ -98,5 +98,5 @@ def test_the_best_checkpoint_is_chosen_by_best_metric(data, tmp_path, monkeypatc
 
 def test_an_unknown_best_metric_is_reported_after_the_run_is_saved(data, tmp_path, capsys):
     assert train(data, tmp_path, "steps=2", "best_metric=AQ") == 2
-    assert "best_metric=AQ is none of this run's metrics; it has AP, " in one_line(capsys)
+    assert "best_metric=AQ is not a metric of this run; it has AP, " in one_line(capsys)
     assert checkpoints(tmp_path) == ["step-00000002"]
