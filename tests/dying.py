@@ -1,5 +1,6 @@
 """Runs that kill themselves at a chosen point, for test_kill.py; each runs in its own process."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -44,6 +45,8 @@ def train(arguments, point=None, call=1, signum=signal.SIGKILL):
 
 def train_with_a_hanging_image(arguments, index):
     """Run `pix2seq train` on a training set that never returns image number `index`."""
+    # A forked worker inherits the patch below; this process was started by a fork server, whose method it would take.
+    multiprocessing.set_start_method("fork", force=True)
     original = TrainingSet.__getitem__
 
     def hanging(self, key):

@@ -1,13 +1,13 @@
 """A run skips steps that are not finite, and keeps the best checkpoint by its metric."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_cli import TINY, one_line
 
-import pix2seq.training.loop
 import pix2seq.training.step
 from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
@@ -79,15 +79,8 @@ def test_single_non_finite_steps_are_skipped_and_do_not_add_up(data, tmp_path, m
 @pytest.mark.parametrize(("metric", "expected"), [("AP", "step-00000004"), ("AR100", "step-00000002")])
 def test_the_best_checkpoint_is_chosen_by_best_metric(data, tmp_path, monkeypatch, metric, expected):
     values = [{"AP": 0.1, "AR100": 0.9}, {"AP": 0.5, "AR100": 0.8}, {"AP": 0.3, "AR100": 0.7}]
-    score = pix2seq.training.loop.score
-    found = []
-
-    def scored(*args, **kwargs):
-        found.append(score(*args, **kwargs))
-        return found[-1]
-
-    monkeypatch.setattr(pix2seq.training.loop, "score", scored)
-    monkeypatch.setattr(EvalResult, "metrics", property(lambda result: values[len(found) - 1]))
+    of = EvalResult.of
+    monkeypatch.setattr(EvalResult, "of", lambda *args, **kwargs: replace(of(*args, **kwargs), metrics=values.pop(0)))
     assert train(data, tmp_path, "eval_every=2", "keep_checkpoints=1", f"best_metric={metric}") == 0
     assert checkpoints(tmp_path) == ["best", "step-00000006"]
     best = json.loads((tmp_path / "checkpoints/best/best.json").read_text())

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,12 @@ def _schema(sources: Sequence[Mapping[str, Any]]) -> type[TrainConfig]:
     taken = sorted(own & set(names))
     if taken:
         raise InputError(f"a task cannot be called {taken[0]!r}, which is a setting of every run; rename the task")
-    kinds = {name: get_task(name).config_type for name in names}
-    fields: list[Any] = [(name, kind, field(default_factory=kind)) for name, kind in kinds.items()]
+    return _with_fields(tuple((name, get_task(name).config_type) for name in names))
+
+
+@cache
+def _with_fields(kinds: tuple[tuple[str, type[TaskConfig]], ...]) -> type[TrainConfig]:
+    fields: list[Any] = [(name, kind, field(default_factory=kind)) for name, kind in kinds]
     return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True)
 
 

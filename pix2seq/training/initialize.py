@@ -14,7 +14,7 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
-from pix2seq.vocab import CLASS_BASE, OTHER_TASK_IDS
+from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
@@ -61,7 +61,7 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
 def _matching_rows(model: Pix2Seq, source: Pix2Seq) -> tuple[Tensor, Tensor, str]:
     """Return ids of `model` and the ids of `source` with the same meaning, and a summary of the matches."""
     ours, theirs = model.config.vocab, source.config.vocab
-    pairs = [(token, token) for token in range(CLASS_BASE) if token not in OTHER_TASK_IDS]
+    pairs = [(token, token) for token in range(CLASS_BASE) if token not in ours.other_tasks.values()]
     pairs += [
         (ours.other_tasks[name], theirs.other_tasks[name]) for name in ours.other_tasks.keys() & theirs.other_tasks
     ]
