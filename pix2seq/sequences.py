@@ -44,7 +44,7 @@ class SequenceView:
     def __init__(self, config: TrainConfig, task: str, index: int, *, epoch: int = 0) -> None:
         """Make sample `index` of an `epoch` of a run with `config`. Raises `InputError` if there is none."""
         recipe = prepare(config)
-        (samples,) = (samples for samples in recipe.samples if samples.task.name == task)
+        (samples,) = (samples for samples in recipe.samples if task in samples.tasks)
         if not isinstance(samples, TrainingSet):
             raise InputError(f"{config.data_of(task)} holds shards, which have no numbers; name the data set itself")
         if not 0 <= index < len(samples):
@@ -52,11 +52,12 @@ class SequenceView:
         self.task: Task[Any] = samples.task  # type: ignore[assignment]
         self.vocab: Vocab = recipe.vocab
         self.sample: Sample = samples[epoch, index]
+        self.examples = self.sample.examples[task]
 
     def text(self) -> str:
         """Return a table for each sequence: what the decoder reads, what it should say, and what that counts."""
-        lines = [f"image {self.sample.image_id}, {self.task.name}: {len(self.sample.examples)} sequences"]
-        for number, example in enumerate(self.sample.examples):
+        lines = [f"image {self.sample.image_id}, {self.task.name}: {len(self.examples)} sequences"]
+        for number, example in enumerate(self.examples):
             lines.append(f"\nsequence {number}: {self.task.summary(example)}")
             lines.append(f"{'step':>5}  {'reads':>5}  {'meaning':<28} {'says':>5}  {'meaning':<28} weight")
             steps = list(rows(example))
@@ -94,7 +95,7 @@ class SequenceView:
         """Draw what the sequences say on the model's input."""
         canvas = Canvas(self.sample.image, scores=False)
         size = (self.sample.image.shape[0], self.sample.image.shape[1])
-        shown = [answer for example in self.sample.examples for answer in self.task.shown(example, size)]
+        shown = [answer for example in self.examples for answer in self.task.shown(example, size)]
         self.task.draw(canvas, shown)
         return canvas.finish()
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import cv2
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pix2seq.data.sampler import EpochSampler, rank_slice
 from pix2seq.data.samples import TrainingStream
@@ -34,15 +34,16 @@ class Samples(Protocol):
     """Training samples by (epoch, index), for example `pix2seq.data.samples.TrainingSet`."""
 
     @property
+    def tasks(self) -> Sequence[str]: ...
+    @property
     def seed(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, key: tuple[int, int]) -> Sample: ...
 
 
 def batches(
-    samples: Samples | TrainingStream,
+    sources: Sequence[tuple[Samples | TrainingStream, int]],
     *,
-    batch_size: int,
     start: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -50,27 +51,18 @@ def batches(
     world_size: int = 1,
     timeout: float = WORKER_TIMEOUT,
 ) -> Iterator[Batch]:
-    """Yield endless micro-batches of `batch_size` images over all ranks; each rank gets its contiguous part.
+    """Yield endless micro-batches over all ranks; each rank gets its contiguous part of each source's images.
 
-    The first `start` micro-batches are skipped. The ranks together get the batches of a single process,
-    for any `num_workers`. From shards, the order depends on ranks x workers, so a run resumes exactly
-    only if both are unchanged. The workers end with the iterator and with the process that made it; they
-    ignore SIGINT and SIGTERM, because that process may have a checkpoint to save. Raises `InputError`
-    if data cannot be used, if a worker dies, or if no batch arrives for `timeout` seconds.
+    `sources` are samples, and how many images of them a micro-batch has. The first `start` micro-batches are
+    skipped. The ranks together get the batches of a single process, for any `num_workers`. From shards, the order
+    depends on ranks x workers, so a run resumes exactly only if both are unchanged. The workers end with the iterator
+    and with the process that made it; they ignore SIGINT and SIGTERM, because that process may have a checkpoint to
+    save. Raises `InputError` if data cannot be used, if a worker dies, or if no batch arrives for `timeout` seconds.
     """
-    part = rank_slice(batch_size, rank, world_size)
-    dataset: Dataset[Batch | InputError]
-    if isinstance(samples, TrainingStream):
-        options = {"start": start, "num_workers": num_workers, "rank": rank, "world_size": world_size}
-        dataset, sampler = _StreamBatches(samples, part.stop - part.start, **options), None
-    else:
-        dataset = _MicroBatches(samples)
-        sampler = EpochSampler(len(samples), batch_size, seed=samples.seed, start=start, part=part)
     loader = DataLoader(
-        dataset,
-        sampler=sampler,  # each item is a full batch
+        _Batches(sources, start=start, num_workers=max(num_workers, 1), rank=rank, world_size=world_size),
         batch_size=None,
-        collate_fn=_identity,
+        collate_fn=_identity,  # each item is a full batch
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # keeps the global state, which dropout is resumed with, unchanged
@@ -83,48 +75,52 @@ def batches(
     return _from_workers(loader, timeout)
 
 
-class _StreamBatches(IterableDataset["Batch | InputError"]):
-    """Batches from shards; each worker is a reader and gives every `num_workers`-th batch of its rank."""
+class _Batches(IterableDataset["Batch | InputError"]):
+    """Batches of all sources. The loader asks its workers in turn; each makes every `num_workers`-th batch.
+
+    Yields an `InputError` in place of raising it, because a worker would add its traceback.
+    """
 
     def __init__(
-        self, samples: TrainingStream, size: int, *, start: int, num_workers: int, rank: int, world_size: int
+        self,
+        sources: Sequence[tuple[Samples | TrainingStream, int]],
+        *,
+        start: int,
+        num_workers: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self.samples = samples
-        self.size = size
+        self.sources = sources
         self.start = start
-        self.num_workers = max(num_workers, 1)
+        self.num_workers = num_workers
         self.rank = rank
         self.world_size = world_size
-        self.read_from(0)  # raises at once if there are fewer shards than readers
-
-    def read_from(self, batch: int) -> Iterator[Sample]:
-        """Yield the samples of this batch of the rank, then the next samples of the same reader."""
-        done, worker = divmod(batch, self.num_workers)
-        reader, num_readers = self.rank * self.num_workers + worker, self.world_size * self.num_workers
-        return self.samples.read(reader, num_readers, start=done * self.size)
+        self.tasks = list(dict.fromkeys(name for samples, _ in sources for name in samples.tasks))
+        for samples, size in sources:
+            self._parts(samples, size, 0)  # raises at once if there are too few images or shards
 
     def __iter__(self) -> Iterator[Batch | InputError]:
         info = get_worker_info()
-        # The loader asks its workers in turn, starting with worker 0.
-        samples = self.read_from(self.start + (info.id if info is not None else 0))
-        try:
-            while True:
-                yield collate(list(islice(samples, self.size)))
-        except InputError as error:
-            yield error
+        first = self.start + (info.id if info is not None else 0)
+        parts = [self._parts(samples, size, first) for samples, size in self.sources]
+        while True:
+            try:
+                yield collate([sample for part in parts for sample in next(part)], self.tasks)
+            except InputError as error:
+                yield error
+                return
 
-
-class _MicroBatches(Dataset["Batch | InputError"]):
-    """One batch per list of keys. Returns an `InputError`, because raising it in a worker would add its traceback."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch | InputError:
-        try:
-            return collate([self.samples[key] for key in keys])
-        except InputError as error:
-            return error
+    def _parts(self, samples: Samples | TrainingStream, size: int, first: int) -> Iterator[list[Sample]]:
+        """Yield this rank's samples of batch `first`, then of every `num_workers`-th batch after it."""
+        part = rank_slice(size, self.rank, self.world_size)
+        if not isinstance(samples, TrainingStream):
+            keys = EpochSampler(len(samples), size, seed=samples.seed, start=first, part=part)
+            return ([samples[key] for key in some] for some in islice(keys, 0, None, self.num_workers))
+        done, worker = divmod(first, self.num_workers)
+        reader, num_readers = self.rank * self.num_workers + worker, self.world_size * self.num_workers
+        num_images = part.stop - part.start
+        stream = samples.read(reader, num_readers, start=done * num_images)
+        return iter(lambda: list(islice(stream, num_images)), None)
 
 
 def _identity(batch: Any) -> Any:

@@ -84,7 +84,7 @@ class SampleMaker:
             mirror_orders=self.mirror_orders,
             with_masks=self.task.learns_from == "mask",
         )
-        return Sample(pixels, self.task.examples(moved, self.size, rng), target.image.id)
+        return Sample(pixels, {self.task.name: self.task.examples(moved, self.size, rng)}, target.image.id)
 
 
 class TrainingSet(torch.utils.data.Dataset[Sample]):
@@ -114,6 +114,11 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         self.max_bad_share = max_bad_share
         self._tried = np.zeros(len(dataset), np.bool_)  # images that this process has read
         self._bad: dict[int, Defect] = {}  # those of them that cannot be used
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that the samples are for."""
+        return [self.task.name]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -174,6 +179,11 @@ class TrainingStream:
         self.seed = seed
         self.mix = mix
         self.maker = SampleMaker(index.categories, task, size=size, augment=augment, labels=labels)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that the samples are for."""
+        return [self.task.name]
 
     def __len__(self) -> int:
         return self.index.num_with(self.task.learns_from)

@@ -17,22 +17,19 @@ SCORES_AT_ONCE = 2**21  # attention scores per batch of the backward pass: 4 MiB
 
 
 @torch.library.custom_op("pix2seq::attend_on_cpu", mutates_args=())
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """Compute attention with the fused kernel, and its gradient with matrix products.
 
     See `pix2seq.model.layers.attend` for shapes.
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 @torch.library.custom_op("pix2seq::attend_on_cpu_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values."""
     (num_images, num_heads, num_queries, head_dim), num_keys = q.shape, k.shape[-2]
-    if is_causal:
-        mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril()
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1) if is_causal else None
     scale = head_dim**-0.5
     # Contiguous matrices, and outputs that are written in place, avoid copies.
     queries, keys, values, grad = (x.flatten(0, 1).contiguous() for x in (q * scale, k, v, grad_out))
@@ -44,9 +41,8 @@ def _backward(
         at = slice(image * num_heads, last * num_heads)
         probs, grad_probs, grad_scores = buffers[:, : (last - image) * num_heads]
         torch.bmm(queries[at], keys[at].mT, out=probs)
-        if mask is not None:
-            allowed = mask if len(mask) == 1 else mask[image:last]
-            probs.unflatten(0, (-1, num_heads)).masked_fill_(~allowed, -torch.inf)
+        if hidden is not None:
+            probs.masked_fill_(hidden, -torch.inf)
         torch.softmax(probs, -1, out=probs)
         torch.bmm(probs.mT, grad[at], out=grad_v[at])
         torch.bmm(grad[at], values[at].mT, out=grad_probs)
@@ -59,14 +55,12 @@ def _backward(
 
 
 @attend_on_cpu.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return grad_q, grad_k, grad_v
 
@@ -77,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad_out, *ctx.saved_tensors, ctx.is_causal), None, None
+    return *_backward(grad_out, *ctx.saved_tensors, ctx.is_causal), None
 
 
 attend_on_cpu.register_autograd(_autograd, setup_context=_setup_context)

@@ -24,7 +24,7 @@ from pix2seq.model.layers import (
     merge_heads,
     split_heads,
 )
-from pix2seq.model.packing import Packed
+from pix2seq.model.packing import Layout
 from pix2seq.model.positions import sincos_1d
 
 
@@ -73,12 +73,22 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Process x (R, T, D) on memory (B, N, D) with teacher forcing, causal unless given a `mask` (R, 1, T, T)."""
-        x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=mask is None, mask=mask))
+    def forward(self, x: Tensor, memory: Tensor, layout: Layout | None = None) -> Tensor:
+        """Process x (R, T, D) on memory (B, N, D) with teacher forcing, or x (L, D) of sequences in a `layout`."""
+        if layout is not None:
+            return self._forward_packed(x, memory, layout)
+        x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=True))
         keys, values = self.cross_attention.project_memory(memory)
         x = x + self.drop_path(self.cross_attention(self.cross_norm(x), keys, values))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+    def _forward_packed(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+        samples = (layout.image_of_token, len(memory)) if self.drop_path.rate else ()
+        own, cross = self.self_attention, self.cross_attention
+        x = x + self.drop_path(own.out(layout.self_attention(own.qkv(self.self_norm(x)), own.num_heads)), *samples)
+        query, key_value = cross.query(self.cross_norm(x)), cross.key_value(memory)
+        x = x + self.drop_path(cross.out(layout.cross_attention(query, key_value, cross.num_heads)), *samples)
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)), *samples)
 
     def step(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
         """Process new tokens x (R, t, D) at position `start` and add their keys and values to the cache."""
@@ -147,10 +157,11 @@ class Decoder(nn.Module):
         """Return causal hidden states (R, T, D) of tokens (R, T) on memory (B, N, D)."""
         return self.norm(self.blocks.run(self._embed(tokens, 0), memory))
 
-    def forward_packed(self, packed: Packed, memory: Tensor) -> Tensor:
-        """Return hidden states (B, L, D) of sequences packed in one row per image, on memory (B, N, D)."""
-        x = self.token_embedding(packed.tokens) + self.position_embedding[packed.positions]
-        return self.norm(self.blocks.run(x, memory, packed.mask))
+    def forward_packed(self, tokens: Tensor, positions: Tensor, layout: Layout, memory: Tensor) -> Tensor:
+        """Return hidden states (L, D) of tokens (L,) in sequences end to end, on memory (B, N, D)."""
+        # The gradient of `F.embedding` takes a fraction of the time of that of indexing.
+        x = self.token_embedding(tokens) + F.embedding(positions, self.position_embedding)
+        return self.norm(self.blocks.run(x, memory, layout))
 
     @property
     def output_weight(self) -> Tensor:

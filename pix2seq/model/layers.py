@@ -31,17 +31,15 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
     """Compute scaled dot-product attention of queries (B, H, T, d) on keys and values (B, H, N, d).
-
-    `mask` (B, 1, T, N) is true where a query may look.
 
     On the CPU, the backward pass of PyTorch's fused kernel is slower in bf16 than in float32, so bf16 training
     there uses `pix2seq.model.cpu_attention`.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        return cast("Tensor", attend_on_cpu(q, k, v, mask, is_causal))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return cast("Tensor", attend_on_cpu(q, k, v, is_causal))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,15 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path must lie in [0, 1), got {rate}")
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sample_index: Tensor | None = None, num_samples: int = 0) -> Tensor:
+        """Drop samples of x (B, ...), or of x (L, ...) whose row i belongs to sample `sample_index[i]`."""
         if self.rate == 0 or not self.training:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * (keep / (1 - self.rate)).to(x.dtype)
+        keep = torch.rand(len(x) if sample_index is None else num_samples, device=x.device) >= self.rate
+        factor = (keep / (1 - self.rate)).to(x.dtype)
+        if sample_index is not None:
+            factor = factor.index_select(0, sample_index)
+        return x * factor.view(-1, *[1] * (x.ndim - 1))
 
 
 class SelfAttention(nn.Module):
@@ -112,10 +114,10 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); see `attend` for `mask`."""
+    def forward(self, x: Tensor, *, is_causal: bool = False) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
         q, k, v = self.project(x)
-        return self.out(merge_heads(attend(q, k, v, is_causal=is_causal, mask=mask)))
+        return self.out(merge_heads(attend(q, k, v, is_causal=is_causal)))
 
 
 class FeedForward(nn.Module):

@@ -1,41 +1,208 @@
-"""Pack the sequences of an image end to end in one row, without padding between them.
+"""Sequences that lie end to end, and attention over them.
 
-A polygon has ten tokens or two hundred, and an image one object or thirty. Padded to the longest, nine
-tokens of ten would be padding. In a packed row, a mask lets each token see only its own sequence, up to itself.
+A polygon has ten tokens or two hundred, and an image one object or thirty. Padded to the longest, nine tokens of ten
+would be padding. End to end, only attention has to know where a sequence begins. On a GPU in bf16, PyTorch's
+`varlen_attn` takes the borders as they are. Elsewhere, sequences of like length are padded together for attention
+alone: on the CPU this beat one row per image with a mask.
 
-Shapes: B images, I sequences per image, T tokens of a padded sequence, L tokens of a packed row.
+Shapes: B images, S sequences, L tokens, N memory tokens, H heads, D width, P padded tokens.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pix2seq.model.layers import attend, merge_heads, split_heads
+
+# A group of sequences holds lengths down to this share of its longest: with more groups attention starts more often,
+# with fewer it computes more padding.
+MIN_LENGTH_SHARE = 0.7
+
+
+class Layout:
+    """Where sequences that lie end to end begin, and which image each reads.
+
+    Built on the host; what a device needs is copied there once, without waiting for it.
+    """
+
+    def __init__(self, lengths: Tensor, memory_index: Tensor, num_images: int, device: torch.device) -> None:
+        """`lengths` (S,) and `memory_index` (S,), ascending, lie in host memory."""
+        self.device = device
+        self.lengths = lengths.numpy()
+        self.image_lengths = np.bincount(memory_index.numpy(), self.lengths, num_images).astype(np.int64)
+
+    @cached_property
+    def borders(self) -> Tensor:
+        """Where each sequence begins, and the end, (S + 1,) int32."""
+        return self._copy(_borders(self.lengths).astype(np.int32))
+
+    @cached_property
+    def image_borders(self) -> Tensor:
+        """Where the tokens of each image begin, and the end, (B + 1,) int32."""
+        return self._copy(_borders(self.image_lengths).astype(np.int32))
+
+    @cached_property
+    def image_of_token(self) -> Tensor:
+        """The image that each token reads, (L,) int64."""
+        return self._copy(np.repeat(np.arange(len(self.image_lengths)), self.image_lengths))
+
+    @cached_property
+    def sequence_groups(self) -> Groups:
+        """Sequences of like length."""
+        return Groups.of(self.lengths, self.device)
+
+    @cached_property
+    def image_groups(self) -> Groups:
+        """Images with about as many tokens."""
+        return Groups.of(self.image_lengths, self.device)
+
+    def self_attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Attend causally within each sequence: projected queries, keys and values (L, 3 D) to (L, D)."""
+        if _has_varlen(qkv):
+            q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(1)
+            longest = int(self.lengths.max())
+            return _varlen_attention(q, k, v, self.borders, self.borders, longest, longest, is_causal=True).flatten(1)
+        groups = self.sequence_groups
+        attended = []
+        for part, _, shape in groups.split(groups.pad(qkv)):
+            q, k, v = (split_heads(x, num_heads) for x in part.view(*shape, -1).chunk(3, dim=-1))
+            attended.append(merge_heads(attend(q, k, v, is_causal=True)).flatten(0, 1))
+        return groups.unpad(torch.cat(attended))
+
+    def cross_attention(self, query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+        """Attend from queries (L, D) to the keys and values (B, N, 2 D) of the image that each token reads: (L, D)."""
+        num_images, num_keys, _ = key_value.shape
+        if _has_varlen(query):
+            k, v = key_value.flatten(0, 1).unflatten(-1, (2, num_heads, -1)).unbind(1)
+            q = query.unflatten(-1, (num_heads, -1))
+            key_borders = _key_borders(num_images, num_keys, query.device)
+            longest = int(self.image_lengths.max())
+            return _varlen_attention(q, k, v, self.image_borders, key_borders, longest, num_keys).flatten(1)
+        groups = self.image_groups
+        attended = []
+        for part, images, shape in groups.split(groups.pad(query)):
+            k, v = (split_heads(x, num_heads) for x in key_value.index_select(0, images).chunk(2, dim=-1))
+            attended.append(merge_heads(attend(split_heads(part.view(*shape, -1), num_heads), k, v)).flatten(0, 1))
+        return groups.unpad(torch.cat(attended))
+
+    def _copy(self, values: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Rows of sequences end to end, padded at the end of the row."""
+class Groups:
+    """Runs of tokens, such as sequences, padded with others of like length. Runs without tokens are in no group."""
 
-    tokens: Tensor  # (B, L) int64
-    positions: Tensor  # (B, L) int64, position of each token in its own sequence
-    mask: Tensor  # (B, 1, L, L) bool, true where a token may look
-    indices: Tensor  # (B, L) int64, index of each token among the I * T of its image
+    runs: list[Tensor]  # of each group, the indices of its runs
+    shapes: list[tuple[int, int]]  # of each group, runs and tokens of a run
+    slots: Tensor  # (L,) where each token is among the padded ones
+    tokens: Tensor  # (P,) which token is in a slot; the first one in slots of padding
+    filled: Tensor | None  # (P, 1) bool, false in slots of padding; None if there is none
 
-    def pick(self, values: Tensor) -> Tensor:
-        """Pick the values (B, I, T) of the tokens in the rows, (B, L)."""
-        return values.flatten(1).gather(1, self.indices)
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], device: torch.device) -> Groups:
+        """Group runs of these lengths, which lie end to end."""
+        order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
+        members: list[list[int]] = []
+        for run in order.tolist():
+            if members and lengths[run] >= MIN_LENGTH_SHARE * lengths[members[-1][0]]:
+                members[-1].append(run)
+            else:
+                members.append([run])
+        starts = _borders(lengths)
+        shapes, sources = [], []
+        for some in members:
+            longest = int(lengths[some[0]])
+            steps = np.arange(longest)
+            sources.append(np.where(steps < lengths[some][:, None], starts[some][:, None] + steps, -1).ravel())
+            shapes.append((len(some), longest))
+        source = np.concatenate(sources)
+        slots = np.empty(int(lengths.sum()), np.int64)
+        slots[source[source >= 0]] = np.flatnonzero(source >= 0)
+        filled = torch.from_numpy(source >= 0)[:, None]
+        return cls(
+            [torch.tensor(some, device=device) for some in members],
+            shapes,
+            torch.from_numpy(slots).to(device),
+            torch.from_numpy(np.maximum(source, 0)).to(device),
+            None if bool(filled.all()) else filled.to(device),
+        )
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Tokens (L, D) to slots (P, D)."""
+        return cast("Tensor", _Pad.apply(x, self.slots, self.tokens, None))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """Slots (P, D) to tokens (L, D)."""
+        return cast("Tensor", _Pad.apply(x, self.tokens, self.slots, self.filled))
+
+    def split(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+        """Yield the slots of each group, (runs * tokens, D), its runs and its shape."""
+        sizes = [rows * length for rows, length in self.shapes]
+        yield from zip(x.split(sizes), self.runs, self.shapes, strict=True)
 
 
-def pack(tokens: Tensor, pad_id: int = 0) -> Packed:
-    """Pack tokens (B, I, T) that are padded with `pad_id` at the end of each sequence."""
-    length = tokens.shape[-1]
-    flat = tokens.flatten(1)
-    real = flat != pad_id
-    longest = max(int(real.sum(1).max()), 1)
-    indices = torch.sort(real.byte(), dim=1, descending=True, stable=True).indices[:, :longest]
-    sequence, position = indices // length, indices % length
-    # Padding at the end of a row sees itself, so that its softmax is defined. No real token sees it.
-    mask = (sequence[:, :, None] == sequence[:, None]) & (position[:, :, None] >= position[:, None])
-    return Packed(flat.gather(1, indices), position, mask[:, None], indices)
+class _Pad(torch.autograd.Function):
+    """Rows of x by their indices, none of which but padding comes twice: so the gradient needs no sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, back: Tensor, indices: Tensor, filled: Tensor | None) -> Tensor:
+        ctx.back, ctx.filled = back, filled
+        return x.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grads[0].index_select(0, ctx.back)
+        # What padding computes is dropped, so it has no gradient.
+        return grad if ctx.filled is None else grad.mul_(ctx.filled), None, None, None
+
+
+def _borders(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.append(0, np.cumsum(lengths))
+
+
+@cache
+def _takes_is_causal() -> bool:
+    """Whether `varlen_attn` has `is_causal`, as in PyTorch 2.11; later releases say the same by a window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "is_causal" in inspect.signature(varlen_attn).parameters
+
+
+@cache
+def _key_borders(num_images: int, num_keys: int, device: torch.device) -> Tensor:
+    return torch.arange(0, num_images * num_keys + 1, num_keys, dtype=torch.int32, device=device)
+
+
+def _has_varlen(x: Tensor) -> bool:
+    """Whether `varlen_attn` computes this: flash attention, on CUDA and in half precision."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, longest_q: int, longest_k: int, *,
+    is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of queries (L, H, d) on keys and values (M, H, d) between borders."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not is_causal:
+        causal: dict[str, Any] = {}
+    elif _takes_is_causal():
+        causal = {"is_causal": True}
+    else:
+        causal = {"window_size": (-1, 0)}
+    # cuDNN would build a plan for each new shape, and each batch is one.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return cast("Tensor", varlen_attn(q, k, v, q_borders, k_borders, longest_q, longest_k, **causal))

@@ -63,7 +63,7 @@ class MemoryProjection(nn.Module):
         """Project features (B, N, in_dim) to memory (B, N, dim). A class token comes first, without a position."""
         x = self.norm(self.linear(features))
         if self.positions is not None:
-            encodings = self.positions(*grid).to(x)
+            encodings = self.positions(*grid, x.device).to(x)
             x = x + F.pad(encodings, (0, 0, x.shape[1] - len(encodings), 0))
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.drop_path(self.mlp(self.mlp_norm(x)))

@@ -10,6 +10,7 @@ single grid.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,18 +32,24 @@ class GridPositions(nn.Module):
         if kind == "learned":
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid[0] * grid[1], dim), std=0.02))
 
-    def forward(self, rows: int, columns: int) -> Tensor:
+    def forward(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return encodings (rows * columns, dim), row by row. Raises `ValueError` if learned for another grid."""
-        if self.kind == "sincos":
-            return sincos_2d(rows, columns, self.dim)
-        if self.kind == "fourier":
-            return fourier_2d(rows, columns, self.dim)
+        if self.kind != "learned":
+            return _fixed(self.kind, rows, columns, self.dim, device)
         if (rows, columns) != self.grid:
             raise ValueError(
                 f"positions were learned for a grid of {self.grid[0]}x{self.grid[1]}, got {rows}x{columns}; "
                 "use images of the size in the model's config"
             )
         return self.table
+
+
+@lru_cache(maxsize=64)
+def _fixed(kind: PositionKind, rows: int, columns: int, dim: int, device: torch.device) -> Tensor:
+    """Fixed encodings, computed on the host and copied to a device once: each copy would wait for it."""
+    encode = sincos_2d if kind == "sincos" else fourier_2d
+    with torch.device("cpu"), torch.inference_mode(False):
+        return encode(rows, columns, dim).to(device)
 
 
 def sincos_1d(length: int, dim: int) -> Tensor:

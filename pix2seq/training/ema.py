@@ -21,7 +21,7 @@ class Ema:
         self.weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
         """Move the average towards the weights after optimiser step `step`, counted from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         averages: list[Tensor] = []

@@ -42,7 +42,7 @@ class Report:
         self._waited = 0.0  # seconds of waiting for data since the last line
         self._logged_step, self._logged_seconds = state.step, state.seconds
         if ranks.first:
-            sizes = ", ".join(f"{len(samples)} samples of {samples.task.name}" for samples in recipe.samples)
+            sizes = ", ".join(f"{len(samples)} samples of {'+'.join(samples.tasks)}" for samples in recipe.samples)
             millions = sum(p.numel() for p in state.model.parameters()) / 1e6
             count = f"{ranks.size} processes, " if ranks.size > 1 else ""
             print(f"{sizes}, {millions:.1f} M parameters, {count}{ranks.device}, from step {state.step}", flush=True)
@@ -57,8 +57,8 @@ class Report:
         seconds = state.seconds - self._logged_seconds
         steps = state.step - self._logged_step
         values: dict[str, float | None] = {"loss": result.loss.item(), "grad_norm": result.grad_norm.item(), "lr": rate}
-        if len(result.task_losses) > 1:
-            values |= {f"loss/{name}": loss.item() for name, loss in result.task_losses.items()}
+        if len(result.losses) > 1:
+            values |= {f"loss/{name}": loss.item() for name, loss in result.losses.items()}
         values |= {
             "images_per_second": steps * self.images_per_step / seconds,
             "data_wait_share": self._waited / seconds,
@@ -78,10 +78,10 @@ class Report:
             self._log.write(state.step, "eval", self._progress(state) | result.metrics)
             tqdm.write(f"step {state.step}: {result.summary()}")
 
-    def skipped(self, state: RunState, **fields: Any) -> None:
+    def skipped(self, step: int, **fields: Any) -> None:
         """Report a step with a non-finite loss or gradient; `fields` describe it."""
         if self._log is not None:
-            self._log.event(state.step, "skipped", **fields)
+            self._log.event(step, "skipped", **fields)
 
     def _progress(self, state: RunState) -> dict[str, float | None]:
         return {"images": state.step * self.images_per_step, "minutes": state.seconds / 60}

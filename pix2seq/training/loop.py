@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pix2seq.data.loader import batches
 from pix2seq.errors import InputError, Stopped
 from pix2seq.evaluation import EvalResult, Measured, measure, merge_measured
+from pix2seq.examples import Batch
 from pix2seq.files import output_folder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
@@ -26,11 +31,14 @@ from pix2seq.training.ema import Ema
 from pix2seq.training.initialize import initialize_from, with_init_model
 from pix2seq.training.log import LOG_FILE, Report
 from pix2seq.training.memory import keep_freed_memory
+from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.optimizer import build_optimizer, learning_rate
 from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.run_lock import run_lock
-from pix2seq.training.step import StepResult, TaskBatches, TrainingModel, compile_model, train_step
+from pix2seq.training.step import StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
+
+STEPS_BEHIND = 2  # steps whose outcome a GPU may still compute while the next ones are prepared
 
 
 def run(config: TrainConfig, *, resume: str = "never") -> Path:
@@ -84,60 +92,62 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
-        self.training_model = TrainingModel(
-            model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
-        )
+        objective = CrossEntropy(config.label_smoothing)
+        self.training_model = TrainingModel(model, objective, bf16=config.bf16, ranks=ranks, parallel=config.parallel)
         optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
+        self._pending: deque[_Outcome] = deque()  # steps whose outcome was not looked at
         self._saved: Path | None = None  # the last written checkpoint
         self._saved_step = -1
 
     def train(self, report: Report, stop: StopRequest) -> None:
         """Train to the last step. Raises `Stopped` once the state is saved, if `stop` was requested."""
         config, state = self.config, self.state
-        streams = {
-            samples.task.name: batches(
-                samples,
-                batch_size=config.batch_size_of(samples.task.name) // config.accumulate,
-                start=state.step * config.accumulate,
-                num_workers=config.num_workers,
-                timeout=config.worker_timeout,
-                pin_memory=self.ranks.device.type == "cuda",
-                rank=self.ranks.rank,
-                world_size=self.ranks.size,
-            )
-            for samples in self.recipe.samples
-        }
+        stream = batches(
+            [(samples, config.batch_size_of(samples.tasks[0]) // config.accumulate) for samples in self.recipe.samples],
+            start=state.step * config.accumulate,
+            num_workers=config.num_workers,
+            timeout=config.worker_timeout,
+            pin_memory=self.ranks.device.type == "cuda",
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
+        loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
         while True:
             if self._evaluation_is_due(report):
                 self._evaluate(report, stop)
             if state.step == config.steps:
                 return
             started = time.perf_counter()
-            tasks: list[TaskBatches] = []
+            micro_batches: list[Batch] = []
             try:
                 with stop.interruptible():
-                    for name, stream in streams.items():
-                        some = [next(stream) for _ in range(config.accumulate)]
-                        tasks.append(TaskBatches(name, config.task(name).loss_weight, some))
+                    micro_batches = [next(stream) for _ in range(config.accumulate)]
             except Interrupted:
                 pass
-            self._stop_if_requested(stop)
+            self._stop_if_requested(report, stop)
             waited = time.perf_counter() - started
 
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            result = train_step(self.training_model, state.optimizer, tasks, max_grad_norm=config.max_grad_norm)
+            result = train_step(
+                self.training_model, state.optimizer, micro_batches, loss_weights, max_grad_norm=config.max_grad_norm
+            )
             state.step += 1
-            if state.ema is not None and result.finite:
-                state.ema.update(state.model, state.step)
+            if state.ema is not None:
+                if self.ranks.device.type == "cuda":
+                    state.ema.update(state.model, state.step, result.finite)
+                elif bool(result.finite):  # read without a wait, and a plain update is faster
+                    state.ema.update(state.model, state.step)
             state.seconds += time.perf_counter() - started
             report.step(state, result, rate=rate, waited=waited)
-            self._count_skipped(report, result, tasks)
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            self._pending.append(_Outcome.of(state.step, result, micro_batches))
+            saving = state.step % config.checkpoint_every == 0 or state.step == config.steps
+            self._count_skipped(report, leave=0 if saving or self.ranks.device.type != "cuda" else STEPS_BEHIND)
+            if saving:
                 self._save()
 
     def _seed_of_step(self) -> int:
@@ -145,34 +155,40 @@ class _Trainer:
         sequence = np.random.SeedSequence((self.config.seed, self.state.step, self.ranks.rank))
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _stop_if_requested(self, stop: StopRequest) -> None:
+    def _stop_if_requested(self, report: Report, stop: StopRequest) -> None:
         if self.ranks.any(stop.requested):
+            self._count_skipped(report, leave=0)
             self._save()
             raise Stopped(
                 f"stopped by SIGTERM after step {self.state.step} of {self.config.steps}; everything is saved in "
                 f"{self.out}, continue with --resume auto"
             )
 
-    def _count_skipped(self, report: Report, result: StepResult, tasks: Sequence[TaskBatches]) -> None:
-        """Log the images of a step without an update, and end the run after too many such steps in a row."""
-        if result.finite:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        self.state.skipped += 1
-        samples = self.ranks.gather({task.name: [b.image_ids for b in task.micro_batches] for task in tasks})
-        loss, grad_norm = str(result.loss.item()), str(result.grad_norm.item())
+    def _count_skipped(self, report: Report, *, leave: int) -> None:
+        """Look at the outcomes of all but the last `leave` steps, and log the images of those without an update.
 
-        def record() -> None:
-            report.skipped(self.state, loss=loss, grad_norm=grad_norm, image_ids_by_rank=samples)
-            if self._skipped_in_a_row == self.config.max_skipped:
-                raise InputError(
-                    f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, the last in step "
-                    f"{self.state.step} (loss {loss}, gradient norm {grad_norm}); {self.out / LOG_FILE} names their "
-                    "images; lower lr, and continue from the last checkpoint with --resume auto"
-                )
+        Ends the run after too many such steps in a row. A GPU has finished a step of some steps ago, so that looking
+        at it does not wait.
+        """
+        while len(self._pending) > leave:
+            outcome = self._pending.popleft()
+            if bool(outcome.finite):
+                self._skipped_in_a_row = 0
+                continue
+            self._skipped_in_a_row += 1
+            self.state.skipped += 1
+            samples = self.ranks.gather(outcome.image_ids)
+            self.ranks.on_first(partial(self._log_skipped, report, outcome, samples))
 
-        self.ranks.on_first(record)
+    def _log_skipped(self, report: Report, outcome: _Outcome, samples: Any) -> None:
+        loss, grad_norm = str(outcome.loss.item()), str(outcome.grad_norm.item())
+        report.skipped(outcome.step, loss=loss, grad_norm=grad_norm, image_ids_by_rank=samples)
+        if self._skipped_in_a_row == self.config.max_skipped:
+            raise InputError(
+                f"no finite loss and gradient in {self._skipped_in_a_row} steps in a row, the last in step "
+                f"{outcome.step} (loss {loss}, gradient norm {grad_norm}); {self.out / LOG_FILE} names their "
+                "images; lower lr, and continue from the last checkpoint with --resume auto"
+            )
 
     def _save(self) -> Path:
         """Return the checkpoint of this step; write it if it is not there yet."""
@@ -214,7 +230,7 @@ class _Trainer:
                     num_images = max(num_images, len(images))
         except Interrupted:
             pass
-        self._stop_if_requested(stop)
+        self._stop_if_requested(report, stop)
         parts = ranks.gather(measured)
         seconds = time.perf_counter() - started
 
@@ -237,11 +253,28 @@ class _Trainer:
         return Predictor(copy.to(model.device).eval(), bf16=self.config.bf16)
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """Whether a step was finite, and what it was made of. Tensors are on their way to host memory."""
+
+    step: int
+    finite: Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    image_ids: dict[str, list[tuple[int, ...]]]  # by task, of each micro-batch
+
+    @classmethod
+    def of(cls, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> _Outcome:
+        """Take note of a step."""
+        image_ids = {name: [batch.image_ids[name] for batch in micro_batches] for name in micro_batches[0].tasks}
+        return cls(step, result.finite, result.loss, result.grad_norm, image_ids)
+
+
 def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:
     """Build the model at step 0, for the classes and words of the recipe."""
     settings = replace(config.model, vocab=recipe.vocab)
     model = build_model(settings, recipe.categories, recipe.text, load_pretrained=config.init is None)
-    model.task_settings = {samples.task.name: asdict(config.task(samples.task.name)) for samples in recipe.samples}
+    model.task_settings = {name: asdict(config.task(name)) for name in config.tasks}
     height, width = config.model.image_size
     stride = model.encoder.stride
     if height % stride or width % stride:

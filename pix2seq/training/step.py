@@ -1,97 +1,36 @@
-"""One training step: loss, gradients and update.
-
-Shapes: B images, I sequences per image, T tokens, L packed tokens, S scored tokens, D width, V vocabulary.
-"""
+"""One training step: gradients of an objective, and the update."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from pix2seq.errors import InputError
 from pix2seq.examples import Batch
-from pix2seq.model.decoder import Decoder
-from pix2seq.model.packing import pack
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.training.distributed import Ranks, full_tensor, no_sync, parallelize
-
-LOGITS_AT_ONCE = 2**24  # in one chunk of the loss: 64 MiB in float32
-
-
-def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross entropy (S,) of logits (S, V) in float32; `F.cross_entropy` explains the smoothing."""
-    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
-
-
-def sequence_loss(model: Pix2Seq, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the sum over tokens of weight times cross entropy, a scalar in float32.
-
-    The output layer runs at scored positions only. Padding, prompts and the coordinates of noise objects
-    have weight 0, and would cost a row of V logits each.
-    """
-    images = batch.images.to(model.device).float() / 255
-    memory = model.encode(images)
-    targets, weights = batch.targets, batch.weights
-    if batch.tokens.shape[1] == 1:
-        hidden = model.decoder(batch.tokens[:, 0], memory)  # (B, T, D)
-    else:
-        packed = pack(batch.tokens)
-        hidden = model.decoder.forward_packed(packed, memory)  # (B, L, D)
-        targets, weights = packed.pick(targets), packed.pick(weights)
-    weights = weights.flatten()
-    scored = weights.nonzero()[:, 0]
-    scored_hidden = hidden.flatten(0, 1)[scored]  # (S, D)
-    return output_loss(model.decoder, scored_hidden, targets.flatten()[scored], weights[scored], label_smoothing)
-
-
-def output_loss(decoder: Decoder, hidden: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
-    """Return the sum of weight times cross entropy of hidden states (S, D), without all logits in memory.
-
-    Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass.
-    """
-
-    def loss(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return (token_losses(decoder.logits(hidden), targets, label_smoothing) * weights).sum()
-
-    size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
-    if len(hidden) <= size:
-        return loss(hidden, targets, weights)
-    chunks = zip(hidden.split(size), targets.split(size), weights.split(size), strict=True)
-    # The chunks draw no random numbers, so the random state does not have to be saved.
-    losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(losses).sum()
-
-
-@dataclass(frozen=True)
-class TaskBatches:
-    """The micro-batches of one task in a training step."""
-
-    name: str
-    loss_weight: float
-    micro_batches: Sequence[Batch]
+from pix2seq.training.objective import Objective
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a training step computed. Tensors are scalars on the model's device, equal on all ranks."""
 
-    loss: Tensor  # weighted sum of the tasks' losses
-    task_losses: dict[str, Tensor]  # per scored token, before weighting
+    loss: Tensor  # weighted sum of the objective's losses
+    losses: dict[str, Tensor]  # each sum divided by its count, before weighting
     grad_norm: Tensor  # before clipping
-    finite: bool  # if false, the weights were not updated
+    finite: Tensor  # bool; if false, nothing was updated
 
 
 class TrainingModel:
-    """Wrap a model for training on one or several ranks.
+    """Wrap a model and its objective for training on one or several ranks.
 
     Build the optimiser from the model's `parameters` afterwards, because FSDP replaces them.
     """
@@ -99,89 +38,87 @@ class TrainingModel:
     def __init__(
         self,
         model: Pix2Seq,
+        objective: Objective,
         *,
         bf16: bool = False,
-        label_smoothing: float = 0.0,
         ranks: Ranks | None = None,
         parallel: str = "ddp",
     ) -> None:
         self.model = model
+        self.objective = objective
         self.bf16 = bf16
         self.ranks = ranks or Ranks(model.device)
-        self._loss = parallelize(_SequenceLoss(model, label_smoothing), self.ranks, parallel, blocks=model.block_list())
+        self._sums = parallelize(_Sums(model, objective), self.ranks, parallel, blocks=model.block_list())
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
-    def backward(self, batch: Batch, *, scored: Tensor, weight: float, last: bool) -> Tensor:
-        """Add the gradients of `weight` times the batch's loss per `scored` token; return the loss without `weight`.
+    def backward(self, batch: Batch, *, scales: Mapping[str, float], last: bool) -> dict[str, Tensor]:
+        """Add the gradients of the objective's sums, each times its scale; return the sums.
 
         Gradients are summed over ranks with the `last` batch of a step, so all ranks must call this equally often.
         """
-        with nullcontext() if last else no_sync(self._loss):
+        with nullcontext() if last else no_sync(self._sums):
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self._loss(batch.to(self.model.device)) / scored
+                sums: dict[str, Tensor] = self._sums(batch.to(self.model.device))
             # DDP and FSDP average over ranks, but the step needs the sum.
-            (loss * (weight * self.ranks.size)).backward()
-        return loss.detach()
+            total = torch.stack([value * (scales[name] * self.ranks.size) for name, value in sums.items()]).sum()
+            total.backward()
+        return {name: value.detach() for name, value in sums.items()}
 
     def running_statistics(self) -> list[Tensor]:
         """Return copies of the running statistics of batch norms, the only state that a forward pass changes."""
         return [buffer.clone() for buffer in self._statistics]
 
-    def restore_statistics(self, statistics: Sequence[Tensor]) -> None:
-        """Set the running statistics to what `running_statistics` returned."""
+    def restore_statistics(self, statistics: Sequence[Tensor], keep: Tensor) -> None:
+        """Set the running statistics to what `running_statistics` returned, unless `keep`, a bool on the device."""
         for buffer, value in zip(self._statistics, statistics, strict=True):
-            buffer.copy_(value)
+            buffer.copy_(torch.where(keep, buffer, value))
 
 
-class _SequenceLoss(nn.Module):
-    """`sequence_loss` as a module, because DDP and FSDP hook into module calls."""
+class _Sums(nn.Module):
+    """The sums of an objective as a module, because DDP and FSDP hook into module calls."""
 
-    def __init__(self, model: Pix2Seq, label_smoothing: float) -> None:
+    def __init__(self, model: Pix2Seq, objective: Objective) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = label_smoothing
+        self.objective = objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        return sequence_loss(self.model, batch, label_smoothing=self.label_smoothing)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: total for name, (total, _) in self.objective(self.model, batch).items()}
 
 
 def train_step(
     training_model: TrainingModel,
     optimizer: torch.optim.Optimizer,
-    tasks: Sequence[TaskBatches],
+    micro_batches: Sequence[Batch],
+    loss_weights: Mapping[str, float],
     *,
     max_grad_norm: float,
 ) -> StepResult:
-    """Update the weights once, with the gradient of the weighted sum of the tasks' losses.
+    """Update the weights once, with the gradient of the weighted sum of the objective's losses.
 
-    Each task's loss is per scored token over all ranks, however its images are split into ranks and micro-batches.
-    If the loss or a gradient is not finite on any rank, the model stays unchanged on all ranks.
+    Each loss is its sum over all ranks and micro-batches, divided by its count over all of them. If a loss or a
+    gradient is not finite on any rank, the model stays unchanged on all ranks. Nothing waits for the device.
     """
     model, ranks = training_model.model, training_model.ranks
     statistics = training_model.running_statistics()
-    scored = ranks.sum(torch.stack([_num_scored(task.micro_batches) for task in tasks])).clamp(min=1e-9)
-    losses = torch.zeros(len(tasks), device=model.device)
-    for i, task in enumerate(tasks):
-        for batch in task.micro_batches:
-            last = task is tasks[-1] and batch is task.micro_batches[-1]
-            losses[i] += training_model.backward(batch, scored=scored[i].float(), weight=task.loss_weight, last=last)
-    losses = ranks.sum(losses)
-    total = (losses * torch.tensor([task.loss_weight for task in tasks], device=losses.device)).sum()
+    each = [training_model.objective.counts(batch) for batch in micro_batches]
+    names = list(each[0])
+    counted = ranks.sum(torch.tensor([sum(c[name] for c in each) for name in names], dtype=torch.float64))
+    counts = dict(zip(names, counted.clamp(min=1e-9).tolist(), strict=True))
+    scales = {name: loss_weights.get(name, 1.0) / counts[name] for name in names}
+    sums = [training_model.backward(batch, scales=scales, last=batch is micro_batches[-1]) for batch in micro_batches]
+    losses = ranks.sum(torch.stack([torch.stack([s[name] for s in sums]).sum() / counts[name] for name in names]))
+    total = torch.stack([losses[i] * loss_weights.get(name, 1.0) for i, name in enumerate(names)]).sum()
     max_norm = max_grad_norm if max_grad_norm > 0 else torch.inf
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    finite = bool((total + grad_norm).isfinite())
-    if finite:
-        optimizer.step()
-    else:
-        training_model.restore_statistics(statistics)
+    finite = (total + grad_norm).isfinite()
+    # The optimiser skips the update on the device, so that the host does not wait for the flag.
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    training_model.restore_statistics(statistics, keep=finite)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, {task.name: loss for task, loss in zip(tasks, losses, strict=True)}, grad_norm, finite)
-
-
-def _num_scored(batches: Sequence[Batch]) -> Tensor:
-    """Return the sum of all token weights, a scalar in host memory."""
-    return torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum().cpu()
+    return StepResult(total, dict(zip(names, losses, strict=True)), grad_norm, finite)
 
 
 def compile_model(model: Pix2Seq) -> None:

@@ -54,7 +54,7 @@ class VisionTransformer(Encoder):
         features = self.stem(images)
         grid = (features.shape[-2], features.shape[-1])
         x = self.stem_norm(features.flatten(2).transpose(1, 2))
-        x = x + self.positions(*grid).to(x)
+        x = x + self.positions(*grid, x.device).to(x)
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x).expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks.run(x)), grid

@@ -1,0 +1,79 @@
+"""What training minimises: an objective maps a model and a batch to sums and counts by name.
+
+Shapes: B images, L tokens, K scored tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pix2seq.examples import Batch
+from pix2seq.model.decoder import Decoder
+from pix2seq.model.packing import Layout
+from pix2seq.model.pix2seq import Pix2Seq
+
+LOGITS_AT_ONCE = 2**24  # in one chunk of the loss: 64 MiB in float32
+
+
+class Objective(Protocol):
+    """A loss that a step can split over micro-batches and ranks: a sum for each name, to be divided by a count."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return what the sums of a batch are divided by, told in host memory before the model runs."""
+        ...
+
+    def __call__(self, model: Pix2Seq, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        """Return the sum, a scalar in float32, and the count of each name; the names are those of `counts`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross entropy of scored tokens, for each task apart. The default objective."""
+
+    label_smoothing: float = 0.0
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the sum of the tokens' weights by task."""
+        return dict(zip(batch.tasks, batch.counts, strict=True))
+
+    def __call__(self, model: Pix2Seq, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        """Return the sum over tokens of weight times cross entropy by task.
+
+        The output layer runs at scored positions only: prompts and the coordinates of noise objects have weight 0,
+        and would cost a row of V logits each.
+        """
+        memory = model.encode(batch.images.to(model.device).float() / 255)
+        layout = Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
+        hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
+        scored = hidden.index_select(0, batch.scored)  # (K, D)
+        losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing) * batch.weights
+        # A product with the tokens' tasks, because adding by index is not the same from run to run on a GPU.
+        is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
+        sums = (is_task * losses).sum(1)
+        return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
+
+
+def token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross entropy (K,) of hidden states (K, D) in float32, without all logits in memory.
+
+    Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass. `F.cross_entropy`
+    explains the smoothing.
+    """
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = decoder.logits(hidden).float()
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+    size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
+    if len(hidden) <= size:
+        return loss(hidden, targets)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    # The chunks draw no random numbers, so the random state does not have to be saved.
+    return torch.cat([checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
