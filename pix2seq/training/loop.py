@@ -87,7 +87,9 @@ class _Trainer:
         self.training_model = TrainingModel(
             model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
         )
-        optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+        optimizer = build_optimizer(
+            model, name=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas
+        )
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
         self._saved: Path | None = None  # the last written checkpoint
