@@ -61,6 +61,7 @@ from pix2seq.training.distributed import (
     stored_shapes,
 )
 from pix2seq.training.ema import Ema
+from pix2seq.training.optimizer import MuonAdamW
 
 BEST = "best"
 BEST_FILE = "best.json"
@@ -262,13 +263,17 @@ def _restore(state: RunState, snapshot: Snapshot) -> None:
     position = snapshot.position
     step, seconds = int(_number(position["step"])), _number(position["seconds"])
     skipped = int(_number(position.get("skipped", 0)))
+    stored = _with_prefix("optimizer/", snapshot.tensors)
+    muon = any(key.endswith("/momentum_buffer") for key in stored)
+    if stored and muon != isinstance(state.optimizer, MuonAdamW):
+        raise ValueError(f"its optimizer is {'muon' if muon else 'adamw'}")
     weights = state.model.state_dict()
     raw = _with_prefix("weights/", snapshot.tensors)
     state.model.load_state_dict({name: sharded_like(weights.get(name), value) for name, value in raw.items()})
     parameters = _parameters(state.optimizer)
     optimizer_state = state.optimizer.state_dict()
     optimizer_state["state"] = {}
-    for key, value in _with_prefix("optimizer/", snapshot.tensors).items():
+    for key, value in stored.items():
         index, entry = key.split("/")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:

@@ -22,7 +22,7 @@ from pix2seq.errors import InputError, unknown_name
 from pix2seq.model.config import ModelConfig
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
-from pix2seq.training.optimizer import ScheduleConfig
+from pix2seq.training.optimizer import OPTIMIZERS, ScheduleConfig
 
 PARALLEL = ("ddp", "fsdp")
 COUNTS = (
@@ -76,6 +76,7 @@ class TrainConfig:
     bf16: bool = True  # bf16 autocast
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: takes minutes at first; no gain was measured on two CPU cores
+    optimizer: str = "adamw"  # adamw, or muon: Muon for linear layers and AdamW for the rest, at the same lr
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0  # 0 does not clip
@@ -89,6 +90,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:
             raise unknown_name("parallel", self.parallel, PARALLEL)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

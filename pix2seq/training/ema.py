@@ -22,14 +22,26 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
-        """Move the average towards the weights after optimiser step `step`, counted from 1."""
+        """Move the average towards the weights after optimiser step `step`, counted from 1.
+
+        `finite` is one number on the device of the weights. If it is 0, the average stays. The host does not read it.
+        """
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         averages: list[Tensor] = []
         current: list[Tensor] = []
-        for name, tensor in model.state_dict().items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            average, new = local_tensor(self.weights[name]), local_tensor(tensor.detach())
+            if finite is not None and not isinstance(tensor, nn.Parameter):
+                # Batch norms have seen the batch that is not finite; the optimiser has left the parameters finite.
+                new = torch.where(finite.reshape(()).bool(), new, average)
             if tensor.is_floating_point():
-                averages.append(local_tensor(self.weights[name]))
-                current.append(local_tensor(tensor.detach()))
+                averages.append(average)
+                current.append(new)
             else:
-                self.weights[name].copy_(tensor)
-        torch._foreach_lerp_(averages, current, share)
+                average.copy_(new)
+        if finite is None:
+            torch._foreach_lerp_(averages, current, share)
+        else:
+            moves = torch._foreach_sub(current, averages)
+            torch._foreach_mul_(moves, finite.reshape(()).float() * share)
+            torch._foreach_add_(averages, moves)

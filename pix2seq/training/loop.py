@@ -92,9 +92,18 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
+<<<<<<< HEAD
         objective = CrossEntropy(config.label_smoothing)
         self.training_model = TrainingModel(model, objective, bf16=config.bf16, ranks=ranks, parallel=config.parallel)
         optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
+=======
+        self.training_model = TrainingModel(
+            model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
+        )
+        optimizer = build_optimizer(
+            model, name=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas
+        )
+>>>>>>> wt-muon
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
         self._pending: deque[_Outcome] = deque()  # steps whose outcome was not looked at

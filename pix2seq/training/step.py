@@ -17,6 +17,7 @@ from pix2seq.examples import Batch
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.training.distributed import Ranks, full_tensor, no_sync, parallelize
 from pix2seq.training.objective import Objective
+from pix2seq.training.optimizer import optimizer_step
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,17 @@ class TrainingModel:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
-    def backward(self, batch: Batch, *, scales: Mapping[str, float], last: bool) -> dict[str, Tensor]:
-        """Add the gradients of the objective's sums, each times its scale; return the sums.
+    def backward(self, batch: Batch, factors: Tensor, *, last: bool) -> Tensor:
+        """Add the gradients of the objective's sums, each times its factor; return the sums, (names,).
 
         Gradients are summed over ranks with the `last` batch of a step, so all ranks must call this equally often.
         """
         with nullcontext() if last else no_sync(self._sums):
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-                sums: dict[str, Tensor] = self._sums(batch.to(self.model.device))
+                sums: Tensor = self._sums(batch.to(self.model.device))
             # DDP and FSDP average over ranks, but the step needs the sum.
-            total = torch.stack([value * (scales[name] * self.ranks.size) for name, value in sums.items()]).sum()
-            total.backward()
-        return {name: value.detach() for name, value in sums.items()}
+            (sums * (factors * self.ranks.size)).sum().backward()
+        return sums.detach()
 
     def running_statistics(self) -> list[Tensor]:
         """Return copies of the running statistics of batch norms, the only state that a forward pass changes."""
@@ -83,8 +83,8 @@ class _Sums(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: total for name, (total, _) in self.objective(self.model, batch).items()}
+    def forward(self, batch: Batch) -> Tensor:
+        return torch.stack([total for total, _ in self.objective(self.model, batch).values()])
 
 
 def train_step(
@@ -100,22 +100,41 @@ def train_step(
     Each loss is its sum over all ranks and micro-batches, divided by its count over all of them. If a loss or a
     gradient is not finite on any rank, the model stays unchanged on all ranks. Nothing waits for the device.
     """
-    model, ranks = training_model.model, training_model.ranks
-    statistics = training_model.running_statistics()
     each = [training_model.objective.counts(batch) for batch in micro_batches]
     names = list(each[0])
-    counted = ranks.sum(torch.tensor([sum(c[name] for c in each) for name in names], dtype=torch.float64))
-    counts = dict(zip(names, counted.clamp(min=1e-9).tolist(), strict=True))
-    scales = {name: loss_weights.get(name, 1.0) / counts[name] for name in names}
-    sums = [training_model.backward(batch, scales=scales, last=batch is micro_batches[-1]) for batch in micro_batches]
-    losses = ranks.sum(torch.stack([torch.stack([s[name] for s in sums]).sum() / counts[name] for name in names]))
-    total = torch.stack([losses[i] * loss_weights.get(name, 1.0) for i, name in enumerate(names)]).sum()
+    counted = torch.tensor([sum(counts[name] for counts in each) for name in names], dtype=torch.float64)
+    counts = training_model.ranks.sum(counted).clamp(min=1e-9)
+    weights = torch.tensor([loss_weights.get(name, 1.0) for name in names])
+    factors = torch.stack([1 / counts, weights / counts]).float()
+    if training_model.model.device.type == "cuda":
+        factors = factors.pin_memory().to(training_model.model.device, non_blocking=True)
+    return update(training_model, optimizer, micro_batches, names, factors, max_grad_norm=max_grad_norm)
+
+
+def update(
+    training_model: TrainingModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    names: Sequence[str],
+    factors: Tensor,
+    *,
+    max_grad_norm: float,
+) -> StepResult:
+    """Do the part of `train_step` that the device computes.
+
+    `factors` (2, names), on the device, turn the sums over all micro-batches into losses, and into weighted losses.
+    """
+    model, ranks = training_model.model, training_model.ranks
+    statistics = training_model.running_statistics()
+    sums = torch.zeros(len(names), device=model.device)
+    for batch in micro_batches:
+        sums += training_model.backward(batch, factors[1], last=batch is micro_batches[-1])
+    losses, weighted = ranks.sum(sums) * factors
+    total = weighted.sum()
     max_norm = max_grad_norm if max_grad_norm > 0 else torch.inf
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     finite = (total + grad_norm).isfinite()
-    # The optimiser skips the update on the device, so that the host does not wait for the flag.
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    optimizer_step(optimizer, (~finite).float())
     training_model.restore_statistics(statistics, keep=finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, dict(zip(names, losses, strict=True)), grad_norm, finite)
