@@ -4,7 +4,7 @@
 
 "Before" is commit 14286fe, where each task took a pass of its own over padded rows; it is taken from git, or from a
 folder that holds its tree. Each form runs in a process of its own, in turns, on the same samples. Every batch has new
-lengths, as in training. `ratio` is images a second after divided by before, without shared images; `ratio_shared` with
+lengths, as in training; on a GPU, steps are recorded CUDA graphs, and `eager` is the same without. `ratio` is images a second after divided by before, without shared images; `ratio_shared` with
 `share_images=true`, where an image counts once for each task that learns from it. `--large` takes the model of 16.75
 million parameters at 128 px with 64 images of detection and segmentation and 32 of keypoints and captions, else
 configs/multi_task_shapes.yaml.
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns over all of them")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--without-shared", action="store_true", help="leave out shared images")
-    parser.add_argument("--child", choices=("before", "after", "shared"), help=argparse.SUPPRESS)
+    parser.add_argument("--eager", action="store_true", help="also without CUDA graphs")
+    parser.add_argument("--child", choices=("before", "after", "shared", "eager"), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -63,6 +64,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run the forms in turns; return medians and ratios."""
     trees = {"before": take_before(args.before, scratch), "after": link_tree(ROOT, scratch / "after")}
     trees |= {"shared": trees["after"]} if not args.without_shared else {}
+    trees |= {"eager": trees["after"]} if args.eager else {}
     data = scratch / "shapes"
     command = [sys.executable, "-m", "pix2seq.cli", "data", "shapes", str(data), "--train", "600", "--val", "2"]
     size = "128" if args.large else "96"
@@ -147,7 +149,10 @@ def run_child(args: argparse.Namespace) -> None:
         keep_freed_memory(args.child)
     step, images, parameters = (steps_before if args.child == "before" else steps_after)(args, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    loss = [step(i) for i in range(args.batches)][0]
+    loss = step(0)
+    for _ in range(2):  # set up libraries, and record the steps of a GPU
+        for i in range(args.batches):
+            step(i)
     wait()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     facts = {"images": images, "device": name, "torch": torch.__version__, "loss": loss, "parameters": parameters}
@@ -190,6 +195,7 @@ def prepare_run(args: argparse.Namespace, *more: str) -> tuple[Any, Any]:
 def steps_before(args: argparse.Namespace, device: Any) -> tuple[Any, int, int]:
     """The form of the commit before: batches of each task apart."""
     import torch
+
     from pix2seq.model.pix2seq import build_model
     from pix2seq.tasks.example import collate  # type: ignore[import-not-found]
     from pix2seq.training.step import Learner, TaskBatches, build_optimizer, train_step  # type: ignore[attr-defined]
@@ -219,16 +225,20 @@ def steps_before(args: argparse.Namespace, device: Any) -> tuple[Any, int, int]:
 def steps_after(args: argparse.Namespace, device: Any) -> tuple[Any, int, int]:
     """The form of today: all tasks in one batch."""
     import torch
+
     from pix2seq.examples import collate
     from pix2seq.model.pix2seq import build_model
     from pix2seq.training.objective import CrossEntropy
     from pix2seq.training.optimizer import build_optimizer
+    from pix2seq.training.recorded_step import BUCKET, RecordedStep
     from pix2seq.training.step import TrainingModel, train_step
 
     config, recipe = prepare_run(args, *(["share_images=true"] if args.child == "shared" else []))
     torch.manual_seed(0)
     model = build_model(replace_vocab(config, recipe), recipe.categories, recipe.text).to(device).train()
     training_model = TrainingModel(model, CrossEntropy(), bf16=True)
+    recorded = device.type == "cuda" and args.child != "eager"
+    step_form: Any = RecordedStep() if recorded else train_step
     optimizer = build_optimizer(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     steps, images = [], 0
     for i in range(args.batches):
@@ -237,10 +247,10 @@ def steps_after(args: argparse.Namespace, device: Any) -> tuple[Any, int, int]:
             size = config.batch_size_of(samples.tasks[0])
             some += [samples[0, (i * size + k) % len(samples)] for k in range(size)]
         images += sum(len(sample.examples) for sample in some)
-        steps.append(pinned(collate(some, TASKS), device))
+        steps.append(pinned(collate(some, TASKS, bucket=BUCKET if recorded else 1), device))
 
     def step(i: int) -> float | None:
-        result = train_step(training_model, optimizer, [steps[i]], {}, max_grad_norm=1.0)
+        result = step_form(training_model, optimizer, [steps[i]], {}, 1.0)
         return result.loss.item() if device.type == "cpu" else None
 
     return step, images // args.batches, sum(p.numel() for p in model.parameters())

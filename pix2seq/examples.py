@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pix2seq.vocab import PAD
 
+PADDING_LENGTH = 64  # tokens of a sequence of padding at most
+
 
 @dataclass(frozen=True)
 class Example:
@@ -47,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images, and the sequences of all tasks end to end, in the order of images. Nothing is padded.
+    """Images, and the sequences of all tasks end to end, in the order of images. Only the ends may be padding.
 
     Indices and counts are made on the host, so that a device has nothing to find out.
     """
@@ -64,6 +66,7 @@ class Batch:
     tasks: tuple[str, ...]
     counts: tuple[float, ...]  # sum of the weights of each task
     image_ids: Mapping[str, tuple[int, ...]]  # by task
+    layout: Any = None  # where the sequences lie, a `pix2seq.model.packing.Layout`; None: made from `lengths`
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to another device, without what stays on the host."""
@@ -79,21 +82,34 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
-    """Join samples to a batch for these tasks. A batch has at least one token; without any sequence it is padding."""
+def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1) -> Batch:
+    """Join samples to a batch for these tasks.
+
+    L and K are padded to multiples of `bucket` (the padding is sequences of the last image without a weight), and S to
+    multiples of an eighth of it by empty sequences. L and K are at least 1.
+    """
     parts = [
         (image, tasks.index(name), *example.shifted())
         for image, sample in enumerate(samples)
         for name, examples in sample.examples.items()
         for example in examples
     ]
-    if not parts:
-        parts = [(0, 0, np.full(1, PAD, np.int64), np.full(1, PAD, np.int64), np.zeros(1, np.float32))]
+    length = sum(len(part[2]) for part in parts)
+    missing = -max(length, 1) % bucket + (length == 0)
+    last = len(samples) - 1
+    for start in range(0, missing, PADDING_LENGTH):
+        padding = np.full(min(PADDING_LENGTH, missing - start), PAD, np.int64)
+        parts.append((last, 0, padding, padding, np.zeros(len(padding), np.float32)))
     memory_index, task_of, tokens, targets, weights = zip(*parts, strict=True)
     lengths = np.array([len(each) for each in tokens], np.int64)
-    all_weights = np.concatenate(weights)
-    scored = np.flatnonzero(all_weights)
-    task_index = np.repeat(task_of, lengths)[scored]
+    flat_weights = np.concatenate(weights)
+    scored = np.flatnonzero(flat_weights)
+    num_scored = len(scored)
+    scored = np.append(scored, np.zeros(-max(num_scored, 1) % bucket + (num_scored == 0), np.int64))
+    scored_weights = flat_weights[scored]
+    scored_weights[num_scored:] = 0
+    task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)
+    empty = -len(lengths) % max(bucket // 8, 1)
     images = np.empty((len(samples), 3, *samples[0].image.shape[:2]), np.uint8)
     for image, sample in enumerate(samples):
         cv2.split(sample.image, list(images[image]))  # writes the planes in a quarter of the time of a transpose
@@ -101,13 +117,13 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
         images=torch.from_numpy(images),
         tokens=torch.from_numpy(np.concatenate(tokens)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
-        lengths=torch.from_numpy(lengths),
-        memory_index=torch.tensor(memory_index),
+        lengths=torch.from_numpy(np.append(lengths, np.zeros(empty, np.int64))),
+        memory_index=torch.tensor([*memory_index, *[last] * empty]),
         scored=torch.from_numpy(scored),
         targets=torch.from_numpy(np.concatenate(targets)[scored]),
-        weights=torch.from_numpy(all_weights[scored]),
-        task_index=torch.from_numpy(task_index.astype(np.int64)),
+        weights=torch.from_numpy(scored_weights),
+        task_index=torch.from_numpy(task_index),
         tasks=tuple(tasks),
-        counts=tuple(np.bincount(task_index, all_weights[scored], len(tasks)).tolist()),
+        counts=tuple(np.bincount(task_index, scored_weights, len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
     )

@@ -50,6 +50,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     timeout: float = WORKER_TIMEOUT,
+    bucket: int = 1,
 ) -> Iterator[Batch]:
     """Yield endless micro-batches over all ranks; each rank gets its contiguous part of each source's images.
 
@@ -57,10 +58,13 @@ def batches(
     skipped. The ranks together get the batches of a single process, for any `num_workers`. From shards, the order
     depends on ranks x workers, so a run resumes exactly only if both are unchanged. The workers end with the iterator
     and with the process that made it; they ignore SIGINT and SIGTERM, because that process may have a checkpoint to
-    save. Raises `InputError` if data cannot be used, if a worker dies, or if no batch arrives for `timeout` seconds.
+    save. `bucket` is that of `collate`. Raises `InputError` if data cannot be used, if a worker dies, or if no batch
+    arrives for `timeout` seconds.
     """
     loader = DataLoader(
-        _Batches(sources, start=start, num_workers=max(num_workers, 1), rank=rank, world_size=world_size),
+        _Batches(
+            sources, start=start, num_workers=max(num_workers, 1), rank=rank, world_size=world_size, bucket=bucket
+        ),
         batch_size=None,
         collate_fn=_identity,  # each item is a full batch
         num_workers=num_workers,
@@ -89,8 +93,10 @@ class _Batches(IterableDataset["Batch | InputError"]):
         num_workers: int,
         rank: int,
         world_size: int,
+        bucket: int,
     ) -> None:
         self.sources = sources
+        self.bucket = bucket
         self.start = start
         self.num_workers = num_workers
         self.rank = rank
@@ -105,7 +111,7 @@ class _Batches(IterableDataset["Batch | InputError"]):
         parts = [self._parts(samples, size, first) for samples, size in self.sources]
         while True:
             try:
-                yield collate([sample for part in parts for sample in next(part)], self.tasks)
+                yield collate([sample for part in parts for sample in next(part)], self.tasks, bucket=self.bucket)
             except InputError as error:
                 yield error
                 return

@@ -40,6 +40,8 @@ class Layout:
         self.device = device
         self.lengths = lengths.numpy()
         self.image_lengths = np.bincount(memory_index.numpy(), self.lengths, num_images).astype(np.int64)
+        # Of a sequence, and of all of an image; a recorded step serves batches of shorter ones too.
+        self.longest, self.longest_image = int(self.lengths.max()), int(self.image_lengths.max())
 
     @cached_property
     def borders(self) -> Tensor:
@@ -70,7 +72,7 @@ class Layout:
         """Attend causally within each sequence: projected queries, keys and values (L, 3 D) to (L, D)."""
         if _has_varlen(qkv):
             q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(1)
-            longest = int(self.lengths.max())
+            longest = self.longest
             return _varlen_attention(q, k, v, self.borders, self.borders, longest, longest, is_causal=True).flatten(1)
         groups = self.sequence_groups
         attended = []
@@ -86,7 +88,7 @@ class Layout:
             k, v = key_value.flatten(0, 1).unflatten(-1, (2, num_heads, -1)).unbind(1)
             q = query.unflatten(-1, (num_heads, -1))
             key_borders = _key_borders(num_images, num_keys, query.device)
-            longest = int(self.image_lengths.max())
+            longest = self.longest_image
             return _varlen_attention(q, k, v, self.image_borders, key_borders, longest, num_keys).flatten(1)
         groups = self.image_groups
         attended = []

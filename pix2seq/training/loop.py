@@ -32,10 +32,11 @@ from pix2seq.training.initialize import initialize_from, with_init_model
 from pix2seq.training.log import LOG_FILE, Report
 from pix2seq.training.memory import keep_freed_memory
 from pix2seq.training.objective import CrossEntropy
-from pix2seq.training.optimizer import build_optimizer, learning_rate
+from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from pix2seq.training.recipe import Recipe, prepare
+from pix2seq.training.recorded_step import BUCKET, RecordedStep
 from pix2seq.training.run_lock import run_lock
-from pix2seq.training.step import StepResult, TrainingModel, compile_model, train_step
+from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
 
 STEPS_BEHIND = 2  # steps whose outcome a GPU may still compute while the next ones are prepared
@@ -92,18 +93,11 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
-<<<<<<< HEAD
         objective = CrossEntropy(config.label_smoothing)
         self.training_model = TrainingModel(model, objective, bf16=config.bf16, ranks=ranks, parallel=config.parallel)
-        optimizer = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas)
-=======
-        self.training_model = TrainingModel(
-            model, bf16=config.bf16, label_smoothing=config.label_smoothing, ranks=ranks, parallel=config.parallel
-        )
         optimizer = build_optimizer(
             model, name=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas
         )
->>>>>>> wt-muon
         self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
         self._skipped_in_a_row = 0
         self._pending: deque[_Outcome] = deque()  # steps whose outcome was not looked at
@@ -121,7 +115,11 @@ class _Trainer:
             pin_memory=self.ranks.device.type == "cuda",
             rank=self.ranks.rank,
             world_size=self.ranks.size,
+            bucket=BUCKET if self._records_steps() else 1,
         )
+        step: Step = train_step
+        if self._records_steps():
+            step = RecordedStep()
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
         while True:
             if self._evaluation_is_due(report):
@@ -140,11 +138,8 @@ class _Trainer:
 
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            result = train_step(
-                self.training_model, state.optimizer, micro_batches, loss_weights, max_grad_norm=config.max_grad_norm
-            )
+            set_learning_rate(state.optimizer, rate)
+            result = step(self.training_model, state.optimizer, micro_batches, loss_weights, config.max_grad_norm)
             state.step += 1
             if state.ema is not None:
                 if self.ranks.device.type == "cuda":
@@ -158,6 +153,12 @@ class _Trainer:
             self._count_skipped(report, leave=0 if saving or self.ranks.device.type != "cuda" else STEPS_BEHIND)
             if saving:
                 self._save()
+
+    def _records_steps(self) -> bool:
+        """Whether steps are CUDA graphs: on one GPU, for the optimiser that can be recorded."""
+        config, ranks = self.config, self.ranks
+        alone = ranks.device.type == "cuda" and ranks.size == 1 and config.accumulate == 1
+        return alone and config.cuda_graphs and config.optimizer == "adamw" and config.bf16 and not config.compile
 
     def _seed_of_step(self) -> int:
         """Return the seed of dropout, a function of seed, step and rank, so that a resumed run draws the same."""

@@ -50,7 +50,7 @@ class CrossEntropy:
         and would cost a row of V logits each.
         """
         memory = model.encode(batch.images.to(model.device).float() / 255)
-        layout = Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
+        layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
         losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing) * batch.weights

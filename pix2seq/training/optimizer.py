@@ -64,6 +64,15 @@ def optimizer_step(optimizer: torch.optim.Optimizer, found_inf: Tensor | None = 
     optimizer.step()
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, in place where it is a tensor on a device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for its matrices and AdamW for the other parameters, with the groups and the state of one optimiser."""
 

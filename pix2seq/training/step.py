@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,19 @@ class StepResult:
     losses: dict[str, Tensor]  # each sum divided by its count, before weighting
     grad_norm: Tensor  # before clipping
     finite: Tensor  # bool; if false, nothing was updated
+
+
+class Step(Protocol):
+    """A form of `train_step`."""
+
+    def __call__(
+        self,
+        training_model: TrainingModel,
+        optimizer: torch.optim.Optimizer,
+        micro_batches: Sequence[Batch],
+        loss_weights: Mapping[str, float],
+        max_grad_norm: float,
+    ) -> StepResult: ...
 
 
 class TrainingModel:
@@ -92,7 +106,6 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[Batch],
     loss_weights: Mapping[str, float],
-    *,
     max_grad_norm: float,
 ) -> StepResult:
     """Update the weights once, with the gradient of the weighted sum of the objective's losses.
@@ -100,15 +113,22 @@ def train_step(
     Each loss is its sum over all ranks and micro-batches, divided by its count over all of them. If a loss or a
     gradient is not finite on any rank, the model stays unchanged on all ranks. Nothing waits for the device.
     """
+    names, factors = loss_factors(training_model, micro_batches, loss_weights)
+    if training_model.model.device.type == "cuda":
+        factors = factors.pin_memory().to(training_model.model.device, non_blocking=True)
+    return update(training_model, optimizer, micro_batches, names, factors, max_grad_norm=max_grad_norm)
+
+
+def loss_factors(
+    training_model: TrainingModel, micro_batches: Sequence[Batch], loss_weights: Mapping[str, float]
+) -> tuple[list[str], Tensor]:
+    """Return the names of the sums, and the factors of `update` for them, in host memory."""
     each = [training_model.objective.counts(batch) for batch in micro_batches]
     names = list(each[0])
     counted = torch.tensor([sum(counts[name] for counts in each) for name in names], dtype=torch.float64)
     counts = training_model.ranks.sum(counted).clamp(min=1e-9)
     weights = torch.tensor([loss_weights.get(name, 1.0) for name in names])
-    factors = torch.stack([1 / counts, weights / counts]).float()
-    if training_model.model.device.type == "cuda":
-        factors = factors.pin_memory().to(training_model.model.device, non_blocking=True)
-    return update(training_model, optimizer, micro_batches, names, factors, max_grad_norm=max_grad_norm)
+    return names, torch.stack([1 / counts, weights / counts]).float()
 
 
 def update(
