@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
-from pix2seq.data.samples import TrainingSet
+from pix2seq.data.samples import TrainingStream
 from pix2seq.drawing import Canvas
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
@@ -45,14 +45,14 @@ class SequenceView:
         """Make sample `index` of an `epoch` of a run with `config`. Raises `InputError` if there is none."""
         recipe = prepare(config)
         (samples,) = (samples for samples in recipe.samples if task in samples.tasks)
-        if not isinstance(samples, TrainingSet):
+        if isinstance(samples, TrainingStream):
             raise InputError(f"{config.data_of(task)} holds shards, which have no numbers; name the data set itself")
         if not 0 <= index < len(samples):
             raise InputError(f"there is no sample {index}; {task} has {len(samples)} of them, from 0")
-        self.task: Task[Any] = samples.task  # type: ignore[assignment]
+        self.task = cast("Task[Any]", next(each for each in samples.maker.tasks if each.name == task))
         self.vocab: Vocab = recipe.vocab
         self.sample: Sample = samples[epoch, index]
-        self.examples = self.sample.examples[task]
+        self.examples = self.sample.examples.get(task, [])
 
     def text(self) -> str:
         """Return a table for each sequence: what the decoder reads, what it should say, and what that counts."""

@@ -34,6 +34,8 @@ SENTENCEPIECE_FILE = "text.model"
 # punctuation. Everything else belongs to words, also combining marks, which `\w` excludes.
 _MARKS = r"!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u2027\u2030-\u205e\u3001-\u303f\uff01-\uff0f"
 _MARK = re.compile(f"[{_MARKS}]")
+# English words that a left-right flip makes false. Others that only contain them ("bright", "upright") are true.
+_SIDE = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand|handed|side)?\b|clockwise\b", re.IGNORECASE)
 
 
 class TextTokenizer(Protocol):
@@ -85,6 +87,11 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer:
         f"{folder} holds no text tokenizer; expected {WORD_FILE} or {SENTENCEPIECE_FILE}: "
         "copy it from the checkpoint that training wrote"
     )
+
+
+def names_side(text: str) -> bool:
+    """Return whether an English text names a side (left, rightmost, left-hand), which a flip makes false."""
+    return _SIDE.search(text) is not None
 
 
 class WordTokenizer:

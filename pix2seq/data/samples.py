@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
-from pix2seq.data.annotations import WHOLE_IMAGE, find_samples
+from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
 from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
@@ -34,26 +35,34 @@ class ExampleMaker(Protocol):
     def scale_range(self) -> tuple[float, float]: ...
     @property
     def crop_padding(self) -> float | None: ...
+    @property
+    def flips(self) -> bool: ...
+    def after_flip(self, target: Target) -> Target: ...
     def samples(self, target: Target) -> list[int | None]: ...
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]: ...
 
 
 class SampleMaker:
-    """Maps an image and its labels by one affine map and lets the task write its sequences."""
+    """Maps an image and its labels by one affine map and lets each task write its sequences."""
 
     def __init__(
         self,
         categories: Sequence[Category],
-        task: ExampleMaker,
+        tasks: Sequence[ExampleMaker],
         *,
         size: tuple[int, int],
         augment: AugmentConfig,
         labels: Mapping[int, int] | None = None,
     ) -> None:
-        """`labels` maps the labels of `categories` to the model's; by default they are the same."""
-        self.task = task
+        """`labels` maps the labels of `categories` to the model's; by default they are the same.
+
+        The scale jitter is what all tasks allow. Raises `InputError` if they allow none in common.
+        """
+        self.tasks = tasks
         self.size = size
-        self.augment = augment
+        self.augment = augment if any(task.flips for task in tasks) else replace(augment, flip=0.0)
+        self.scale_range = _common_scales(tasks, augment)
+        self.with_masks = any(task.learns_from == "mask" for task in tasks)
         self.mirror_orders = {
             category.label if labels is None else labels[category.label]: mirror_order(category.keypoints)
             for category in categories
@@ -69,12 +78,22 @@ class SampleMaker:
         return target if self._labels is None else replace(target, labels=self._labels[target.labels])
 
     def sample(
-        self, target: Target, image: NDArray[np.uint8], object_index: int | None, rng: np.random.Generator
+        self,
+        target: Target,
+        image: NDArray[np.uint8],
+        object_index: int | None,
+        rng: np.random.Generator,
+        task_rngs: Sequence[np.random.Generator],
     ) -> Sample:
-        """Make a sample of an image (H, W, 3), or of a crop around its object `object_index`."""
-        if object_index is not None and self.task.crop_padding is not None:
-            target, image = crop_to_object(target, image, object_index, self.task.crop_padding)
-        affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.task.scale_range)
+        """Make a sample of an image (H, W, 3), or of a crop around its object `object_index`.
+
+        `rng` draws the augmentation, one of `task_rngs` the examples of each task. A task that the image has no
+        annotations for, or that does not learn from it mirrored, gets no entry.
+        """
+        found, padding = contents(target), self.tasks[0].crop_padding
+        if object_index is not None and padding is not None:
+            target, image = crop_to_object(target, image, object_index, padding)
+        affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.scale_range)
         pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
         moved = transform_target(
             target,
@@ -82,9 +101,62 @@ class SampleMaker:
             self.size,
             min_visible=self.augment.min_visible,
             mirror_orders=self.mirror_orders,
-            with_masks=self.task.learns_from == "mask",
+            with_masks=self.with_masks,
         )
-        return Sample(pixels, {self.task.name: self.task.examples(moved, self.size, rng)}, target.image.id)
+        mirrored = affine.scale_x < 0
+        examples = {
+            task.name: task.examples(task.after_flip(moved) if mirrored else moved, self.size, task_rng)
+            for task, task_rng in zip(self.tasks, task_rngs, strict=True)
+            if task.learns_from in found and (task.flips or not mirrored)
+        }
+        return Sample(pixels, examples, target.image.id)
+
+
+def _common_scales(tasks: Sequence[ExampleMaker], augment: AugmentConfig) -> tuple[float, float]:
+    lows, highs = zip(*(task.scale_range for task in tasks), strict=True)
+    low = max(lows) if augment.scale_min is None else augment.scale_min
+    high = min(highs) if augment.scale_max is None else augment.scale_max
+    if len(tasks) > 1 and augment.enabled and low > high:
+        ranges = ", ".join(f"{task.name} {task.scale_range[0]:g} to {task.scale_range[1]:g}" for task in tasks)
+        raise InputError(
+            f"tasks that share images have no scale in common: {ranges}, from {low:g} to {high:g} in all; set "
+            "augment.scale_min and augment.scale_max, or share_images=false"
+        )
+    return low, high
+
+
+class _ImageReader:
+    """Reads the images of samples. One that cannot be used is named in a warning and replaced by the next one."""
+
+    def __init__(self, dataset: Dataset, index: NDArray[np.int32], max_bad_share: float) -> None:
+        self.dataset = dataset
+        self.index = index
+        self.max_bad_share = max_bad_share
+        self._tried = np.zeros(len(dataset), np.bool_)  # images that this process has read
+        self._bad: dict[int, Defect] = {}  # those of them that cannot be used
+
+    def read(self, number: int) -> tuple[Target, NDArray[np.uint8], int | None]:
+        """Return annotations, image and object of a sample, or of the next one that can be used."""
+        for step in range(len(self.index)):
+            image_index, object_index = self.index[(number + step) % len(self.index)].tolist()
+            target = self.dataset.target(image_index)
+            self._tried[image_index] = True
+            try:
+                image = read_record_image(target.image)
+            except InputError as error:
+                self._skip(image_index, target.image.id, str(error))
+                continue
+            return target, image, None if object_index == WHOLE_IMAGE else object_index
+        raise InputError(f"{self.dataset.root} has no readable image; see pix2seq data check")
+
+    def _skip(self, image_index: int, image_id: int, reason: str) -> None:
+        if image_index in self._bad:
+            return
+        warnings.warn(f"skipped in training: {reason}", stacklevel=4)
+        self._bad[image_index] = (image_id, None, reason, SKIPPED, "")
+        num_tried = int(np.count_nonzero(self._tried))
+        bad = list(self._bad.values())
+        refuse_bad_share("images", bad, num_tried, where=self.dataset.root, max_bad_share=self.max_bad_share)
 
 
 class TrainingSet(torch.utils.data.Dataset[Sample]):
@@ -108,12 +180,10 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         self.dataset = dataset
         self.task = task
         self.seed = seed
-        self.maker = SampleMaker(dataset.categories, task, size=size, augment=augment, labels=labels)
+        self.maker = SampleMaker(dataset.categories, [task], size=size, augment=augment, labels=labels)
         each_object = task.crop_padding is not None
         self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
-        self.max_bad_share = max_bad_share
-        self._tried = np.zeros(len(dataset), np.bool_)  # images that this process has read
-        self._bad: dict[int, Defect] = {}  # those of them that cannot be used
+        self._reader = _ImageReader(dataset, self.index, max_bad_share)
 
     @property
     def tasks(self) -> list[str]:
@@ -132,27 +202,53 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        for step in range(len(self)):
-            image_index, object_index = self.index[(index + step) % len(self)].tolist()
-            target = self.dataset.target(image_index)
-            self._tried[image_index] = True
-            try:
-                image = read_record_image(target.image)
-            except InputError as error:
-                self._skip(image_index, target.image.id, str(error))
-                continue
-            object_index = None if object_index == WHOLE_IMAGE else object_index
-            return self.maker.sample(self.maker.target(target), image, object_index, rng)
-        raise InputError(f"{self.dataset.root} has no readable image; see pix2seq data check")
+        target, image, object_index = self._reader.read(index)
+        return self.maker.sample(self.maker.target(target), image, object_index, rng, [rng])
 
-    def _skip(self, image_index: int, image_id: int, reason: str) -> None:
-        if image_index in self._bad:
-            return
-        warnings.warn(f"skipped in training: {reason}", stacklevel=3)
-        self._bad[image_index] = (image_id, None, reason, SKIPPED, "")
-        num_tried = int(np.count_nonzero(self._tried))
-        bad = list(self._bad.values())
-        refuse_bad_share("images", bad, num_tried, where=self.dataset.root, max_bad_share=self.max_bad_share)
+
+class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
+    """The images of a data set by (epoch, index), each a sample for all of several tasks that it has annotations for.
+
+    An image is read and augmented once. What is drawn for it, and what each task draws, depends on the image and not
+    on which tasks share it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tasks: Sequence[ExampleMaker],
+        *,
+        size: tuple[int, int],
+        augment: AugmentConfig,
+        seed: int,
+        labels: Mapping[int, int] | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
+    ) -> None:
+        """Options as in `TrainingSet`. Raises `InputError` if the tasks have no scale in common."""
+        if any(task.crop_padding is not None for task in tasks):
+            raise ValueError("a task that crops around objects cannot share whole images")
+        self.dataset = dataset
+        self.seed = seed
+        self.maker = SampleMaker(dataset.categories, tasks, size=size, augment=augment, labels=labels)
+        rows = [find_samples(dataset.annotations, task.learns_from, each_object=False) for task in tasks]
+        self.index = np.unique(np.concatenate(rows), axis=0)
+        self._reader = _ImageReader(dataset, self.index, max_bad_share)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that the samples are for."""
+        return [task.name for task in self.maker.tasks]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Return sample `index` of `epoch`: key is (epoch, index). Bad images are treated as in `TrainingSet`."""
+        epoch, index = key
+        words = (self.seed, epoch, int(self.index[index, 0]))  # the image's number, which no other task changes
+        task_rngs = [np.random.default_rng((*words, zlib.crc32(name.encode()))) for name in self.tasks]
+        target, image, _ = self._reader.read(index)
+        return self.maker.sample(self.maker.target(target), image, None, np.random.default_rng(words), task_rngs)
 
 
 class TrainingStream:
@@ -178,7 +274,7 @@ class TrainingStream:
         self.task = task
         self.seed = seed
         self.mix = mix
-        self.maker = SampleMaker(index.categories, task, size=size, augment=augment, labels=labels)
+        self.maker = SampleMaker(index.categories, [task], size=size, augment=augment, labels=labels)
 
     @property
     def tasks(self) -> list[str]:
@@ -214,4 +310,4 @@ class TrainingStream:
                 name = f"{self.index.location}: {target.image.path}"
                 raise InputError(f"{name}: {error}, and write the shards again") from None
             choices = self.task.samples(target)
-            yield self.maker.sample(target, image, choices[int(rng.integers(len(choices)))], rng)
+            yield self.maker.sample(target, image, choices[int(rng.integers(len(choices)))], rng, [rng])

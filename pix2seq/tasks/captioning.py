@@ -36,6 +36,7 @@ class CaptioningConfig(TaskConfig):
     max_tokens: int = 128  # of a caption, end included
     eos_weight: float = 0.1  # loss weight of the end token
     input_drop: float = 0.5  # share of the words that the decoder reads as the noise token
+    flip: str = "auto"  # mirrored images: auto leaves out captions that name a side, always keeps them, never: no flips
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +44,8 @@ class CaptioningConfig(TaskConfig):
             raise ValueError("captioning.max_tokens must be at least 2 and captioning.captions_per_image at least 1")
         if not 0 <= self.input_drop < 1:
             raise ValueError(f"captioning.input_drop must lie in [0, 1), got {self.input_drop}")
+        if self.flip not in ("auto", "always", "never"):
+            raise ValueError(f"captioning.flip is {self.flip!r}; expected auto, always or never")
 
 
 class Captioning(Task[CaptioningConfig]):
@@ -83,6 +86,15 @@ class Captioning(Task[CaptioningConfig]):
     def max_seq_len(self) -> int:
         """See `Task`."""
         return 1 + self.config.max_tokens
+
+    @property
+    def flips(self) -> bool:
+        """See `Task`."""
+        return self.config.flip != "never"
+
+    def after_flip(self, target: Target) -> Target:
+        """See `Task`."""
+        return target if self.config.flip == "always" else super().after_flip(target)
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return a sequence for each of up to `captions_per_image` captions, drawn at random."""

@@ -22,7 +22,7 @@ from pix2seq.examples import Example
 from pix2seq.metrics.metric import Metric
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.tasks.request import EncodedImage, Request
-from pix2seq.tokenizers.text import TextTokenizer
+from pix2seq.tokenizers.text import TextTokenizer, names_side
 from pix2seq.types import Category, Target
 from pix2seq.vocab import Vocab
 
@@ -96,6 +96,15 @@ class Task(ABC, Generic[Config]):
     def crop_padding(self) -> float | None:
         """Share of an object's box kept on each side if every object is cropped and encoded alone; else None."""
         return None
+
+    @property
+    def flips(self) -> bool:
+        """Whether the task learns from mirrored images."""
+        return True
+
+    def after_flip(self, target: Target) -> Target:
+        """Return what of a mirrored target is still true; captions that name a side are not."""
+        return replace(target, captions=tuple(text for text in target.captions if not names_side(text)))
 
     def samples(self, target: Target) -> list[int | None]:
         """Return the training samples of an image: None for all of it, an index for a crop around that object."""

@@ -46,6 +46,7 @@ class TrainConfig:
 
     data: Any = None  # data folder, folder or http address of shards, or a mapping of task names to these
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
+    share_images: bool = False  # an image teaches all tasks of its folder that do not crop; else each draws its own
     shard_mix: int = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/train"  # folder of checkpoints and logs
     tasks: tuple[str, ...] = (DEFAULT_TASK,)

@@ -29,7 +29,8 @@ class Report:
 
     def __init__(self, config: TrainConfig, recipe: Recipe, state: RunState, ranks: Ranks) -> None:
         self.config = config
-        self.images_per_step = sum(config.batch_size_of(name) for name in config.tasks)
+        # An image that teaches several tasks counts once.
+        self.images_per_step = sum(config.batch_size_of(samples.tasks[0]) for samples in recipe.samples)
         self._log: RunLog | None = None
 
         def open_log() -> int:

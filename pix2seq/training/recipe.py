@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from pix2seq.data.annotations import find_samples
 from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_categories
 from pix2seq.data.formats.shards import ShardIndex, is_shards
-from pix2seq.data.samples import TrainingSet, TrainingStream
+from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
 from pix2seq.errors import InputError
 from pix2seq.model.pretrained import read_config
 from pix2seq.tasks import get_task
+from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import Category
@@ -20,12 +23,14 @@ from pix2seq.vocab import TASK_IDS, Vocab
 
 SEED_STRIDE = 1_000_003  # between the seeds of two tasks
 
+Samples: TypeAlias = TrainingSet | SharedTrainingSet | TrainingStream
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Tasks with their data, and the vocabulary they share."""
 
-    samples: tuple[TrainingSet | TrainingStream, ...]  # one for each task
+    samples: tuple[Samples, ...]  # each for one task, or for tasks that share images
     val_data: dict[str, Dataset]  # validation split by task
     categories: tuple[Category, ...]
     text: TextTokenizer | None
@@ -59,30 +64,63 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             text = _text_tokenizer(config, name, train_data[name], resumed)
             vocab = vocab.with_text(text.size)
 
-    samples: list[TrainingSet | TrainingStream] = []
-    for name, dataset in train_data.items():
-        task = kinds[name](config.task(name), vocab, categories, text)
+    tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
+    for name, task in tasks.items():
         if task.max_seq_len > config.model.decoder.max_seq_len:
             raise InputError(
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
                 f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
             )
+        if not _num_images(train_data[name], task.learns_from):
+            raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
+    samples: list[Samples] = []
+    for names in _groups(config, tasks, train_data):
+        name, dataset = names[0], train_data[names[0]]
         options: dict[str, Any] = {
             "size": config.model.image_size,
             "augment": config.augment,
-            "seed": task_seed(config, vocab.task_id(name)),
+            "seed": task_seed(config, vocab.task_id(name)) if len(names) == 1 else config.seed,
             "labels": labels_by_name(dataset.categories, categories),
         }
         if isinstance(dataset, ShardIndex):
-            samples.append(TrainingStream(dataset, task, mix=config.shard_mix, **options))
+            samples.append(TrainingStream(dataset, tasks[name], mix=config.shard_mix, **options))
+            continue
+        options["max_bad_share"] = config.max_bad_share
+        if len(names) == 1:
+            samples.append(TrainingSet(dataset, tasks[name], **options))
         else:
-            samples.append(TrainingSet(dataset, task, max_bad_share=config.max_bad_share, **options))
-        if not len(samples[-1]):
-            raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
+            samples.append(SharedTrainingSet(dataset, [tasks[name] for name in names], **options))
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             labels_by_name(dataset.categories, categories)  # training cannot teach what only validation has
     return Recipe(tuple(samples), val_data, categories, text, vocab)
+
+
+def _groups(
+    config: TrainConfig, tasks: Mapping[str, Task[Any]], data: Mapping[str, Dataset | ShardIndex]
+) -> list[list[str]]:
+    """Return which tasks draw images together: with `share_images`, those of one data set that do not crop.
+
+    Raises `InputError` if one of them has another batch size than the run.
+    """
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name, task in tasks.items():
+        shares = config.share_images and task.crop_padding is None and not isinstance(data[name], ShardIndex)
+        groups.setdefault((id(data[name]), "" if shares else name), []).append(name)
+    for names in groups.values():
+        for name in names if len(names) > 1 else ():
+            if config.batch_size_of(name) != config.batch_size:
+                raise InputError(
+                    f"{name}.batch_size={config.batch_size_of(name)} differs from batch_size={config.batch_size}, but "
+                    f"{', '.join(names)} share their images; leave it out, or set share_images=false"
+                )
+    return list(groups.values())
+
+
+def _num_images(dataset: Dataset | ShardIndex, learns_from: str) -> int:
+    if isinstance(dataset, ShardIndex):
+        return dataset.num_with(learns_from)
+    return len(find_samples(dataset.annotations, learns_from, each_object=False))
 
 
 def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardIndex:
