@@ -6,10 +6,9 @@ Shapes: B images, L tokens, K scored tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -68,8 +67,7 @@ def token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor, label_smooth
     """
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = decoder.logits(hidden).float()
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        return cast("Tensor", _CrossEntropy.apply(decoder.logits(hidden), targets, label_smoothing))
 
     size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
     if len(hidden) <= size:
@@ -77,3 +75,30 @@ def token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor, label_smooth
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     # The chunks draw no random numbers, so the random state does not have to be saved.
     return torch.cat([checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy (K,) in float32 of logits (K, V) of any type.
+
+    PyTorch's own takes five passes over float32 logits; here one tensor is kept, in the type of the logits, and
+    becomes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        log_probs = logits.float().log_softmax(-1)
+        losses = -log_probs.gather(1, targets[:, None])[:, 0]
+        if label_smoothing:
+            losses = (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(1)
+        ctx.save_for_backward(log_probs.exp_().to(logits.dtype), targets)
+        ctx.label_smoothing = label_smoothing
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        probs, targets = ctx.saved_tensors
+        grad = probs * grads[0][:, None].to(probs.dtype)
+        smoothing = ctx.label_smoothing
+        if smoothing:
+            grad -= (grads[0] * (smoothing / probs.shape[1]))[:, None].to(probs.dtype)
+        return grad.scatter_add_(1, targets[:, None], (grads[0] * (smoothing - 1))[:, None].to(probs.dtype)), None, None
