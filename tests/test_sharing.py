@@ -30,7 +30,7 @@ from pix2seq.tasks.keypoint import KeypointConfig
 from pix2seq.tasks.segmentation import SegmentationConfig
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer, names_side
-from pix2seq.training.config import load_config
+from pix2seq.training.config import config_file, load_config
 from pix2seq.training.recipe import prepare
 from pix2seq.vocab import Vocab
 
@@ -273,6 +273,8 @@ def test_crops_and_other_folders_stay_apart(data, tmp_path):
     assert groups("keypoint.crop=false") == [(SharedTrainingSet, ALL.split(","))]
     assert groups(tasks="keypoint,captioning") == [(TrainingSet, ["keypoint"]), (TrainingSet, ["captioning"])]
     assert groups("share_images=false") == [(TrainingSet, [name]) for name in ALL.split(",")]
+    recipe = prepare(load_config(config_file("multi_task_shapes.yaml"), [f"data={data}"]))
+    assert [(type(s), s.tasks) for s in recipe.samples] == [three, (TrainingSet, ["keypoint"])]
     other = tmp_path / "other"
     shutil.copytree(data, other)
     folders = [f"data.{name}={other if name == 'segmentation' else data}" for name in ALL.split(",")]
