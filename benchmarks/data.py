@@ -162,7 +162,7 @@ def one_turn(samples: TrainingSet, count: int, batch_size: int) -> dict[str, flo
         for some in keys:
             read = [samples[key] for key in some]
             before = time.process_time()
-            collate(read)
+            collate(read, samples.tasks)
             seconds["collate"] += time.process_time() - before
     return {"all": time.process_time() - started, **{stage: seconds[stage] for stage in STAGES}}
 
@@ -258,12 +258,12 @@ def measure_growth(root: Path, num_images: int) -> dict[str, Any]:
     for index in chosen:
         dataset.target(index)
     row["target_us"] = (time.process_time() - started) / len(chosen) * 1e6
-    collate([samples[key] for key in first])
+    collate([samples[key] for key in first], samples.tasks)
     started = time.process_time()
     for some in islice(keys, 16):
-        collate([samples[key] for key in some])
+        collate([samples[key] for key in some], samples.tasks)
     row["images_per_second"] = 16 * 8 / (time.process_time() - started)
-    stream = batches(samples, batch_size=4, num_workers=2)
+    stream = batches([(samples, 4)], num_workers=2)
     for _ in range(8):
         next(stream)
     workers = [memory(str(child.pid)) for child in multiprocessing.active_children()]

@@ -52,10 +52,11 @@ from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, encode_objects, random_boxes
-from pix2seq.training import step as train
+from pix2seq.training import objective
 from pix2seq.training.memory import keep_freed_memory
+from pix2seq.training.objective import CrossEntropy, token_losses
 from pix2seq.training.optimizer import build_optimizer
-from pix2seq.training.step import TaskBatches, TrainingModel, sequence_loss, train_step
+from pix2seq.training.step import TrainingModel, train_step
 from pix2seq.vocab import PAD, TASK_IDS, Vocab
 
 VOCAB = Vocab(num_bins=1000, size=3000)
@@ -123,7 +124,8 @@ def baseline_step(size: Size) -> Callable[[Batch], Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
 
     def step(batch: Batch) -> None:
-        rows = torch.cat([batch.tokens[:, 0, :1], batch.targets[:, 0]], dim=1)
+        # The end token is that of padding.
+        rows = nn.utils.rnn.pad_sequence(batch.tokens.split(batch.lengths.tolist()), True, PAD)
         rows = F.pad(rows, (0, BASELINE_TOKENS - rows.shape[1]), value=PAD)
         logits = model(batch.images.float() / 255, rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=PAD)
@@ -147,8 +149,8 @@ def build(size: Size) -> tuple[Pix2Seq, torch.optim.Optimizer]:
 
 def our_step(model: Pix2Seq, optimizer: torch.optim.Optimizer, *, bf16: bool) -> Callable[[Batch], Any]:
     """Return the training step of `pix2seq train`."""
-    wrapped = TrainingModel(model, bf16=bf16)
-    return lambda batch: train_step(wrapped, optimizer, [TaskBatches("detection", 1.0, [batch])], max_grad_norm=1.0)
+    wrapped = TrainingModel(model, CrossEntropy(), bf16=bf16)
+    return lambda batch: train_step(wrapped, optimizer, [batch], {}, max_grad_norm=1.0)
 
 
 def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BATCH_SIZE) -> Batch:
@@ -164,8 +166,8 @@ def make_batch(size: Size, seed: int, *, fill_to: int = 0, batch_size: int = BAT
         response = encode_objects(boxes, labels, VOCAB, rng, num_labels=NUM_LABELS, eos_weight=None if fill_to else 0.1)
         example = Example(np.array([TASK_IDS["detection"]]), response.inputs, response.targets, response.weights)
         image = rng.integers(0, 256, (size.image, size.image, 3), dtype=np.uint8)
-        samples.append(Sample(image, [example], image_id))
-    return collate(samples)
+        samples.append(Sample(image, {"detection": [example]}, image_id))
+    return collate(samples, ["detection"])
 
 
 def contestant(pipe: Connection, who: str, size: Size, num_threads: int) -> None:
@@ -185,8 +187,8 @@ def contestant(pipe: Connection, who: str, size: Size, num_threads: int) -> None
         started, started_cpu = time.perf_counter(), time.process_time()
         step(batch)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-        scored = int((batch.weights > 0).sum())
-        pipe.send({"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": scored, "length": batch.tokens.shape[-1]})
+        counts = {"tokens": len(batch.scored), "length": int(batch.lengths.max())}
+        pipe.send({"seconds": seconds, "cpu_seconds": cpu_seconds, **counts})
     peak = _peak_memory()
     stages = (
         None if who == BASELINE else stage_shares(model, optimizer, make_batch(size, 0, fill_to=fill_to), who != OURS)
@@ -195,33 +197,36 @@ def contestant(pipe: Connection, who: str, size: Size, num_threads: int) -> None
 
 
 def stage_shares(model: Pix2Seq, optimizer: torch.optim.Optimizer, batch: Batch, bf16: bool) -> dict[str, float]:
-    """Return the share of a step's time for each stage, timed around modules."""
-    sequence_loss(model, batch).backward()  # allocates the memory again, as a warm-up
+    """Return the share of a step's time for each stage, timed around methods."""
+    loss_of = CrossEntropy()
+    loss_of(model, batch)["detection"][0].backward()  # allocates the memory again, as a warm-up
     model.zero_grad(set_to_none=True)
     spent = {"encoder": 0.0, "decoder": 0.0}
-    started: dict[str, float] = {}
 
-    def start(name: str) -> Callable[..., None]:
-        return lambda *_: started.__setitem__(name, time.perf_counter())
+    def timed(method: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+        def call(*args: Tensor) -> Tensor:
+            started = time.perf_counter()
+            result = method(*args)
+            spent[name] += time.perf_counter() - started
+            return result
 
-    def stop(name: str) -> Callable[..., None]:
-        return lambda *_: spent.__setitem__(name, spent[name] + time.perf_counter() - started[name])
+        return call
 
-    parts = [(model.encoder, "encoder"), (model.projection, "encoder"), (model.decoder, "decoder")]
-    hooks = [module.register_forward_pre_hook(start(name)) for module, name in parts]
-    hooks += [module.register_forward_hook(stop(name)) for module, name in parts]
+    methods = [(model, "encode", "encoder"), (model.decoder, "forward_packed", "decoder")]
+    for owner, name, stage in methods:
+        setattr(owner, name, timed(getattr(owner, name), stage))
     times = [time.perf_counter()]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = sequence_loss(model, batch)
+        loss, count = loss_of(model, batch)["detection"]
     times.append(time.perf_counter())
-    loss.backward()
+    (loss / count).backward()
     times.append(time.perf_counter())
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     times.append(time.perf_counter())
-    for hook in hooks:
-        hook.remove()
+    for owner, name, _ in methods:
+        delattr(owner, name)
     forward, backward, update = np.diff(times).tolist()
     spent |= {"loss": forward - sum(spent.values()), "backward": backward, "optimizer": update}
     return {name: seconds / (times[-1] - times[0]) for name, seconds in spent.items()}
@@ -295,13 +300,13 @@ def _take_loss(pipe: Connection, at_once: bool, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     num_scored, vocab_size, dim = 16 * 500, 35_000, 256
     if at_once:
-        train.LOGITS_AT_ONCE = num_scored * vocab_size
+        objective.LOGITS_AT_ONCE = num_scored * vocab_size
     decoder = Decoder(vocab_size=vocab_size, dim=dim, num_layers=1, num_heads=8, mlp_dim=dim, max_seq_len=500)
     hidden = torch.randn(num_scored, dim, requires_grad=True)
-    targets, weights = torch.randint(vocab_size, (num_scored,)), torch.ones(num_scored)
+    targets = torch.randint(vocab_size, (num_scored,))
     before = _peak_memory()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = train.output_loss(decoder, hidden, targets, weights, 0.1)
+        loss = token_losses(decoder, hidden, targets, 0.1).sum()
     loss.backward()
     after = _peak_memory()
     pipe.send(None if before is None or after is None else after - before)

@@ -6,17 +6,18 @@ import signal
 import time
 from unittest import mock
 
+import pix2seq.data.loader
 import pix2seq.training.checkpoint
 import pix2seq.training.loop
-import pix2seq.training.step
 from pix2seq.cli import main
 from pix2seq.data.samples import TrainingSet
 from pix2seq.predictor import Predictor
+from pix2seq.training.step import TrainingModel
 
 # Owner and name of the function that triggers the signal when it is called.
 KILL_POINTS = {
-    "waiting for data": (pix2seq.training.loop, "TaskBatches"),
-    "between micro-batches": (pix2seq.training.step, "sequence_loss"),
+    "waiting for data": (pix2seq.data.loader, "_raise_error"),
+    "between micro-batches": (TrainingModel, "backward"),
     "updating weights": (pix2seq.training.loop, "learning_rate"),
     "evaluating": (Predictor, "ask"),
     "saving": (pix2seq.training.checkpoint, "save_file"),

@@ -45,11 +45,12 @@ def test_two_processes_train_as_one_does(two_ranks, one_rank, run):
     two, one = two_ranks[run], one_rank[run.replace("fsdp", "ddp").removesuffix("-uneven")]
     for step_of_one, *steps_of_two in zip(*one["steps"], *two["steps"], strict=True):
         for step in steps_of_two:
-            assert step["loss"] == pytest.approx(step_of_one["loss"], rel=1e-6)
+            for name in ("loss", "detection", "captioning"):
+                assert step[name] == pytest.approx(step_of_one[name], rel=1e-6)
             assert step["grad_norm"] == pytest.approx(step_of_one["grad_norm"], rel=1e-5)
     for kind in ("weights", "averages"):
         for name, tensor in one[kind].items():
-            torch.testing.assert_close(two[kind][name], tensor, rtol=0, atol=1e-6, msg=f"{kind} {name}")
+            torch.testing.assert_close(two[kind][name], tensor, rtol=0, atol=3e-6, msg=f"{kind} {name}")
 
 
 def test_fsdp_shards_every_weight_and_ddp_shards_none(two_ranks):

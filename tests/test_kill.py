@@ -26,12 +26,12 @@ SETTINGS = [
     *("model.decoder.max_seq_len=32", "model.decoder.dropout=0.1", "model.vocab.num_bins=32", "model.vocab.size=1100"),
     *("detection.max_objects=4", "detection.noise_objects=1"),
 ]
-# Where a run is killed, and at which call. Each run resumes from what the previous one saved.
+# Where a run is killed, and at which call; a step has two micro-batches. Each run resumes from what the previous one saved.
 KILLS = {
     signal.SIGKILL: [
         ("between micro-batches", 3),
         ("saving", 1),
-        ("waiting for data", 2),
+        ("waiting for data", 4),
         ("evaluating", 2),
         ("updating weights", 1),
         ("saving", 2),
@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(
 
 @pytest.mark.parametrize("point", dying.KILL_POINTS)
 def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, point):
-    call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 5}.get(point, 1)
+    call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 9}.get(point, 1)
     options = arguments(shapes, tmp_path / "run", "num_workers=0", "checkpoint_every=4")
     child = process(target=dying.train, args=(options, point, call, signal.SIGTERM))
     assert exit_code(child) == 128 + signal.SIGTERM

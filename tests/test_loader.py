@@ -23,22 +23,28 @@ class Numbers:
 
     seed = 3
 
-    def __init__(self, act=lambda epoch, index: None):
+    def __init__(self, act=lambda epoch, index: None, *, task="numbers", length=10):
         self.act = act
+        self.tasks = [task]
+        self.length = length
 
     def __len__(self):
-        return 10
+        return self.length
 
     def __getitem__(self, key):
         epoch, index = key
         self.act(epoch, index)
         ids = np.arange(index + 1)
         example = Example(ids[:1], ids, ids, np.ones(len(ids), np.float32))
-        return Sample(np.full((2, 2, 3), index, np.uint8), [example], 100 * epoch + index)
+        return Sample(np.full((2, 2, 3), index, np.uint8), {self.tasks[0]: [example]}, 100 * epoch + index)
 
 
-def take(count, samples=None, **options):
-    stream = batches(samples or Numbers(), **options)
+def take(count, samples=None, *, batch_size=4, **options):
+    return take_mixed(count, [(samples or Numbers(), batch_size)], **options)
+
+
+def take_mixed(count, sources, **options):
+    stream = batches(sources, **options)
     try:
         return list(islice(stream, count))
     finally:
@@ -48,34 +54,57 @@ def take(count, samples=None, **options):
 def test_batches_follow_the_sampler_with_any_number_of_workers():
     expected = [[100 * epoch + index for epoch, index in keys] for keys in islice(EpochSampler(10, 4, seed=3), 8)]
     for num_workers in (0, 2):
-        found = take(8, batch_size=4, num_workers=num_workers)
-        assert [list(batch.image_ids) for batch in found] == expected
+        found = take(8, num_workers=num_workers)
+        assert [list(batch.image_ids["numbers"]) for batch in found] == expected
         for batch in found:
-            assert batch.images[:, 0, 0, 0].tolist() == [image_id % 100 for image_id in batch.image_ids]
-            assert batch.weights.sum((1, 2)).tolist() == [image_id % 100 + 1 for image_id in batch.image_ids]
-        later = take(3, batch_size=4, num_workers=num_workers, start=5)
-        assert [list(batch.image_ids) for batch in later] == expected[5:]
+            numbers = [image_id % 100 for image_id in batch.image_ids["numbers"]]
+            assert batch.images[:, 0, 0, 0].tolist() == numbers
+            assert batch.lengths.tolist() == [number + 1 for number in numbers]
+        later = take(3, num_workers=num_workers, start=5)
+        assert [list(batch.image_ids["numbers"]) for batch in later] == expected[5:]
         assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_has_images_of_every_source_and_each_source_its_own_epochs(num_workers):
+    sizes = {"few": (3, 2), "many": (10, 4)}  # images in the data and in a batch
+    sources = [(Numbers(task=name, length=length), size) for name, (length, size) in sizes.items()]
+    found = take_mixed(8, sources, num_workers=num_workers)
+    for name, (length, size) in sizes.items():
+        keys = islice(EpochSampler(length, size, seed=3), 8)
+        expected = [tuple(100 * epoch + index for epoch, index in some) for some in keys]
+        assert [batch.image_ids[name] for batch in found] == expected
+    for batch in found:
+        assert batch.tasks == ("few", "many")
+        assert batch.memory_index.tolist() == list(range(6))
+        assert batch.counts == tuple(sum(i % 100 + 1 for i in batch.image_ids[name]) for name in batch.tasks)
+    later = take_mixed(3, sources, num_workers=num_workers, start=5)
+    assert [batch.image_ids for batch in later] == [batch.image_ids for batch in found[5:]]
+    parts = [take_mixed(8, sources, num_workers=num_workers, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *pieces in zip(found, *parts, strict=True):
+        for name in sizes:
+            assert sum((piece.image_ids[name] for piece in pieces), ()) == batch.image_ids[name]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_together_get_the_batches_of_one_process(world_size):
-    complete = take(6, batch_size=4, start=1)
+    complete = take(6, start=1)
     for num_workers in (0, 2):
-        options = {"batch_size": 4, "start": 1, "num_workers": num_workers, "world_size": world_size}
+        options = {"start": 1, "num_workers": num_workers, "world_size": world_size}
         parts = [take(6, **options, rank=rank) for rank in range(world_size)]
         for batch, *pieces in zip(complete, *parts, strict=True):
-            assert [i for piece in pieces for i in piece.image_ids] == list(batch.image_ids)
-            assert all(len(piece.image_ids) in (4 // world_size, -(-4 // world_size)) for piece in pieces)
+            ids = [piece.image_ids["numbers"] for piece in pieces]
+            assert sum(ids, ()) == batch.image_ids["numbers"]
+            assert {len(some) for some in ids} <= {4 // world_size, -(-4 // world_size)}
     with pytest.raises(InputError, match="5 processes are too many for 4 images"):
-        take(1, batch_size=4, rank=0, world_size=5)
+        take(1, rank=0, world_size=5)
 
 
 def test_workers_start_even_if_opencv_has_threads_in_the_parent():
     cv2.setNumThreads(4)
     image = np.zeros((1000, 1000, 3), np.uint8)
     cv2.GaussianBlur(image, (31, 31), 5)
-    assert len(take(2, batch_size=4, num_workers=2, timeout=30)) == 2
+    assert len(take(2, num_workers=2, timeout=30)) == 2
     assert cv2.getNumThreads() == 4
 
 
@@ -127,7 +156,7 @@ def test_without_workers_the_error_is_the_same():
 
 
 def test_a_death_between_two_batches_is_reported_at_the_next():
-    stream = batches(Numbers(), batch_size=2, num_workers=1)
+    stream = batches([(Numbers(), 2)], num_workers=1)
     next(stream)
     (worker,) = multiprocessing.active_children()
     worker.kill()
@@ -149,7 +178,7 @@ def act(epoch, index):
 exits = os.fork() == 0  # one process exits, the other is killed
 if not exits:
     os.wait()
-stream = batches(Numbers(act), batch_size=2, num_workers=2)
+stream = batches([(Numbers(act), 2)], num_workers=2)
 next(stream)
 print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
 if exits:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import TINY, one_line
 
-import pix2seq.training.step
+import pix2seq.training.objective
 from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
@@ -33,7 +33,7 @@ def checkpoints(out):
 def test_a_loss_that_stays_non_finite_ends_the_run_which_resumes_from_its_last_weights(
     data, tmp_path, monkeypatch, capsys
 ):
-    original = pix2seq.training.step.output_loss
+    original = pix2seq.training.objective.token_losses
     calls = 0
 
     def nan_from_the_fourth_call(*args):
@@ -41,7 +41,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run_which_resumes_from_its_last_w
         calls += 1
         return original(*args) * (torch.nan if calls >= 4 else 1)
 
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", nan_from_the_fourth_call)
+    monkeypatch.setattr(pix2seq.training.objective, "token_losses", nan_from_the_fourth_call)
     options = ["steps=9", "max_skipped=3", "checkpoint_every=2"]
     assert train(data, tmp_path, *options) == 2
     assert "no finite loss and gradient in 3 steps in a row, the last in step 6 (loss nan" in one_line(capsys)
@@ -56,14 +56,14 @@ def test_a_loss_that_stays_non_finite_ends_the_run_which_resumes_from_its_last_w
         (batch,) = by_task["detection"]
         assert len(batch) == 4
         assert set(batch) <= ids
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", original)
+    monkeypatch.setattr(pix2seq.training.objective, "token_losses", original)
     assert train(data, tmp_path, *options) == 0
     weights = load_file(tmp_path / "checkpoints/step-00000009/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_single_non_finite_steps_are_skipped_and_do_not_add_up(data, tmp_path, monkeypatch):
-    original = pix2seq.training.step.output_loss
+    original = pix2seq.training.objective.token_losses
     calls = 0
 
     def inf_every_other_call(*args):
@@ -71,7 +71,7 @@ def test_single_non_finite_steps_are_skipped_and_do_not_add_up(data, tmp_path, m
         calls += 1
         return original(*args) * (torch.inf if calls % 2 else 1)
 
-    monkeypatch.setattr(pix2seq.training.step, "output_loss", inf_every_other_call)
+    monkeypatch.setattr(pix2seq.training.objective, "token_losses", inf_every_other_call)
     assert train(data, tmp_path, "max_skipped=2") == 0
     assert json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())["skipped"] == 3
 

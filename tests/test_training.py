@@ -1,13 +1,15 @@
 """Training: schedule, loss, accumulation, order, augmentation and settings; and a tiny model learns."""
 
+import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from one_by_one import sums_one_by_one
 
 from pix2seq.data.image import read_image, warp_image
 from pix2seq.data.sampler import EpochSampler
@@ -23,8 +25,9 @@ from pix2seq.tasks import get_task
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
+from pix2seq.training.objective import CrossEntropy, token_losses
 from pix2seq.training.optimizer import ScheduleConfig, build_optimizer, learning_rate
-from pix2seq.training.step import TaskBatches, TrainingModel, sequence_loss, token_losses, train_step
+from pix2seq.training.step import TrainingModel, train_step
 from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
@@ -48,12 +51,12 @@ def target_of(boxes, labels=None, *, width=64, height=48, crowd=False, keypoints
     )
 
 
-def tiny_model():
+def tiny_model(stem="patch"):
     torch.manual_seed(0)
     return build_model(
         ModelConfig(
             image_size=(32, 32),
-            encoder=EncoderConfig(name="vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, drop_path=0.0),
+            encoder=EncoderConfig(name="vit", stem=stem, dim=32, num_layers=1, num_heads=2, mlp_dim=64, drop_path=0.0),
             decoder=DecoderConfig(
                 dim=32, num_layers=1, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0
             ),
@@ -63,7 +66,7 @@ def tiny_model():
     ).train()
 
 
-def random_batch(size=4, seed=0, **settings):
+def random_samples(size=4, seed=0, **settings):
     rng = np.random.default_rng(seed)
     task = Detection(DetectionConfig(**{"max_objects": 6, "noise_objects": 2} | settings), VOCAB, CATEGORIES)
     samples = []
@@ -71,8 +74,23 @@ def random_batch(size=4, seed=0, **settings):
         corners = np.sort(rng.random((i % 3 + 1, 2, 2)) * 32, axis=1).reshape(-1, 4)
         target = target_of(corners, rng.integers(1, 3, len(corners)), width=32, height=32)
         image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        samples.append(Sample(image, task.examples(target, (32, 32), rng), i))
-    return collate(samples)
+        samples.append(Sample(image, {"detection": task.examples(target, (32, 32), rng)}, i))
+    return samples
+
+
+def random_batch(*args, **settings):
+    return collate(random_samples(*args, **settings), ["detection"])
+
+
+def step_and_gradients(samples, parts, objective=None):
+    """Return the result of one step on the samples in `parts` micro-batches, and the gradients."""
+    model = tiny_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    size = len(samples) // parts
+    split = [collate(samples[i : i + size], ["detection"]) for i in range(0, len(samples), size)]
+    training_model = TrainingModel(model, objective or CrossEntropy())
+    result = train_step(training_model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True), split, {}, max_grad_norm=0)
+    return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "none"])
@@ -89,64 +107,115 @@ def test_a_hold_keeps_the_peak_before_the_linear_decay():
     np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 0.5, 0], atol=1e-12)
 
 
-def test_the_loss_is_the_weighted_mean_cross_entropy_of_all_positions():
-    model, batch = tiny_model().eval(), random_batch()
-    logits = model(batch.images.float() / 255, batch.tokens)
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-    expected = (losses * batch.weights.flatten()).sum()
-    torch.testing.assert_close(sequence_loss(model, batch), expected)
+def test_the_loss_is_the_weighted_sum_of_cross_entropies_of_all_positions():
+    model, samples = tiny_model().eval(), random_samples()
+    batch = collate(samples, ["detection"])
+    sums = CrossEntropy()(model, batch)
+    torch.testing.assert_close({name: total for name, (total, _) in sums.items()}, sums_one_by_one(model, samples))
+    weights = sum(example.weights.sum() for sample in samples for example in sample.examples["detection"])
+    assert sums["detection"][1] == CrossEntropy().counts(batch)["detection"] == pytest.approx(weights)
 
 
 @pytest.mark.parametrize(("key", "smoothing"), [("xent_xent", 0.0), ("xent_xent@0.1", 0.1)])
 def test_token_losses_are_the_official_ones(parity_ops, key, smoothing):
     logits, targets = torch.from_numpy(parity_ops["xent_logits"]), torch.from_numpy(parity_ops["xent_target"])
-    ours = token_losses(logits.flatten(0, -2), targets.flatten(), smoothing)
+    decoder = SimpleNamespace(logits=lambda hidden: hidden, output_weight=torch.empty(logits.shape[-1], 1))
+    ours = token_losses(decoder, logits.flatten(0, -2), targets.flatten(), smoothing)
     np.testing.assert_allclose(ours.numpy(), parity_ops[key].ravel(), atol=1e-5, rtol=1e-5)
 
 
-def test_neither_prompts_padding_nor_noise_coordinates_are_scored():
+def test_neither_prompts_nor_noise_coordinates_are_scored():
     batch = random_batch()
-    padding = batch.targets == 0
-    assert (batch.weights[padding].unique() == torch.tensor([0.0, 0.1])).all()
-    ends = (batch.weights == 0.1).sum(-1)
-    assert (ends == 1).all()
-    for tokens, weights, targets in zip(batch.tokens[:, 0], batch.weights[:, 0], batch.targets[:, 0], strict=True):
+    lengths = batch.lengths.tolist()
+    all_targets, all_weights = torch.full_like(batch.tokens, -1), torch.zeros(len(batch.tokens))
+    all_targets[batch.scored], all_weights[batch.scored] = batch.targets, batch.weights
+    assert (batch.weights > 0).all()
+    parts = zip(*(x.split(lengths) for x in (batch.tokens, all_targets, all_weights)), strict=True)
+    for tokens, targets, weights in parts:
         assert tokens[0] == 10
-        for start in range(0, int((targets != 0).sum()), 5):
+        assert (targets[-1].item(), weights[-1].item()) == (0, pytest.approx(0.1))
+        assert len(tokens) % 5 == 1
+        for start in range(0, len(tokens) - 1, 5):
             is_noise = targets[start + 4] == 30
             assert weights[start : start + 5].tolist() == ([0, 0, 0, 0, 1] if is_noise else [1] * 5)
 
 
 def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
-    gradients = []
-    for parts in (1, 4):
-        model = tiny_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        before = [p.detach().clone() for p in model.parameters()]
-        batch = random_batch(8)
-        size = 8 // parts
-        split = [
-            type(batch)(
-                *(t[i : i + size] for t in (batch.images, batch.tokens, batch.targets, batch.weights)),
-                batch.image_ids[i : i + size],
-            )
-            for i in range(0, 8, size)
-        ]
-        train_step(TrainingModel(model), optimizer, [TaskBatches("detection", 1.0, split)], max_grad_norm=0)
-        gradients.append([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)])
-    for full, split in zip(*gradients, strict=True):
-        torch.testing.assert_close(full, split, atol=2e-6, rtol=1e-4)
+    (one, gradients), (four, others) = (step_and_gradients(random_samples(8), parts) for parts in (1, 4))
+    torch.testing.assert_close(four.loss, one.loss)
+    torch.testing.assert_close(four.losses, one.losses)
+    torch.testing.assert_close(others, gradients, atol=2e-6, rtol=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm():
     model = tiny_model()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    batches = [TaskBatches("detection", 1.0, [random_batch()])]
-    norm = train_step(TrainingModel(model), optimizer, batches, max_grad_norm=0.01).grad_norm
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    training_model = TrainingModel(model, CrossEntropy())
+    norm = train_step(training_model, optimizer, [random_batch()], {}, max_grad_norm=0.01).grad_norm
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert norm > 0.01
     assert math.isclose(float((after - before).norm()), 0.01, rel_tol=1e-3)
+
+
+class SquaredNorms:
+    """An objective without tokens: the mean squared norm of an image's memory."""
+
+    def counts(self, batch):
+        return {"norm": float(len(batch.images))}
+
+    def __call__(self, model, batch):
+        memory = model.encode(batch.images.float() / 255)
+        return {"norm": (memory.square().sum(-1).mean(-1).sum(), float(len(memory)))}
+
+
+def test_another_objective_trains_and_splits_over_micro_batches():
+    (one, gradients), (four, others) = (step_and_gradients(random_samples(8), n, SquaredNorms()) for n in (1, 4))
+    assert list(one.losses) == ["norm"]
+    torch.testing.assert_close(four.loss, one.loss)
+    torch.testing.assert_close(others, gradients, atol=2e-6, rtol=1e-4)
+    model, batch = tiny_model(), random_batch()
+    training_model = TrainingModel(model, SquaredNorms())
+    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95))
+    losses = [train_step(training_model, optimizer, [batch], {}, max_grad_norm=0).loss.item() for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("fault", ["nan in a loss", "inf in a gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_to_the_bit(fault):
+    model, batches = tiny_model("conv"), [random_batch(seed=seed) for seed in range(2)]
+    training_model = TrainingModel(model, CrossEntropy())
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+
+    def state():
+        return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def step():
+        return train_step(training_model, optimizer, batches, {}, max_grad_norm=1.0)
+
+    def differs(ours, theirs):
+        (ours, ours_optimizer), (theirs, theirs_optimizer) = ours, theirs
+        pairs = [(ours[name], theirs[name]) for name in theirs]
+        for index, values in theirs_optimizer["state"].items():
+            pairs += [(ours_optimizer["state"][index][name], value) for name, value in values.items()]
+        return [not torch.equal(a, b) for a, b in pairs]
+
+    assert step().finite
+    before, calls = state(), []
+    if fault == "nan in a loss":  # of the second micro-batch only
+        hook = model.decoder.norm.register_forward_hook(
+            lambda module, args, x: calls.append(0) or (x * torch.nan if len(calls) == 2 else x)
+        )
+    else:
+        hook = model.decoder.norm.weight.register_hook(lambda grad: grad * torch.inf)
+    result = step()
+    hook.remove()
+    assert not result.finite
+    assert result.loss.isfinite() == (fault == "inf in a gradient")
+    assert not any(differs(state(), before))
+    assert all(p.grad is None for p in model.parameters())
+    assert step().finite
+    assert sum(differs(state(), before)) > len(before[0])
 
 
 def test_norms_biases_and_embeddings_do_not_decay():
@@ -173,8 +242,8 @@ def test_the_moving_average_follows_its_formula():
 def test_a_tiny_model_overfits_four_images():
     model, batch = tiny_model(), random_batch(4, noise_objects=0, class_corruption="none", order="corner")
     optimizer = build_optimizer(model, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95))
-    batches = [TaskBatches("detection", 1.0, [batch])]
-    losses = [train_step(TrainingModel(model), optimizer, batches, max_grad_norm=1.0).loss.item() for _ in range(150)]
+    training_model = TrainingModel(model, CrossEntropy())
+    losses = [train_step(training_model, optimizer, [batch], {}, max_grad_norm=1.0).loss.item() for _ in range(150)]
     assert losses[0] > 5
     assert losses[-1] < 0.1
 

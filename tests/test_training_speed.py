@@ -5,21 +5,25 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from one_by_one import random_sample, sums_one_by_one
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pix2seq.errors import InputError
-from pix2seq.examples import Batch
+from pix2seq.examples import collate
 from pix2seq.model import cpu_attention
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.encoders import timm_attention
 from pix2seq.model.encoders.timm import TimmEncoder
 from pix2seq.model.layers import attend
 from pix2seq.model.pix2seq import build_model
-from pix2seq.training import step
-from pix2seq.training.step import compile_model, sequence_loss
+from pix2seq.training import objective
+from pix2seq.training.objective import CrossEntropy
+from pix2seq.training.optimizer import build_optimizer
+from pix2seq.training.step import TrainingModel, compile_model, train_step
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -40,19 +44,31 @@ def tiny_model(encoder=None):
     return build_model(config).train()
 
 
+TASKS = ["detection", "segmentation", "keypoint", "captioning"]
+
+
+def random_samples(sequences=1):
+    """Four images with so many sequences each, of about 20 tokens."""
+    rng = np.random.default_rng(1)
+    return [random_sample(rng, {"detection": rng.integers(15, 25, sequences)}, VOCAB.size) for _ in range(4)]
+
+
 def random_batch(sequences=1):
-    draw = torch.Generator().manual_seed(1)
-    tokens, targets = torch.randint(1, VOCAB.size, (2, 4, sequences, 20), generator=draw)
-    weights = torch.rand(tokens.shape, generator=draw) * (torch.rand(tokens.shape, generator=draw) > 0.3)
-    images = torch.randint(0, 256, (4, 3, 32, 32), generator=draw, dtype=torch.uint8)
-    return Batch(images, tokens, targets, weights, (0, 1, 2, 3))
+    return collate(random_samples(sequences), ["detection"])
+
+
+def four_tasks(seed=0):
+    """Two images for each of four tasks, with sequences as long as the tasks' own."""
+    rng = np.random.default_rng(seed)
+    lengths = {"detection": [31], "segmentation": rng.integers(10, 40, 3), "keypoint": [40], "captioning": [8, 12]}
+    return collate([random_sample(rng, {name: lengths[name]}, VOCAB.size) for name in TASKS for _ in range(2)], TASKS)
 
 
 def loss_and_gradients(model, batch, *, bf16=False, **settings):
     torch.manual_seed(5)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = sequence_loss(model, batch, **settings)
+        loss = CrossEntropy(**settings)(model, batch)["detection"][0]
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -62,23 +78,19 @@ def attention_by_hand(q, k, v, allowed):
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("kind", ["plain", "causal", "mask of each image", "mask of all"])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scores_at_once", [2**21, 3 * 2 * 24 * 24, 1])
-def test_attention_in_bf16_has_the_gradient_of_the_formula(monkeypatch, kind, scores_at_once):
+def test_attention_in_bf16_has_the_gradient_of_the_formula(monkeypatch, is_causal, scores_at_once):
     monkeypatch.setattr(cpu_attention, "SCORES_AT_ONCE", scores_at_once)
     draw = torch.Generator().manual_seed(0)
-    num_keys = 40 if kind == "plain" else 24
+    num_keys = 24 if is_causal else 40
     inputs = [torch.randn(5, n, 2, 16, generator=draw).bfloat16().transpose(1, 2) for n in (24, num_keys, num_keys)]
     grad = torch.randn(5, 2, 24, 16, generator=draw).bfloat16()
     allowed = torch.ones(1, 1, 24, num_keys, dtype=torch.bool)
-    if kind == "causal":
+    if is_causal:
         allowed = allowed.tril()
-    elif kind != "plain":
-        rows = 1 if kind == "mask of all" else 5
-        allowed = (torch.rand(rows, 1, 24, 24, generator=draw) > 0.5) | torch.eye(24, dtype=torch.bool)
-
     ours = [x.clone().requires_grad_() for x in inputs]
-    out = attend(*ours, is_causal=kind == "causal", mask=allowed if kind.startswith("mask") else None)
+    out = attend(*ours, is_causal=is_causal)
     out.backward(grad)
     exact = [x.double().requires_grad_() for x in inputs]
     expected = attention_by_hand(*exact, allowed)
@@ -114,13 +126,11 @@ def test_training_a_timm_encoder_in_bf16_follows_float32():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_the_loss_in_chunks_has_the_gradients_of_the_full_loss(monkeypatch, smoothing, rows_at_once):
-    monkeypatch.setattr(step, "LOGITS_AT_ONCE", rows_at_once * VOCAB.size + 3)
-    model, batch = tiny_model().eval(), random_batch()
-    loss, gradients = loss_and_gradients(model, batch, label_smoothing=smoothing)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", rows_at_once * VOCAB.size + 3)
+    model, samples = tiny_model().eval(), random_samples()
+    loss, gradients = loss_and_gradients(model, collate(samples, ["detection"]), label_smoothing=smoothing)
     model.zero_grad()
-    logits = model(batch.images / 255, batch.tokens).flatten(0, 1)
-    losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none", label_smoothing=smoothing)
-    full = (losses * batch.weights.flatten()).sum()
+    full = sums_one_by_one(model, samples, smoothing)["detection"]
     full.backward()
     torch.testing.assert_close(loss, full.detach())
     for name, parameter in model.named_parameters():
@@ -140,17 +150,60 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_logits_of_all_positions_are_never_in_memory(monkeypatch):
     model, batch = tiny_model(), random_batch()
-    num_logits = int((batch.weights > 0).sum()) * VOCAB.size
+    num_logits = len(batch.scored) * VOCAB.size
     at_once = 5 * VOCAB.size
     largest_weight = max(p.numel() for p in model.parameters())
-    monkeypatch.setattr(step, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", at_once)
     with LargestTensor() as largest:
         loss_and_gradients(model, batch)
     assert largest.numel <= max(at_once, largest_weight) < num_logits
-    monkeypatch.setattr(step, "LOGITS_AT_ONCE", num_logits)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", num_logits)
     with LargestTensor() as largest:
         loss_and_gradients(model, batch)
     assert largest.numel == num_logits
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that reach the device, also in the backward pass. Views are free and left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def stepper(model, **settings):
+    """Return a function that takes a training step of four tasks on its batches."""
+    training_model = TrainingModel(model, CrossEntropy(), **settings)
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    return lambda *batches: train_step(training_model, optimizer, batches, {"captioning": 0.5}, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(("bf16", "most"), [(False, 500), (True, 760)])
+def test_a_step_of_four_tasks_takes_few_operations(bf16, most):
+    step = stepper(tiny_model(), bf16=bf16)
+    step(four_tasks())  # makes the optimiser's state and what is computed once
+    counts = []
+    for seed in (1, 2):
+        with CountOperations() as operations:
+            step(four_tasks(seed))
+        counts.append(operations.count)
+    assert max(counts) <= most
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu():
+    step = stepper(tiny_model().cuda(), bf16=True)
+    batches = [four_tasks(seed).pin_memory() for seed in range(4)]  # new lengths at every step
+    step(*batches[:2])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = step(*batches[2:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.finite
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -63,8 +63,8 @@ def stream(location, task=Detection, config=None, **options):
     return TrainingStream(index, task, size=(32, 32), augment=AugmentConfig(), seed=5, **{"mix": 2} | options)
 
 
-def take(samples, count, **options):
-    found = batches(samples, **{"batch_size": 3} | options)
+def take(samples, count, *, batch_size=3, **options):
+    found = batches([(samples, batch_size)], **options)
     try:
         return list(islice(found, count))
     finally:
@@ -75,7 +75,7 @@ def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
     for batch, other in zip(ours, theirs, strict=True):
         assert batch.image_ids == other.image_ids
-        for name in ("images", "tokens", "targets", "weights"):
+        for name in ("images", "tokens", "lengths", "memory_index", "scored", "targets", "weights"):
             assert torch.equal(getattr(batch, name), getattr(other, name))
 
 
@@ -92,7 +92,7 @@ def test_each_rank_and_worker_reads_its_own_images(shards, data):
     # 6 shards and 4 readers: the first 2 batches of each rank have no image twice.
     options = {"batch_size": 4, "num_workers": 2, "world_size": 2}
     parts = [take(stream(shards), 2, **options, rank=rank) for rank in range(2)]
-    ids = [i for batches_of_rank in parts for batch in batches_of_rank for i in batch.image_ids]
+    ids = [i for batches_of_rank in parts for batch in batches_of_rank for i in batch.image_ids["detection"]]
     assert len(ids) == len(set(ids)) == 8
     with pytest.raises(InputError, match=r"6 shards of split 'train', too few for 8 readers"):
         take(stream(shards), 1, batch_size=8, num_workers=4, world_size=2)

@@ -1,0 +1,33 @@
+"""Random samples, and the slow form of the loss, for comparison: each sequence alone, by `Decoder.forward`."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pix2seq.examples import Example, Sample
+
+
+def random_sample(rng, lengths, vocab_size, *, image_id=0, size=32, scored=0.7):
+    """Return a noise image with sequences of these lengths, by task; a share `scored` of their tokens has a weight."""
+    examples = {}
+    for name, some in lengths.items():
+        examples[name] = []
+        for length in some:
+            ids = rng.integers(1, vocab_size, length + 1)
+            weights = np.where(rng.random(length) < scored, rng.random(length), 0).astype(np.float32)
+            examples[name].append(Example(ids[:1], ids[1:], rng.integers(1, vocab_size, length), weights))
+    return Sample(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), examples, image_id)
+
+
+def sums_one_by_one(model, samples, label_smoothing=0.0):
+    """Return what `CrossEntropy` computes, by task, with one pass for each sequence."""
+    sums = {}
+    for sample in samples:
+        memory = model.encode(torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255)
+        for name, examples in sample.examples.items():
+            for example in examples:
+                tokens, targets, weights = map(torch.from_numpy, example.shifted())
+                logits = model.decoder.logits(model.decoder(tokens[None], memory))[0]
+                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+                sums[name] = sums.get(name, 0.0) + (losses * weights).sum()
+    return sums
