@@ -40,7 +40,7 @@ class Example:
 class Sample:
     """One image with its examples of one task or several."""
 
-    image: NDArray[np.uint8]  # (H, W, 3)
+    image: NDArray[Any]  # (H, W, 3) uint8, or stored features (N, D)
     examples: Mapping[str, Sequence[Example]]  # by task
     image_id: int
 
@@ -52,7 +52,7 @@ class Batch:
     Indices and counts are made on the host, so that a device has nothing to find out.
     """
 
-    images: Tensor  # (B, 3, H, W) uint8
+    images: Tensor  # (B, 3, H, W) uint8, or stored features (B, N, D)
     tokens: Tensor  # (L,) int64
     positions: Tensor  # (L,) int64, of each token in its sequence
     lengths: Tensor  # (S,) int64, tokens of each sequence; on the host
@@ -94,11 +94,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
     all_weights = np.concatenate(weights)
     scored = np.flatnonzero(all_weights)
     task_index = np.repeat(task_of, lengths)[scored]
-    images = np.empty((len(samples), 3, *samples[0].image.shape[:2]), np.uint8)
-    for image, sample in enumerate(samples):
-        cv2.split(sample.image, list(images[image]))  # writes the planes in a quarter of the time of a transpose
     return Batch(
-        images=torch.from_numpy(images),
+        images=torch.from_numpy(_stack([sample.image for sample in samples])),
         tokens=torch.from_numpy(np.concatenate(tokens)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         lengths=torch.from_numpy(lengths),
@@ -111,3 +108,12 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str]) -> Batch:
         counts=tuple(np.bincount(task_index, all_weights[scored], len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
     )
+
+
+def _stack(images: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if images[0].ndim == 2:
+        return np.stack(images)
+    planes = np.empty((len(images), 3, *images[0].shape[:2]), np.uint8)
+    for image, out in zip(images, planes, strict=True):
+        cv2.split(image, list(out))  # writes the planes in a quarter of the time of a transpose
+    return planes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch.utils.data
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from pix2seq.data.annotations import WHOLE_IMAGE, find_samples
 from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
+from pix2seq.data.features import FeatureStore, StoredImage
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
 from pix2seq.data.image import read_record_image, warp_image
 from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
+from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.types import Category, Target
 
@@ -69,13 +71,23 @@ class SampleMaker:
         return target if self._labels is None else replace(target, labels=self._labels[target.labels])
 
     def sample(
-        self, target: Target, image: NDArray[np.uint8], object_index: int | None, rng: np.random.Generator
+        self,
+        target: Target,
+        image: NDArray[np.uint8] | StoredImage,
+        object_index: int | None,
+        rng: np.random.Generator,
     ) -> Sample:
         """Make a sample of an image (H, W, 3), or of a crop around its object `object_index`."""
+        if isinstance(image, StoredImage):
+            affine, pixels = image.draw(rng)
+            return self._labelled(target, pixels, affine, rng)
         if object_index is not None and self.task.crop_padding is not None:
             target, image = crop_to_object(target, image, object_index, self.task.crop_padding)
         affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.task.scale_range)
         pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
+        return self._labelled(target, pixels, affine, rng)
+
+    def _labelled(self, target: Target, pixels: NDArray[Any], affine: Affine, rng: np.random.Generator) -> Sample:
         moved = transform_target(
             target,
             affine,
@@ -103,11 +115,16 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         seed: int,
         labels: Mapping[int, int] | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
+        features: FeatureStore | None = None,
     ) -> None:
-        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable."""
+        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable.
+
+        With `features`, samples have stored features in place of images.
+        """
         self.dataset = dataset
         self.task = task
         self.seed = seed
+        self.read = read_record_image if features is None else features.read
         self.maker = SampleMaker(dataset.categories, task, size=size, augment=augment, labels=labels)
         each_object = task.crop_padding is not None
         self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
@@ -137,7 +154,7 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
             target = self.dataset.target(image_index)
             self._tried[image_index] = True
             try:
-                image = read_record_image(target.image)
+                image = self.read(target.image)
             except InputError as error:
                 self._skip(image_index, target.image.id, str(error))
                 continue

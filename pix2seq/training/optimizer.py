@@ -19,13 +19,14 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Build AdamW with weight decay on matrices and kernels, but not on norms, biases and embeddings.
 
+    Parameters without a gradient, which are frozen, are left out.
     The official code decays every variable. That also pulls norm gains and rarely seen embedding rows
     towards zero, which brings no benefit.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         is_embedding = id(parameter) in embeddings or name.endswith(NOT_DECAYED)
         (not_decayed if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
