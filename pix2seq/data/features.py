@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class FeatureStore:
 
     def check_images(self, images: Sequence[ImageRecord], image_size: tuple[int, int]) -> None:
         """Raise `InputError` unless there are features of all `images`, at the run's image size."""
-        ours, theirs = list(image_size), self.index["image_size"]
+        ours, theirs = list(image_size), self.index["variants"]["size"]
         if ours != theirs:
             raise InputError(
                 f"features={self.folder} are of images at {theirs[0]}x{theirs[1]}, but model.image_size is "
@@ -142,17 +142,46 @@ class FeatureStore:
             raise InputError(f"{path} cannot be read ({error}); remove it and write the rest again") from None
 
 
+@dataclass(frozen=True)
+class Variants:
+    """How an image becomes what the encoder sees, `count` times; with one variant, it is only resized."""
+
+    size: tuple[int, int]
+    augment: AugmentConfig
+    scale_range: tuple[float, float] = (0.3, 2.0)
+    count: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count > 1 and not self.augment.enabled:
+            raise InputError(
+                f"{self.count} augmentations with augment.enabled=false would all be the same; set it to true, or ask "
+                "for one"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides about pixels and maps."""
+        settings = asdict(self) | {"size": list(self.size), "scale_range": list(self.scale_range)}
+        return settings if self.count > 1 else {"size": settings["size"], "count": 1}
+
+    def of(self, pixels: NDArray[np.uint8], number: int) -> list[tuple[NDArray[np.uint8], Affine]]:
+        """Return the variants of image `number`: each is a function of seed, variant and number."""
+        augment = self.augment if self.count > 1 else replace(self.augment, enabled=False)
+        variants = []
+        for variant in range(self.count):
+            rng = np.random.default_rng((self.seed, variant, number))
+            affine = random_affine(pixels.shape[:2], self.size, augment, rng, scale_range=self.scale_range)
+            variants.append((color_jitter(warp_image(pixels, affine, self.size), augment, rng), affine))
+        return variants
+
+
 def write_features(
     dataset: Dataset,
     out: Path,
     encode: Callable[[Tensor], Tensor],
+    variants: Variants,
     *,
     encoder: Mapping[str, Any],
-    size: tuple[int, int],
-    augment: AugmentConfig,
-    scale_range: tuple[float, float] = (0.3, 2.0),
-    augmentations: int = 1,
-    seed: int = 0,
     batch_size: int = 16,
     max_bad_share: float = MAX_BAD_SHARE,
     shard_bytes: int = SHARD_BYTES,
@@ -161,109 +190,80 @@ def write_features(
 ) -> FeatureStore:
     """Encode all images of a data set and store the features; go on where an earlier call was killed.
 
-    `encode` maps images (B, 3, H, W) uint8 to features (B, N, D) on the host; `encoder` describes it: `config` and
-    `fingerprint`. One augmentation is the plain resize of the evaluation. With more, variant k of an image is a
-    function of (seed, k, index of the image). An image that cannot be read is named in a warning and left out.
+    `encode` maps images (B, 3, H, W) uint8 to features (B, N, D) on the host. The index says of the `encoder`: its
+    settings as `encoder`, its `fingerprint`, and more. An image that cannot be read is named in a warning and left out.
     Raises `InputError` if the disk is too small, if `out` holds other features, or as `refuse_bad_share` says.
     """
-    if augmentations > 1 and not augment.enabled:
-        raise InputError(
-            f"{augmentations} augmentations with augment.enabled=false would all be the same; set it to true, or ask "
-            "for one"
-        )
-    augment = augment if augmentations > 1 else replace(augment, enabled=False)
-    images = dataset.images
-    shape = tuple(encode(torch.zeros(1, 3, *size, dtype=torch.uint8)).shape[1:])  # (N, D)
-    image_bytes = augmentations * int(np.prod(shape)) * _DTYPES[dtype].itemsize
+    images, count = dataset.images, variants.count
+    num_features, dim = encode(torch.zeros(1, 3, *variants.size, dtype=torch.uint8)).shape[1:]
+    image_bytes = count * num_features * dim * _DTYPES[dtype].itemsize
     per_shard = max(shard_bytes // image_bytes // batch_size, 1) * batch_size
-    index: dict[str, Any] = {
-        "format": FORMAT,
-        **encoder,
-        "image_size": list(size),
-        "num_features": shape[0],
-        "dim": shape[1],
-        "dtype": dtype,
-        "variants": augmentations,
-        "augment": asdict(augment) | {"scale_range": list(scale_range)},
-        "seed": seed,
-    }
-    content = json.dumps([index, per_shard, [(i.id, i.width, i.height) for i in images]])
+    settings = {"format": FORMAT, **encoder, "dtype": dtype, "variants": variants.settings()}
+    content = json.dumps([settings, per_shard, [(image.id, image.width, image.height) for image in images]])
     key = hashlib.sha256(content.encode()).hexdigest()
-    parts = {
+    shards = {
         out / f"features-{dataset.split}-{number:05d}.safetensors": range(first, min(first + per_shard, len(images)))
         for number, first in enumerate(range(0, len(images), per_shard))
     }
     output_folder(out)
-    whole = {path for path in parts if _is_whole(path, key)}
-    missing = sum(len(numbers) for path, numbers in parts.items() if path not in whole) * image_bytes
+    whole = {path for path in shards if _is_whole(path, key)}
     print(
-        f"{len(images)} images, {augmentations} x {shape[0]} features of {shape[1]} numbers in {dtype}: {image_bytes} "
-        f"bytes an image, {len(images) * image_bytes} bytes ({len(images) * image_bytes / 1e9:.2f} GB) in {len(parts)} "
-        f"files in {out}" + (f"; {len(whole)} of them are there already" if whole else ""),
+        f"{len(images)} images, {count} x {num_features} features of {dim} numbers in {dtype}: {image_bytes} bytes an "
+        f"image, {len(images) * image_bytes} bytes ({len(images) * image_bytes / 1e9:.2f} GB) in {len(shards)} files "
+        f"in {out}" + (f", {len(whole)} of them written before" if whole else ""),
         flush=True,
     )
-    if free_bytes(out) < missing:
-        raise InputError(f"{out} needs {missing} bytes, {free_bytes(out)} are free; free space, or name another folder")
-
-    def variants(pixels: NDArray[np.uint8], number: int) -> Iterator[tuple[Affine, NDArray[np.uint8]]]:
-        for variant in range(augmentations):
-            rng = np.random.default_rng((seed, variant, number))
-            affine = random_affine(pixels.shape[:2], size, augment, rng, scale_range=scale_range)
-            yield affine, color_jitter(warp_image(pixels, affine, size), augment, rng)
+    needed = sum(len(numbers) for path, numbers in shards.items() if path not in whole) * image_bytes
+    if free_bytes(out) < needed:
+        raise InputError(f"{out} needs {needed} bytes, {free_bytes(out)} are free; free space, or name another folder")
 
     bad: list[Defect] = []
-    bar = tqdm(total=len(images), unit="image", disable=not progress)
-    for path, numbers in parts.items():
-        if path in whole:
-            bar.update(len(numbers))
-            continue
-        features = torch.empty(len(numbers), augmentations, *shape, dtype=_DTYPES[dtype])
-        rows: list[list[int]] = []
-        affines: list[list[tuple[float, ...]]] = []
-        for batch in _read_ahead(images, numbers, batch_size):
-            inputs = []
-            for number, pixels in batch:
-                image = images[number]
-                if isinstance(pixels, InputError):
-                    warnings.warn(f"left out: {pixels}", stacklevel=2)
-                    bad.append((image.id, None, str(pixels), "dropped", ""))
-                    refuse_bad_share("images", bad, len(images), where=dataset.root, max_bad_share=max_bad_share)
-                    continue
-                maps, warped = zip(*variants(pixels, number), strict=True)
-                inputs.append(np.stack(warped))
-                rows.append([image.id, image.width, image.height])
-                affines.append([(m.scale_x, m.scale_y, m.offset_x, m.offset_y) for m in maps])
-            bar.update(len(batch))
-            if not inputs:
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        for path, numbers in shards.items():
+            if path in whole:
+                bar.update(len(numbers))
                 continue
-            done = slice(len(rows) - len(inputs), len(rows))
-            stacked = torch.from_numpy(np.stack(inputs)).permute(1, 0, 4, 2, 3).contiguous()  # (K, B, 3, H, W)
-            for variant, some in enumerate(stacked):
-                features[done, variant] = encode(some).to(features.dtype)
-            if not features[done].isfinite().all():
-                raise InputError(f"features of an image between {rows[done][0][0]} and {rows[-1][0]} exceed {dtype}")
-        _write_shard(
-            path,
-            {
+            features = torch.empty(len(numbers), count, num_features, dim, dtype=_DTYPES[dtype])
+            rows: list[tuple[int, int, int]] = []
+            affines: list[list[tuple[float, ...]]] = []
+            for batch in _read_ahead(images, numbers, batch_size):
+                inputs, first = [], len(rows)
+                for number, pixels in batch:
+                    image = images[number]
+                    if isinstance(pixels, InputError):
+                        warnings.warn(f"left out: {pixels}", stacklevel=2)
+                        bad.append((image.id, None, str(pixels), "dropped", ""))
+                        continue
+                    warped, maps = zip(*variants.of(pixels, number), strict=True)
+                    inputs.append(np.stack(warped))
+                    rows.append((image.id, image.width, image.height))
+                    affines.append([astuple(affine) for affine in maps])
+                refuse_bad_share("images", bad, len(images), where=dataset.root, max_bad_share=max_bad_share)
+                for variant in range(count if inputs else 0):
+                    some = torch.from_numpy(np.stack([each[variant] for each in inputs])).permute(0, 3, 1, 2)
+                    features[first : len(rows), variant] = encode(some.contiguous()).to(features.dtype)
+                if not features[first : len(rows)].isfinite().all():
+                    raise InputError(f"features of image {rows[first][0]} or one after it are too large for {dtype}")
+                bar.update(len(batch))
+            tensors = {
                 "features": features[: len(rows)],
-                "affines": torch.tensor(affines, dtype=torch.float64).reshape(-1, augmentations, 4),
-                "images": torch.tensor(rows).reshape(-1, 3),
-            },
-            key,
-        )
-    bar.close()
-    tensors = {path: _map_shard(path)[0] for path in parts}
-    stored = [row for part in tensors.values() for row in part["images"].tolist()]
-    ids = {row[0] for row in stored}
-    index |= {
-        "split": dataset.split,
+                "affines": torch.tensor(affines, dtype=torch.float64).reshape(-1, count, 4),
+                "images": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
+            }
+            _write_shard(path, tensors, key)
+
+    tensors_of = {path: _map_shard(path)[0] for path in shards}
+    stored = [row for part in tensors_of.values() for row in part["images"].tolist()]
+    index = settings | {
+        "num_features": num_features,
+        "dim": dim,
         "shards": [
             {"name": path.name, "num_images": len(part["images"]), "bytes": path.stat().st_size}
-            for path, part in tensors.items()
+            for path, part in tensors_of.items()
         ],
         "images": stored,  # id, width, height
-        "affines": [row for part in tensors.values() for row in part["affines"].tolist()],
-        "left_out": [image.id for image in images if image.id not in ids],
+        "affines": [row for part in tensors_of.values() for row in part["affines"].tolist()],
+        "left_out": sorted({image.id for image in images} - {row[0] for row in stored}),
     }
     with report_write_errors(out, "writing features", then="run the command again"):
         write_atomically(out / _index_name(dataset.split), json.dumps(index) + "\n")

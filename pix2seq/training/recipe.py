@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_categories
-from pix2seq.data.features import FeatureStore, write_features
+from pix2seq.data.features import FeatureStore, Variants, write_features
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import TrainingSet, TrainingStream
 from pix2seq.device import pick_device
@@ -138,8 +138,15 @@ def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **
     device = pick_device(config.device)
     encoder = initial_encoder(config).to(device)
     fingerprint = encoder_fingerprint(encoder, settings.encoder, settings.positions)
-    scales = [get_task(name).scale_range for name in config.tasks]
     grid = encoder.grid(*settings.image_size)
+    scales = [get_task(name).scale_range for name in config.tasks]
+    variants = Variants(
+        settings.image_size,
+        config.augment,
+        (max(low for low, _ in scales), min(high for _, high in scales)),
+        augmentations,
+        config.seed,
+    )
 
     def encode(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
@@ -151,21 +158,13 @@ def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **
             )
         return features.cpu()
 
+    about = {"encoder": asdict(settings.encoder), "fingerprint": fingerprint, "grid": list(grid), "bf16": config.bf16}
     return write_features(
         dataset,
         out,
         encode,
-        encoder={
-            "encoder": asdict(settings.encoder),
-            "fingerprint": fingerprint,
-            "grid": list(grid),
-            "bf16": config.bf16,
-        },
-        size=settings.image_size,
-        augment=config.augment,
-        scale_range=(max(low for low, _ in scales), min(high for _, high in scales)),
-        augmentations=augmentations,
-        seed=config.seed,
+        variants,
+        encoder=about,
         batch_size=config.eval_batch_size,
         max_bad_share=config.max_bad_share,
         **options,
