@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pix2seq.tasks import get_task
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.training.config import TrainConfig
 from pix2seq.training.initialize import initial_encoder, with_init_model
-from pix2seq.types import Category, ImageRecord
+from pix2seq.types import Category
 from pix2seq.vocab import TASK_IDS, Vocab
 
 SEED_STRIDE = 1_000_003  # between the seeds of two tasks
@@ -110,17 +110,17 @@ def _open_features(config: TrainConfig, opened: Mapping[str, Dataset | ShardInde
         )
     ((location, dataset),) = opened.items()
     store = FeatureStore(Path(str(config.features)), config.train_split)
-    store.check_images(_images_of(dataset, location), config.model.image_size)
+    store.check_images(_with_images(dataset, location).images, config.model.image_size)
     return store
 
 
-def _images_of(dataset: Dataset | ShardIndex, location: str) -> Sequence[ImageRecord]:
+def _with_images(dataset: Dataset | ShardIndex, location: str) -> Dataset:
     if isinstance(dataset, ShardIndex):
         raise InputError(
             f"{location} holds shards, but features belong to single images; give data=FOLDER with the COCO or "
             "Pascal VOC data set that the shards were written from"
         )
-    return dataset.images
+    return dataset
 
 
 def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **options: Any) -> FeatureStore:
@@ -131,9 +131,7 @@ def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **
     """
     config = with_init_model(config)
     location = config.data_of(config.tasks[0])
-    dataset = _open(config, location, config.train_split)
-    _images_of(dataset, location)
-    assert not isinstance(dataset, ShardIndex)
+    dataset = _with_images(_open(config, location, config.train_split), location)
     settings = config.model
     device = pick_device(config.device)
     encoder = initial_encoder(config).to(device)
