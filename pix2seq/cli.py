@@ -66,6 +66,7 @@ def _main(argv: Sequence[str]) -> int:
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
+    add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
     # argparse takes positional words from one position only; people put key=value before and after options.
@@ -266,6 +267,35 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
             dataset = open_dataset(args.folder, split)
             index = write_shards(dataset, args.out, samples_per_shard=args.samples_per_shard, progress=True)
             print(f"{split}: {len(index)} of {len(dataset)} images in {len(index.shards)} shards in {args.out}")
+
+    parser.set_defaults(run=run)
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """Add the options of storing features."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, help="folder to write; features=OUT trains from it")
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument("--checkpoint", type=Path, help="checkpoint or run folder, to train with init=CHECKPOINT")
+    encoder.add_argument("--encoder", help="timm model with its pretrained weights, as model.encoder.name=ENCODER")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--augmentations", type=_positive, default=1, help="variants of an image; 1 is a plain resize")
+    parser.add_argument("--config", help="YAML file of settings, see configs/")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.training.config import load_config
+        from pix2seq.training.recipe import store_features
+
+        fixed = {"data": str(args.folder), "train_split": args.split}
+        settings = args.settings
+        if args.checkpoint is not None:
+            fixed["init"] = str(args.checkpoint)
+        else:
+            settings = [f"model.encoder.name={args.encoder}", "model.encoder.pretrained=true", *settings]
+        config = load_config(args.config, settings, **fixed)
+        store = store_features(config, args.out, augmentations=args.augmentations, progress=True)
+        print(f"{args.split}: features of {len(store)} images, {store.num_bytes} bytes, in {args.out}")
 
     parser.set_defaults(run=run)
 

@@ -42,7 +42,7 @@ class Example:
 class Sample:
     """One image with its examples of one task or several."""
 
-    image: NDArray[np.uint8]  # (H, W, 3)
+    image: NDArray[Any]  # (H, W, 3) uint8, or stored features (N, D)
     examples: Mapping[str, Sequence[Example]]  # by task
     image_id: int
 
@@ -54,7 +54,7 @@ class Batch:
     Indices and counts are made on the host, so that a device has nothing to find out.
     """
 
-    images: Tensor  # (B, 3, H, W) uint8
+    images: Tensor  # (B, 3, H, W) uint8, or stored features (B, N, D)
     tokens: Tensor  # (L,) int64
     positions: Tensor  # (L,) int64, of each token in its sequence
     lengths: Tensor  # (S,) int64, tokens of each sequence; on the host
@@ -78,7 +78,7 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
+        moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
         return replace(self, **moved)
 
 
@@ -110,11 +110,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1)
     scored_weights[num_scored:] = 0
     task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)
     empty = -len(lengths) % max(bucket // 8, 1)
-    images = np.empty((len(samples), 3, *samples[0].image.shape[:2]), np.uint8)
-    for image, sample in enumerate(samples):
-        cv2.split(sample.image, list(images[image]))  # writes the planes in a quarter of the time of a transpose
     return Batch(
-        images=torch.from_numpy(images),
+        images=torch.from_numpy(_stack([sample.image for sample in samples])),
         tokens=torch.from_numpy(np.concatenate(tokens)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         lengths=torch.from_numpy(np.append(lengths, np.zeros(empty, np.int64))),
@@ -127,3 +124,12 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1)
         counts=tuple(np.bincount(task_index, scored_weights, len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
     )
+
+
+def _stack(images: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if images[0].ndim == 2:
+        return np.stack(images)
+    planes = np.empty((len(images), 3, *images[0].shape[:2]), np.uint8)
+    for image, out in zip(images, planes, strict=True):
+        cv2.split(image, list(out))  # writes the planes in a quarter of the time of a transpose
+    return planes

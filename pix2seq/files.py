@@ -43,8 +43,13 @@ def output_file(path: Path) -> Path:
 
 
 @contextmanager
-def report_write_errors(path: Path, action: str, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn a failure to write in `path` into an `InputError` that names the `action` and the `num_bytes` it needs."""
+def report_write_errors(
+    path: Path, action: str, *, num_bytes: int | None = None, then: str = "continue with --resume auto"
+) -> Iterator[None]:
+    """Turn a failure to write in `path` into an `InputError`.
+
+    It names the `action` and the `num_bytes` it needs, and says what to do `then`, once the disk is all right.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -54,12 +59,11 @@ def report_write_errors(path: Path, action: str, *, num_bytes: int | None = None
         if code not in DISK_FULL:
             raise InputError(
                 f"{path} cannot be written while {action} ({os.strerror(code) if code else error}); "
-                "make it writable and continue with --resume auto"
+                f"make it writable and {then}"
             ) from error
         needed = "" if num_bytes is None else f"{num_bytes} bytes needed, "
         raise InputError(
-            f"disk full at {path} while {action}: {needed}{free_bytes(path)} free; "
-            "free space and continue with --resume auto"
+            f"disk full at {path} while {action}: {needed}{free_bytes(path)} free; free space and {then}"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ class SequenceView:
 
     def __init__(self, config: TrainConfig, task: str, index: int, *, epoch: int = 0) -> None:
         """Make sample `index` of an `epoch` of a run with `config`. Raises `InputError` if there is none."""
-        recipe = prepare(config)
+        recipe = prepare(replace(config, features=None))
         (samples,) = (samples for samples in recipe.samples if task in samples.tasks)
         if isinstance(samples, TrainingStream):
             raise InputError(f"{config.data_of(task)} holds shards, which have no numbers; name the data set itself")

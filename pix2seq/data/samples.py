@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch.utils.data
@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
 from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
+from pix2seq.data.features import FeatureStore, StoredImage
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
 from pix2seq.data.image import read_record_image, warp_image
 from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
+from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import mirror_order
-from pix2seq.types import Category, Target
+from pix2seq.types import Category, ImageRecord, Target
 
 
 class ExampleMaker(Protocol):
@@ -80,7 +82,7 @@ class SampleMaker:
     def sample(
         self,
         target: Target,
-        image: NDArray[np.uint8],
+        image: NDArray[np.uint8] | StoredImage,
         object_index: int | None,
         rng: np.random.Generator,
         task_rngs: Sequence[np.random.Generator],
@@ -91,10 +93,23 @@ class SampleMaker:
         annotations for, or that does not learn from it mirrored, gets no entry.
         """
         found, padding = contents(target), self.tasks[0].crop_padding
+        if isinstance(image, StoredImage):
+            affine, pixels = image.draw(rng)
+            return self._labelled(target, pixels, affine, task_rngs, found)
         if object_index is not None and padding is not None:
             target, image = crop_to_object(target, image, object_index, padding)
         affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.scale_range)
         pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
+        return self._labelled(target, pixels, affine, task_rngs, found)
+
+    def _labelled(
+        self,
+        target: Target,
+        pixels: NDArray[Any],
+        affine: Affine,
+        task_rngs: Sequence[np.random.Generator],
+        found: Collection[str],
+    ) -> Sample:
         moved = transform_target(
             target,
             affine,
@@ -128,21 +143,28 @@ def _common_scales(tasks: Sequence[ExampleMaker], augment: AugmentConfig) -> tup
 class _ImageReader:
     """Reads the images of samples. One that cannot be used is named in a warning and replaced by the next one."""
 
-    def __init__(self, dataset: Dataset, index: NDArray[np.int32], max_bad_share: float) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        index: NDArray[np.int32],
+        max_bad_share: float,
+        read_image: Callable[[ImageRecord], NDArray[np.uint8] | StoredImage] = read_record_image,
+    ) -> None:
         self.dataset = dataset
         self.index = index
         self.max_bad_share = max_bad_share
+        self.read_image = read_image
         self._tried = np.zeros(len(dataset), np.bool_)  # images that this process has read
         self._bad: dict[int, Defect] = {}  # those of them that cannot be used
 
-    def read(self, number: int) -> tuple[Target, NDArray[np.uint8], int | None]:
+    def read(self, number: int) -> tuple[Target, NDArray[np.uint8] | StoredImage, int | None]:
         """Return annotations, image and object of a sample, or of the next one that can be used."""
         for step in range(len(self.index)):
             image_index, object_index = self.index[(number + step) % len(self.index)].tolist()
             target = self.dataset.target(image_index)
             self._tried[image_index] = True
             try:
-                image = read_record_image(target.image)
+                image = self.read_image(target.image)
             except InputError as error:
                 self._skip(image_index, target.image.id, str(error))
                 continue
@@ -175,15 +197,20 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         seed: int,
         labels: Mapping[int, int] | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
+        features: FeatureStore | None = None,
     ) -> None:
-        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable."""
+        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable.
+
+        With `features`, samples have stored features in place of images.
+        """
         self.dataset = dataset
         self.task = task
         self.seed = seed
         self.maker = SampleMaker(dataset.categories, [task], size=size, augment=augment, labels=labels)
         each_object = task.crop_padding is not None
         self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
-        self._reader = _ImageReader(dataset, self.index, max_bad_share)
+        read_image = read_record_image if features is None else features.read
+        self._reader = _ImageReader(dataset, self.index, max_bad_share, read_image)
 
     @property
     def tasks(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,7 @@ class Pix2Seq(nn.Module):
         self.categories = tuple(categories)
         self.text = text
         self.task_settings: dict[str, dict[str, Any]] = {}
+        self.encoder_is_frozen = False
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +105,24 @@ class Pix2Seq(nn.Module):
         """Return the blocks of encoder and decoder, which are compiled and sharded one by one."""
         return [*self.encoder.block_list(), *self.decoder.blocks]
 
+    def freeze_encoder(self) -> None:
+        """Keep the encoder as it is: it gets no gradients, and stays in evaluation mode while the rest trains."""
+        self.encoder_is_frozen = True
+        self.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for a frozen encoder."""
+        super().train(mode)
+        if self.encoder_is_frozen:
+            self.encoder.eval()
+        return self
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Set whether Transformer blocks recompute their activations in the backward pass.
 
         This takes a fraction of the memory for about a third more arithmetic. Gradients, and dropout, stay the same.
         """
-        self.encoder.set_activation_checkpointing(enabled)
+        self.encoder.set_activation_checkpointing(enabled and not self.encoder_is_frozen)
         self.decoder.blocks.checkpointing = enabled
 
     def encode(self, images: Tensor) -> Tensor:
@@ -121,8 +134,13 @@ class Pix2Seq(nn.Module):
         height, width = images.shape[-2:]
         if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {stride}")
-        features, grid = self.encoder(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
+            features, grid = self.encoder(images)
         return self.projection(features, grid)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Project encoder features (B, N, encoder.dim) of images of `config.image_size` to memory (B, N, D)."""
+        return self.projection(features, self.encoder.grid(*self.config.image_size))
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return logits (B, T, V) for tokens (B, T), or (B * I, T, V) for tokens (B, I, T), with teacher forcing."""
@@ -231,11 +249,9 @@ def build_model(
     load_pretrained: bool = True,
 ) -> Pix2Seq:
     """Build a model with fresh weights. The encoder gets timm's if its config asks for them and `load_pretrained`."""
-    if config.positions not in ("sincos", "fourier", "learned"):
-        raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
+    positions = checked_positions(config)
     if config.decoder.positions not in ("sincos", "learned"):
         raise InputError(f"model.decoder.positions is {config.decoder.positions!r}; expected sincos or learned")
-    positions: PositionKind = config.positions  # type: ignore[assignment]
     encoder = build_encoder(config.encoder, config.image_size, positions, load_pretrained=load_pretrained)
     dec, mem = config.decoder, config.memory
     projection = MemoryProjection(
@@ -262,6 +278,13 @@ def build_model(
     if positions == "fourier":
         _init_coordinates(decoder, config.vocab)
     return Pix2Seq(encoder, projection, decoder, config, categories, text)
+
+
+def checked_positions(config: ModelConfig) -> PositionKind:
+    """Return `config.positions`. Raises `InputError` if there is no such kind."""
+    if config.positions not in ("sincos", "fourier", "learned"):
+        raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
+    return config.positions  # type: ignore[return-value]
 
 
 @torch.no_grad()

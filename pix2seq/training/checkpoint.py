@@ -239,7 +239,7 @@ def load_checkpoint(state: RunState, folder: Path) -> None:
             tensors = load_file(folder / STATE_FILE)
         snapshot = Snapshot(load_file(folder / WEIGHTS_FILE), tensors, dict(position))
         _restore(state, snapshot)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(
             f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run "
             "started with, or start a new run with --resume never and another out=FOLDER"
@@ -275,6 +275,8 @@ def _restore(state: RunState, snapshot: Snapshot) -> None:
     optimizer_state["state"] = {}
     for key, value in stored.items():
         index, entry = key.split("/")
+        if int(index) >= len(parameters) or (value.ndim and value.shape != parameters[int(index)].shape):
+            raise ValueError("its optimizer has other parameters, which freeze=encoder changes")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
             value = sharded_like(parameter, value)

@@ -25,6 +25,7 @@ from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.optimizer import OPTIMIZERS, ScheduleConfig
 
 PARALLEL = ("ddp", "fsdp")
+FREEZABLE = ("encoder",)
 COUNTS = (
     "steps",
     "batch_size",
@@ -85,6 +86,8 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of every target that is spread over the vocabulary
     ema_decay: float = 0.999  # 0 evaluates and saves the raw weights
     init: str | None = None  # checkpoint to start from
+    freeze: str | None = None  # encoder: it keeps its weights; None: everything is trained
+    features: str | None = None  # folder that `pix2seq data features` wrote; replaces images and the encoder's forward
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -94,6 +97,10 @@ class TrainConfig:
             raise unknown_name("parallel", self.parallel, PARALLEL)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
+        if self.freeze is not None and self.freeze not in FREEZABLE:
+            raise unknown_name("part of the model to freeze", self.freeze, FREEZABLE)
+        if self.features is not None and self.share_images:
+            raise ValueError("features cannot be combined with share_images=true; set share_images=false")
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -113,6 +120,11 @@ class TrainConfig:
             raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+
+    @property
+    def freezes_encoder(self) -> bool:
+        """Whether the encoder keeps its weights, which stored features imply."""
+        return self.freeze == "encoder" or self.features is not None
 
     def task(self, name: str) -> TaskConfig:
         """Return the settings of a task."""

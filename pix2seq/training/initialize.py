@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
-from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.model.encoders.build import build_encoder
+from pix2seq.model.encoders.encoder import Encoder
+from pix2seq.model.pix2seq import Pix2Seq, checked_positions
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
@@ -32,6 +34,26 @@ def with_init_model(config: TrainConfig) -> TrainConfig:
     if vocab.num_text:
         vocab = replace(vocab, num_text=0, size=vocab.text_base)
     return replace(config, model=replace(source, vocab=vocab))
+
+
+def initial_encoder(config: TrainConfig) -> Encoder:
+    """Return the encoder that a run with these settings starts from, in evaluation mode.
+
+    Raises `InputError` if the checkpoint `config.init` has another one.
+    """
+    torch.manual_seed(config.seed)  # as in a run, which builds its encoder first
+    model = config.model
+    encoder = build_encoder(
+        model.encoder, model.image_size, checked_positions(model), load_pretrained=config.init is None
+    )
+    if config.init is not None:
+        source = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init))).encoder
+        try:
+            encoder.load_state_dict(source.state_dict())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{config.init} has another encoder ({reason}); leave model.encoder out") from None
+    return encoder.requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from pix2seq.errors import InputError, Stopped
 from pix2seq.evaluation import EvalResult, Measured, measure, merge_measured
 from pix2seq.examples import Batch
 from pix2seq.files import output_folder
+from pix2seq.model.encoders.build import encoder_fingerprint
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
@@ -88,6 +89,8 @@ class _Trainer:
         torch.manual_seed(config.seed)
         model = _new_model(config, recipe)
         model.to(ranks.device).train()
+        if config.freezes_encoder:
+            model.freeze_encoder()
         model.set_activation_checkpointing(config.activation_checkpointing)
         if ranks.device.type == "cpu":
             keep_freed_memory()
@@ -294,4 +297,7 @@ def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:
     if config.init is not None:
         start = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init)))
         print(f"from {config.init}: {initialize_from(model, start, config.init)}")
+    if recipe.features is not None:
+        fingerprint = encoder_fingerprint(model.encoder, config.model.encoder, config.model.positions)
+        recipe.features.check_encoder(fingerprint)
     return model

@@ -48,7 +48,8 @@ class CrossEntropy:
         The output layer runs at scored positions only: prompts and the coordinates of noise objects have weight 0,
         and would cost a row of V logits each.
         """
-        memory = model.encode(batch.images.to(model.device).float() / 255)
+        images = batch.images.to(model.device)
+        memory = model.encode(images.float() / 255) if images.ndim == 4 else model.project(images.float())
         layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)

@@ -32,6 +32,7 @@ def build_optimizer(
     """Build the optimiser `name` with weight decay on matrices and kernels, but not on norms, biases and embeddings.
 
     `muon` updates the weights of linear layers by Muon and all others by AdamW with `betas`, at the same learning rate.
+    Parameters without a gradient, which are frozen, are left out.
     The official code decays every variable. That also pulls norm gains and rarely seen embedding rows
     towards zero, which brings no benefit.
     """
@@ -40,7 +41,7 @@ def build_optimizer(
     not_decayed: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    for key, parameter in model.named_parameters():
+    for key, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         if parameter.ndim < 2 or id(parameter) in embeddings or key.endswith(NOT_DECAYED):
             not_decayed.append(parameter)
         else:

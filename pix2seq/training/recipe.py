@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 from pix2seq.data.annotations import find_samples
 from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_categories
+from pix2seq.data.features import FeatureStore, Variants, write_features
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
+from pix2seq.device import pick_device
 from pix2seq.errors import InputError
+from pix2seq.model.encoders.build import encoder_fingerprint
 from pix2seq.model.pretrained import read_config
 from pix2seq.tasks import get_task
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.training.config import TrainConfig
+from pix2seq.training.initialize import initial_encoder, with_init_model
 from pix2seq.types import Category
 from pix2seq.vocab import TASK_IDS, Vocab
 
@@ -35,6 +42,7 @@ class Recipe:
     categories: tuple[Category, ...]
     text: TextTokenizer | None
     vocab: Vocab
+    features: FeatureStore | None = None  # in place of the images of the training split
 
     def evaluations(self) -> list[tuple[Dataset, list[str]]]:
         """Return the validation splits, each with all tasks that are scored on it."""
@@ -64,12 +72,18 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             text = _text_tokenizer(config, name, train_data[name], resumed)
             vocab = vocab.with_text(text.size)
 
+    features = _open_features(config, opened) if config.features is not None else None
     tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
     for name, task in tasks.items():
         if task.max_seq_len > config.model.decoder.max_seq_len:
             raise InputError(
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
                 f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
+            )
+        if features is not None and task.crop_padding is not None:
+            raise InputError(
+                f"{name} crops around objects, but features={config.features} are of whole images; turn cropping off "
+                "(a setting of the task), or leave features out"
             )
         if not _num_images(train_data[name], task.learns_from):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
@@ -87,13 +101,81 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             continue
         options["max_bad_share"] = config.max_bad_share
         if len(names) == 1:
-            samples.append(TrainingSet(dataset, tasks[name], **options))
+            samples.append(TrainingSet(dataset, tasks[name], features=features, **options))
         else:
             samples.append(SharedTrainingSet(dataset, [tasks[name] for name in names], **options))
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             labels_by_name(dataset.categories, categories)  # training cannot teach what only validation has
-    return Recipe(tuple(samples), val_data, categories, text, vocab)
+    return Recipe(tuple(samples), val_data, categories, text, vocab, features)
+
+
+def _open_features(config: TrainConfig, opened: Mapping[str, Dataset | ShardIndex]) -> FeatureStore:
+    """Open the stored features of the training split, and check that they are of its images."""
+    if len(opened) > 1:
+        raise InputError(
+            f"features={config.features} are of one data folder, but the tasks have {len(opened)}; give all of them "
+            "the same data=FOLDER, or leave features out"
+        )
+    ((location, dataset),) = opened.items()
+    store = FeatureStore(Path(str(config.features)), config.train_split)
+    store.check_images(_with_images(dataset, location).images, config.model.image_size)
+    return store
+
+
+def _with_images(dataset: Dataset | ShardIndex, location: str) -> Dataset:
+    if isinstance(dataset, ShardIndex):
+        raise InputError(
+            f"{location} holds shards, but features belong to single images; give data=FOLDER with the COCO or "
+            "Pascal VOC data set that the shards were written from"
+        )
+    return dataset
+
+
+def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **options: Any) -> FeatureStore:
+    """Encode the training split with the encoder that a run with `config` starts from, for `features=OUT`.
+
+    Augmentations are those of `config.augment`, at scales that all of its tasks allow. `options` are those of
+    `write_features`.
+    """
+    config = with_init_model(config)
+    location = config.data_of(config.tasks[0])
+    dataset = _with_images(_open(config, location, config.train_split), location)
+    settings = config.model
+    device = pick_device(config.device)
+    encoder = initial_encoder(config).to(device)
+    fingerprint = encoder_fingerprint(encoder, settings.encoder, settings.positions)
+    grid = encoder.grid(*settings.image_size)
+    scales = [get_task(name).scale_range for name in config.tasks]
+    variants = Variants(
+        settings.image_size,
+        config.augment,
+        (max(low for low, _ in scales), min(high for _, high in scales)),
+        augmentations,
+        config.seed,
+    )
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            features, found = encoder(images.to(device).float() / 255)
+        if found != grid:
+            raise InputError(
+                f"{settings.encoder.name} has a grid of {found[0]}x{found[1]} features, expected {grid[0]}x{grid[1]}; "
+                f"use sides of model.image_size that are multiples of {encoder.stride}"
+            )
+        return features.cpu()
+
+    about = {"encoder": asdict(settings.encoder), "fingerprint": fingerprint, "grid": list(grid), "bf16": config.bf16}
+    return write_features(
+        dataset,
+        out,
+        encode,
+        variants,
+        encoder=about,
+        batch_size=config.eval_batch_size,
+        max_bad_share=config.max_bad_share,
+        **options,
+    )
 
 
 def _groups(

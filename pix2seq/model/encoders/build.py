@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -47,3 +49,15 @@ def build_encoder(
     else:
         raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
     return VisionTransformer(stem, config.patch_size, **transformer)
+
+
+def encoder_fingerprint(encoder: Encoder, config: EncoderConfig, positions: str) -> str:
+    """Return the sha256 of what an encoder computes in evaluation mode: its weights and architecture."""
+    known: dict[str, Any] = {"name": config.name}
+    if config.name in ("vit", "resnet"):  # a timm model has no other settings that matter
+        known = asdict(config) | {"positions": positions, "pretrained": False, "dropout": 0, "drop_path": 0}
+    digest = hashlib.sha256(repr(sorted(known.items())).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
