@@ -97,6 +97,11 @@ class FeatureStore:
         """Bytes of all features on disk."""
         return sum(int(shard["bytes"]) for shard in self.index["shards"])
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether some of the features are of mirrored images."""
+        return bool((self._affines[..., 0] < 0).any())  # the scale of x
+
     def read(self, image: ImageRecord) -> StoredImage:
         """Return the features of an image. Raises `InputError` if it was unreadable when they were written."""
         if image.id in self._left_out:

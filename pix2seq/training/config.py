@@ -77,7 +77,7 @@ class TrainConfig:
     parallel: str = "ddp"  # ddp, or fsdp, which shards weights and optimiser state over processes
     bf16: bool = True  # bf16 autocast
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    cuda_graphs: bool = True  # on one GPU with adamw and bf16: record each step once per padded length and replay it
+    cuda_graphs: bool = False  # record a step once per padded length and replay it; for one GPU, adamw and bf16
     compile: bool = False  # torch.compile the blocks: takes minutes at first; no gain was measured on two CPU cores
     optimizer: str = "adamw"  # adamw, or muon: Muon for linear layers and AdamW for the rest, at the same lr
     weight_decay: float = 0.05

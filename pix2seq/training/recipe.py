@@ -85,6 +85,11 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
                 f"{name} crops around objects, but features={config.features} are of whole images; turn cropping off "
                 "(a setting of the task), or leave features out"
             )
+        if features is not None and features.mirrored and not task.flips:
+            raise InputError(
+                f"{name} does not learn from mirrored images, but features={config.features} have some; write them "
+                "again with augment.flip=0"
+            )
         if not _num_images(train_data[name], task.learns_from):
             raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
     samples: list[Samples] = []
