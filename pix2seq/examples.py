@@ -75,7 +75,7 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
+        moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
         return replace(self, **moved)
 
 

@@ -56,7 +56,7 @@ class CrossEntropy:
         losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing) * batch.weights
         # A product with the tokens' tasks, because adding by index is not the same from run to run on a GPU.
         is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
-        sums = torch.unbind_copy((is_task * losses).sum(1))  # FSDP warns of views
+        sums = [each.sum() for each in is_task * losses]  # not `sum(1)`, because FSDP warns of views of a result
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
 
