@@ -165,6 +165,17 @@ def test_gradients_are_clipped_to_the_norm():
     assert math.isclose(float((after - before).norm()), 0.01, rel_tol=1e-3)
 
 
+def test_a_loss_that_is_not_finite_is_that_of_its_task_alone():
+    samples = random_samples()
+    examples = samples[1].examples["detection"]
+    faulty = [replace(example, weights=example.weights * np.float32(np.nan)) for example in examples]
+    samples[1] = replace(samples[1], examples={"other": faulty})
+    result, _ = step_and_gradients(samples, 1)
+    assert result.losses["detection"].isfinite()
+    assert result.losses["other"].isnan()
+    assert not result.finite
+
+
 class SquaredNorms:
     """An objective without tokens: the mean squared norm of an image's memory."""
 
