@@ -20,7 +20,7 @@ from typing import Any
 from pix2seq.cli import main, run_guarded
 from pix2seq.data.formats.coco import CocoDataset, find_files
 from pix2seq.errors import InputError
-from pix2seq.tasks import TASKS
+from pix2seq.tasks import BUILT_IN
 from pix2seq.training.config import config_file
 
 MIN_POINTS = 5  # one person must have more labelled keypoints than this
@@ -55,7 +55,7 @@ def overfit(source: Path, out: Path, num_images: int, overrides: Sequence[str]) 
         raise InputError(f"{out} already exists; give a new folder with --out, or remove it")
     write_subset(source, out / "data", num_images)
     config = str(config_file("overfit.yaml"))
-    arguments = ["--task", ",".join(TASKS), "--config", config, f"data={out / 'data'}", f"out={out / 'run'}"]
+    arguments = ["--task", ",".join(BUILT_IN), "--config", config, f"data={out / 'data'}", f"out={out / 'run'}"]
     if main(["train", *arguments, *overrides]):
         raise InputError("training failed")
     arguments = ["--checkpoint", str(out / "run"), "--data", str(out / "data"), "--out", str(out / "metrics.json")]
@@ -72,7 +72,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/overfit"), help="new folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # settings may follow options
     metrics = overfit(args.source, args.out, args.images, args.settings)
     for name in SHOWN:
         print(f"{name:32} {metrics['metrics'][name]:.3f}")

@@ -26,7 +26,8 @@ SETTINGS = [
     *("model.decoder.max_seq_len=32", "model.decoder.dropout=0.1", "model.vocab.num_bins=32", "model.vocab.size=1100"),
     *("detection.max_objects=4", "detection.noise_objects=1"),
 ]
-# Where a run is killed, and at which call; a step has two micro-batches. Each run resumes from what the previous one saved.
+# Where a run is killed, and at which call; a step has two micro-batches. Each run resumes from what the previous
+# one saved.
 KILLS = {
     signal.SIGKILL: [
         ("between micro-batches", 3),

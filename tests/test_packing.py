@@ -164,7 +164,9 @@ def test_a_batch_says_where_everything_is(images, seed):
     np.testing.assert_array_equal(batch.scored, scored)
     np.testing.assert_array_equal(batch.weights, weights[scored])
     np.testing.assert_array_equal(batch.targets, np.concatenate([targets for _, targets, _ in arrays])[scored])
-    names = np.concatenate([[name] * len(tokens) for (_, name, _), (tokens, _, _) in zip(examples, arrays, strict=True)])
+    names = np.concatenate(
+        [[name] * len(tokens) for (_, name, _), (tokens, _, _) in zip(examples, arrays, strict=True)]
+    )
     assert [tasks[i] for i in batch.task_index] == names[scored].tolist()
     assert batch.counts == pytest.approx([weights[names == name].sum(dtype=np.float64) for name in tasks], rel=1e-6)
     odd = tuple(10 + i for i in range(len(images)) if i % 2)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -183,8 +184,12 @@ def first_samples(shapes, tasks, count=4):
     return {name: [samples[0, i] for i in range(count)] for name, samples in found.items()}
 
 
+def joined(lists):
+    return list(chain.from_iterable(lists))
+
+
 def test_a_batch_of_four_tasks_costs_what_each_sequence_costs_alone(shapes, tasks, model):
-    samples = sum(first_samples(shapes, tasks).values(), [])
+    samples = joined(first_samples(shapes, tasks).values())
     batch = collate(samples, list(tasks))
     assert max(len(sample.examples.get("segmentation", [])) for sample in samples) > 1
     sums = CrossEntropy()(model.eval(), batch)
@@ -210,7 +215,7 @@ def test_a_step_of_four_tasks_encodes_and_decodes_once(shapes, tasks, model, mon
     monkeypatch.setattr(model, "encode", lambda images: seen.append(len(images)) or encode(images))
     monkeypatch.setattr(model.decoder, "forward_packed", lambda *args: seen.append("decoded") or decode(*args))
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0, betas=(0.9, 0.95))
-    batch = collate(sum(first_samples(shapes, tasks).values(), []), list(tasks))
+    batch = collate(joined(first_samples(shapes, tasks).values()), list(tasks))
     train_step(TrainingModel(model, CrossEntropy()), optimizer, [batch], {}, max_grad_norm=1)
     assert seen == [4 * 4, "decoded"]
 
@@ -233,7 +238,7 @@ def test_one_pass_gives_the_losses_and_gradients_of_one_pass_per_task(shapes, ta
         model = new_model(shapes, text, vocab, tasks).eval()  # without dropout; it has no batch norm
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-        batch = collate(sum((samples[name] for name in names), []), names)
+        batch = collate(joined(samples[name] for name in names), names)
         result = train_step(TrainingModel(model, CrossEntropy()), optimizer, [batch], weights, max_grad_norm=0)
         return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,9 +88,11 @@ def step_and_gradients(samples, parts, objective=None):
     model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     size = len(samples) // parts
-    split = [collate(samples[i : i + size], ["detection"]) for i in range(0, len(samples), size)]
+    names = sorted({name for sample in samples for name in sample.examples})
+    split = [collate(samples[i : i + size], names) for i in range(0, len(samples), size)]
     training_model = TrainingModel(model, objective or CrossEntropy())
-    result = train_step(training_model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True), split, {}, max_grad_norm=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    result = train_step(training_model, optimizer, split, {}, max_grad_norm=0)
     return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
 
 
@@ -141,7 +144,11 @@ def test_neither_prompts_nor_noise_coordinates_are_scored():
 
 
 def test_one_batch_of_eight_and_four_of_two_give_one_gradient():
-    (one, gradients), (four, others) = (step_and_gradients(random_samples(8), parts) for parts in (1, 4))
+    samples = random_samples(8)
+    for i in (2, 3, 4):  # micro-batches have one task, the other or both
+        samples[i] = replace(samples[i], examples={"other": samples[i].examples["detection"]})
+    (one, gradients), (four, others) = (step_and_gradients(samples, parts) for parts in (1, 4))
+    assert list(one.losses) == ["detection", "other"]
     torch.testing.assert_close(four.loss, one.loss)
     torch.testing.assert_close(four.losses, one.losses)
     torch.testing.assert_close(others, gradients, atol=2e-6, rtol=1e-4)
@@ -156,6 +163,17 @@ def test_gradients_are_clipped_to_the_norm():
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert norm > 0.01
     assert math.isclose(float((after - before).norm()), 0.01, rel_tol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_is_that_of_its_task_alone():
+    samples = random_samples()
+    examples = samples[1].examples["detection"]
+    faulty = [replace(example, weights=example.weights * np.float32(np.nan)) for example in examples]
+    samples[1] = replace(samples[1], examples={"other": faulty})
+    result, _ = step_and_gradients(samples, 1)
+    assert result.losses["detection"].isfinite()
+    assert result.losses["other"].isnan()
+    assert not result.finite
 
 
 class SquaredNorms:

@@ -185,6 +185,8 @@ class _Trainer:
         """
         while len(self._pending) > leave:
             outcome = self._pending.popleft()
+            if outcome.copied is not None:
+                outcome.copied.synchronize()
             if bool(outcome.finite):
                 self._skipped_in_a_row = 0
                 continue
@@ -268,19 +270,25 @@ class _Trainer:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Whether a step was finite, and what it was made of. Tensors are on their way to host memory."""
+    """Whether a step was finite, and what it was made of. Tensors are on their way to host memory until `copied`."""
 
     step: int
     finite: Tensor
     loss: Tensor
     grad_norm: Tensor
     image_ids: dict[str, list[tuple[int, ...]]]  # by task, of each micro-batch
+    copied: torch.cuda.Event | None  # reading a tensor on the GPU would wait for all steps that were started
 
     @classmethod
     def of(cls, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> _Outcome:
         """Take note of a step."""
         image_ids = {name: [batch.image_ids[name] for batch in micro_batches] for name in micro_batches[0].tasks}
-        return cls(step, result.finite, result.loss, result.grad_norm, image_ids)
+        tensors = (result.finite, result.loss, result.grad_norm)
+        finite, loss, grad_norm = (tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors)
+        copied = torch.cuda.Event() if result.loss.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return cls(step, finite, loss, grad_norm, image_ids, copied)
 
 
 def _new_model(config: TrainConfig, recipe: Recipe) -> Pix2Seq:

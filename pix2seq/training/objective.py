@@ -54,9 +54,9 @@ class CrossEntropy:
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
         losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing) * batch.weights
-        # A product with the tokens' tasks, because adding by index is not the same from run to run on a GPU.
+        # A table of tasks, because adding by index is not the same from run to run on a GPU.
         is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
-        sums = torch.unbind_copy((is_task * losses).sum(1))  # FSDP warns of views
+        sums = torch.where(is_task, losses, 0.0).sum(1)
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
 
