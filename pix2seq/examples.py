@@ -105,7 +105,7 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1)
     flat_weights = np.concatenate(weights)
     scored = np.flatnonzero(flat_weights)
     num_scored = len(scored)
-    scored = np.append(scored, np.zeros(-max(num_scored, 1) % bucket + (num_scored == 0), np.int64))
+    scored = np.append(scored, np.zeros(-num_scored % bucket, np.int64))
     scored_weights = flat_weights[scored]
     scored_weights[num_scored:] = 0
     task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)

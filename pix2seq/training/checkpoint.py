@@ -78,6 +78,7 @@ class RunState:
     step: int = 0  # finished optimiser steps
     seconds: float = 0.0  # of training so far, without evaluation and saving
     skipped: int = 0  # steps without an update, because the loss or gradient was not finite
+    one_thread: bool = False  # on the CPU, because the machine was busy when the run started; sums depend on it
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
-    position = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
+    position = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped, "one_thread": state.one_thread}
     averages = {}
     for name, tensor in (raw if state.ema is None else state.ema.weights).items():
         gathered = full_tensor(tensor)
@@ -286,6 +287,7 @@ def _restore(state: RunState, snapshot: Snapshot) -> None:
         for key, average in state.ema.weights.items():
             average.copy_(sharded_like(average, snapshot.weights[key]))
     state.step, state.seconds, state.skipped = step, seconds, skipped
+    state.one_thread = bool(_number(position.get("one_thread", False)))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

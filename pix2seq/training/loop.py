@@ -25,6 +25,7 @@ from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
+from pix2seq.threads import is_busy, use_one_thread
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
@@ -59,6 +60,10 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         trainer = _Trainer(config, recipe, ranks)
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
+        elif ranks.device.type == "cpu":
+            trainer.state.one_thread = ranks.any(is_busy())
+        if trainer.state.one_thread:
+            use_one_thread()
         ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / "config.yaml"))
         with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
             trainer.train(report, stop)
