@@ -48,9 +48,11 @@ def random_batch(seed, part):
 class Sgd(torch.optim.SGD):
     """SGD of finite steps: only its fused form takes `found_inf`, but not with the shards of FSDP."""
 
+    _step_supports_amp_scaling = True
+
     def step(self):
         assert not self.found_inf
-        del self.found_inf
+        self.found_inf = None
         super().step()
 
 
