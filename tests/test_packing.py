@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from one_by_one import random_sample
 
@@ -56,7 +56,7 @@ def test_sequences_end_to_end_equal_each_alone(decoder, images):
         gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
         results.append((hidden.detach(), gradients | {"memory": memory.grad}))
     assert len(results[0][1]) == len(list(decoder.parameters()))  # all but the output bias, and the memory
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[0], results[1], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("images", [SOME, [[10, 9, 8, 7]], [[4, 4], [4, 4]]], ids=str)
@@ -161,7 +161,6 @@ def test_a_batch_says_where_everything_is(images, seed):
     np.testing.assert_array_equal(batch.positions, np.concatenate([np.arange(len(tokens)) for tokens, _, _ in arrays]))
     weights = np.concatenate([weights for _, _, weights in arrays])
     scored = np.flatnonzero(weights)
-    assume(len(scored))
     np.testing.assert_array_equal(batch.scored, scored)
     np.testing.assert_array_equal(batch.weights, weights[scored])
     np.testing.assert_array_equal(batch.targets, np.concatenate([targets for _, targets, _ in arrays])[scored])
@@ -179,6 +178,6 @@ def test_a_batch_says_where_everything_is(images, seed):
 def test_a_batch_without_sequences_scores_nothing(decoder):
     batch, layout, memory = packed([[], []])
     assert batch.lengths.tolist() == [1]
-    assert not batch.weights.any()
+    assert len(batch.scored) == len(batch.targets) == len(batch.weights) == 0
     assert batch.counts == (0.0,)
     assert decoder.forward_packed(batch.tokens, batch.positions, layout, memory).isfinite().all()
