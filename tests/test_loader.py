@@ -150,6 +150,22 @@ def test_a_failing_worker_gives_one_error_and_leaves_no_process(act, kind, messa
     assert signal.getsignal(signal.SIGCHLD) is handler
 
 
+@pytest.mark.parametrize("kind", [InputError, RuntimeError])
+def test_an_error_comes_after_the_batches_before_it_however_late_they_are(kind):
+    first, second = ([index for _, index in keys] for keys in islice(EpochSampler(10, 2, seed=3), 2))
+
+    def act(epoch, index):
+        if index in second:
+            raise kind("a bad image")  # the second worker has ended long before the first batch comes
+        time.sleep(1.2 if epoch == 0 and index in first else 0)
+
+    stream = batches([(Numbers(act), 2)], num_workers=2)
+    assert next(stream).image_ids == {"numbers": tuple(first)}
+    with pytest.raises(kind, match="a bad image"):
+        next(stream)
+    assert not multiprocessing.active_children()
+
+
 def test_without_workers_the_error_is_the_same():
     with pytest.raises(InputError, match=r"^image 7 is bad; replace it$"):
         take(10, Numbers(refuse), batch_size=2)

@@ -172,7 +172,8 @@ def _next(iterator: Iterator[Batch | InputError], workers: Sequence[BaseProcess]
             timed_out = str(error).startswith("DataLoader timed out")
             # A broken connection may show before the death of the worker.
             wait([worker.sentinel for worker in workers], timeout=0 if timed_out else _POLL)
-            dead = [worker for worker in workers if not worker.is_alive()]
+            # A worker that sent an error ends with code 0, while batches before the error may still be on their way.
+            dead = [worker for worker in workers if worker.exitcode]
             if dead:
                 raise InputError(_death_message(dead[0], len(workers))) from None
             if not timed_out:
