@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Set before torch is imported; commands that tests start inherit it. More threads make small tensors slower,
 # above all on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as commands do; see `pix2seq.cli`
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no request to the registry at import
 
 settings.register_profile("local", deadline=None)

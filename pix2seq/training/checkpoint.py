@@ -78,7 +78,7 @@ class RunState:
     step: int = 0  # finished optimiser steps
     seconds: float = 0.0  # of training so far, without evaluation and saving
     skipped: int = 0  # steps without an update, because the loss or gradient was not finite
-    one_thread: bool = False  # on the CPU, because the machine was busy when the run started; sums depend on it
+    one_thread: bool | None = None  # on the CPU, of a busy machine; None until `ThreadTrial` has chosen
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Snapshot:
 
     weights: Mapping[str, Tensor]  # full tensors of model.safetensors; averaged, if the run averages them
     tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME
-    position: Mapping[str, float]  # of state.json: the numbers of `RunState`
+    position: Mapping[str, float | None]  # of state.json: the numbers of `RunState`
 
     @property
     def sharded(self) -> bool:
@@ -287,7 +287,8 @@ def _restore(state: RunState, snapshot: Snapshot) -> None:
         for key, average in state.ema.weights.items():
             average.copy_(sharded_like(average, snapshot.weights[key]))
     state.step, state.seconds, state.skipped = step, seconds, skipped
-    state.one_thread = bool(_number(position.get("one_thread", False)))
+    chosen = position.get("one_thread")
+    state.one_thread = None if chosen is None else bool(chosen)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

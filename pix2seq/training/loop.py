@@ -25,7 +25,6 @@ from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
-from pix2seq.threads import is_busy, use_one_thread
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
 from pix2seq.training.config import TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
@@ -40,6 +39,7 @@ from pix2seq.training.recorded_step import BUCKET, RecordedStep
 from pix2seq.training.run_lock import run_lock
 from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
+from pix2seq.training.threads import ThreadTrial
 
 STEPS_BEHIND = 2  # steps whose outcome a GPU may still compute while the next ones are prepared
 
@@ -60,10 +60,6 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         trainer = _Trainer(config, recipe, ranks)
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
-        elif ranks.device.type == "cpu":
-            trainer.state.one_thread = ranks.any(is_busy())
-        if trainer.state.one_thread:
-            use_one_thread()
         ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / "config.yaml"))
         with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
             trainer.train(report, stop)
@@ -129,6 +125,9 @@ class _Trainer:
         if self._records_steps():
             step = RecordedStep()
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
+        trial = None
+        if self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile:
+            trial = ThreadTrial(state.one_thread)
         while True:
             if self._evaluation_is_due(report):
                 self._evaluate(report, stop)
@@ -143,6 +142,8 @@ class _Trainer:
                 pass
             self._stop_if_requested(report, stop)
             waited = time.perf_counter() - started
+            if trial is not None:
+                trial.before_step(state.step)
 
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
@@ -154,7 +155,11 @@ class _Trainer:
                     state.ema.update(state.model, state.step, result.finite)
                 elif bool(result.finite):  # read without a wait, and a plain update is faster
                     state.ema.update(state.model, state.step)
-            state.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            if trial is not None:
+                trial.after_step(state.step - 1, seconds - waited)
+                state.one_thread = trial.one_thread
             report.step(state, result, rate=rate, waited=waited)
             self._pending.append(_Outcome.of(state.step, result, micro_batches))
             saving = state.step % config.checkpoint_every == 0 or state.step == config.steps
