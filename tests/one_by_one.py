@@ -1,4 +1,4 @@
-"""Random samples, and the slow form of the loss, for comparison: each sequence alone, by `Decoder.forward`."""
+"""Random samples, and slow forms for comparison: the loss of each sequence alone, attention of one after another."""
 
 import numpy as np
 import torch
@@ -31,3 +31,19 @@ def sums_one_by_one(model, samples, label_smoothing=0.0):
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
                 sums[name] = sums.get(name, 0.0) + (losses * weights).sum()
     return sums
+
+
+def varlen_by_loop(q, k, v, q_borders, k_borders, longest_q, longest_k, **causal):
+    """`varlen_attn` as its documentation says, one run after another."""
+    assert causal in ({}, {"is_causal": True}, {"window_size": (-1, 0)})
+    assert q_borders.dtype == k_borders.dtype == torch.int32
+    assert longest_q >= q_borders.diff().max()
+    assert longest_k >= k_borders.diff().max()
+    out = []
+    for i in range(len(q_borders) - 1):
+        rows, keys = slice(*q_borders[i : i + 2].tolist()), slice(*k_borders[i : i + 2].tolist())
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys]))
+    return torch.cat(out)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from one_by_one import random_sample
+from one_by_one import random_sample, varlen_by_loop
 
 from pix2seq.examples import collate
 from pix2seq.model.decoder import Decoder
@@ -181,3 +181,15 @@ def test_a_batch_without_sequences_scores_nothing(decoder):
     assert len(batch.scored) == len(batch.targets) == len(batch.weights) == 0
     assert batch.counts == (0.0,)
     assert decoder.forward_packed(batch.tokens, batch.positions, layout, memory).isfinite().all()
+
+
+@pytest.mark.parametrize("takes_is_causal", [True, False], ids=["torch 2.11", "torch 2.15"])
+@pytest.mark.parametrize("images", [SOME, [[7]], [[], [1], []], [[8, 8], [8, 8]]], ids=str)
+def test_the_form_for_gpus_asks_varlen_attn_for_the_same(decoder, monkeypatch, images, takes_is_causal):
+    batch, layout, memory = packed(images)
+    expected = decoder.forward_packed(batch.tokens, batch.positions, layout, memory)
+    monkeypatch.setattr("pix2seq.model.packing._has_varlen", lambda x: True)
+    monkeypatch.setattr("pix2seq.model.packing._takes_is_causal", lambda: takes_is_causal)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+    found = decoder.forward_packed(batch.tokens, batch.positions, layout, memory)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
