@@ -57,6 +57,5 @@ class ThreadTrial:
             statistics.median(alone) < MAX_SHARE * statistics.median(all_cores)
         )
         if self.one_thread:
-            print(
-                "other processes keep the CPU busy: training with one thread; OMP_NUM_THREADS=N sets N", file=sys.stderr
-            )
+            message = "other processes keep the CPU busy: training with one thread; OMP_NUM_THREADS=N sets N"
+            tqdm.write(message, file=sys.stderr)
