@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from one_by_one import random_sample, varlen_by_loop
 
 from pix2seq.examples import collate
+from pix2seq.model import packing
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.layers import DropPath
 from pix2seq.model.packing import MIN_LENGTH_SHARE, Groups, Layout
@@ -17,6 +18,14 @@ VOCAB_SIZE, DIM, NUM_KEYS = 40, 16, 6
 # The lengths of each image's sequences.
 IMAGES = st.lists(st.lists(st.integers(1, 30), max_size=4), min_size=1, max_size=5).filter(any)
 SOME = [[3, 12, 5], [], [9], [1, 1, 12]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_groups():
+    """Let few tokens of padding be free, so that short sequences make several groups."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "FREE_PADDING", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,9 @@ def test_groups_hold_every_token_once_and_little_padding(lengths):
     assert torch.equal(groups.tokens[groups.slots], torch.arange(num_tokens))
     filled = torch.zeros(num_slots, dtype=torch.bool).index_fill(0, groups.slots, True)
     assert groups.filled is None if filled.all() else torch.equal(groups.filled[:, 0], filled)
-    assert num_tokens >= MIN_LENGTH_SHARE * num_slots
+    for runs, (rows, longest) in zip(groups.runs, groups.shapes, strict=True):
+        padding = rows * longest - int(lengths[runs].sum())
+        assert padding < packing.FREE_PADDING or lengths[runs].min() >= MIN_LENGTH_SHARE * longest
     assert sorted(torch.cat(groups.runs).tolist()) == np.flatnonzero(lengths).tolist()
     starts = np.cumsum(lengths) - lengths
     for (tokens, runs, (rows, longest)), is_filled in zip(

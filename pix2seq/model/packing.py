@@ -24,9 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pix2seq.model.layers import attend, merge_heads, split_heads
 
-# A group of sequences holds lengths down to this share of its longest: with more groups attention starts more often,
-# with fewer it computes more padding.
+# A group of sequences holds lengths down to this share of its longest, and shorter ones while all of its padding is less
+# than so many tokens: with more groups attention starts more often, with fewer it computes more padding.
 MIN_LENGTH_SHARE = 0.7
+FREE_PADDING = 512
 
 
 class Layout:
@@ -117,11 +118,14 @@ class Groups:
         """Group runs of these lengths, which lie end to end."""
         order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
         members: list[list[int]] = []
-        for run in order.tolist():
-            if members and lengths[run] >= MIN_LENGTH_SHARE * lengths[members[-1][0]]:
+        longest = padding = 0  # of the last group
+        for run, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+            padding += longest - length
+            if members and (length >= MIN_LENGTH_SHARE * longest or padding < FREE_PADDING):
                 members[-1].append(run)
             else:
                 members.append([run])
+                longest, padding = length, 0
         starts = _borders(lengths)
         shapes, sources = [], []
         for some in members:
