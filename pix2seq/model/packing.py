@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pix2seq.model.layers import attend, merge_heads, split_heads
 
-# A group of sequences holds lengths down to this share of its longest, and shorter ones while all of its padding is less
-# than so many tokens: with more groups attention starts more often, with fewer it computes more padding.
+# A group of sequences holds lengths down to this share of its longest, and shorter ones while all of its padding is
+# less than so many tokens: with more groups attention starts more often, with fewer it computes more padding.
 MIN_LENGTH_SHARE = 0.7
 FREE_PADDING = 512
 
