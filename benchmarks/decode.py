@@ -36,8 +36,6 @@ import ctypes
 import gc
 import itertools
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -50,6 +48,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 from torch import Tensor
 
@@ -397,22 +396,9 @@ def predict_overhead(turns: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine, without identifying it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    found: dict[str, Any] = {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if _on_gpu() else None,
-        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
+def describe_machine() -> dict[str, Any]:
+    """Describe the machine, and what is compared with."""
+    found = machine() | {"gpu": torch.cuda.get_device_name() if _on_gpu() else None}
     try:
         import transformers
 
@@ -451,7 +437,7 @@ def _main(argv: Sequence[str]) -> None:
         "benchmark": "decode",
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python benchmarks/decode.py", *argv]),
-        "machine": machine(),
+        "machine": describe_machine(),
         "read_gb_per_second": read_bandwidth(2**28) / 1e9,
         "copy_gb_per_second": copy_bandwidth(2**28) / 1e9,
         "rows": [],

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from machine import machine
 
 from pix2seq.cli import run_guarded
 from pix2seq.data.loader import batches
@@ -83,22 +82,6 @@ def contender(config: TrainConfig) -> Callable[[], dict[str, float]]:
     return step
 
 
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
-
-
 def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=10, help="steps of each, after two to warm up")
@@ -112,7 +95,7 @@ def _main(argv: Sequence[str]) -> None:
         "benchmark": "features",
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}",
         "command": " ".join(["python benchmarks/features.py", *argv]),
-        "machine": _machine(),
+        "machine": machine(),
     }
     out = sys.stdout
     sys.stdout = sys.stderr if args.json else out  # one JSON object, and nothing else

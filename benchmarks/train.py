@@ -28,8 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from machine import machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -341,23 +340,6 @@ def _gpu_seconds(function: Callable[[], Any]) -> float:
     function()
     torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def machine(num_threads: int) -> dict[str, Any]:
-    """Describe the machine, without names."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": num_threads,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -74,11 +74,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace a text file; a crash leaves either the old or the new file, complete."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file, of text in UTF-8; a crash leaves either the old or the new file, complete."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         fsync_file(partial)
         partial.replace(path)
     except OSError:

@@ -127,12 +127,12 @@ def test_every_imported_package_is_a_declared_dependency() -> None:
     optional = required.union(*map(distribution_names, PROJECT["optional-dependencies"].values()))
     providers = importlib.metadata.packages_distributions()  # cv2 -> opencv-python-headless, PIL -> pillow
 
-    shared_by_tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    beside = {path.stem for folder in ["tests", "benchmarks"] for path in (ROOT / folder).glob("*.py")}
 
     def undeclared(path: Path, allowed: set[str], *, nested: bool) -> list[str]:
         return [
             f"{path.relative_to(ROOT)} imports {name}"
-            for name in sorted(imported_names(path, nested=nested) - shared_by_tests)
+            for name in sorted(imported_names(path, nested=nested) - beside)
             if allowed.isdisjoint(map(canonicalize_name, providers.get(name, [])))
         ]
 

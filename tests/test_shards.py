@@ -130,7 +130,7 @@ def test_the_same_data_give_the_same_bytes_in_plain_tar_files(dataset, folder, t
     assert again.shards == ShardIndex.read(folder, "train").shards
     with tarfile.open(folder / "train-000004.tar") as tar:
         assert [name.split(".")[0] for name in tar.getnames()] == [f"{n:09d}" for n in (20, 20, 21, 21, 22, 22)]
-    assert not list(folder.glob("*.unfinished"))
+    assert not list(folder.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 5])

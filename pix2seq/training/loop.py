@@ -111,6 +111,7 @@ class _Trainer:
     def train(self, report: Report, stop: StopRequest) -> None:
         """Train to the last step. Raises `Stopped` once the state is saved, if `stop` was requested."""
         config, state = self.config, self.state
+        recorded = self._records_steps()
         stream = batches(
             [(samples, config.batch_size_of(samples.tasks[0]) // config.accumulate) for samples in self.recipe.samples],
             start=state.step * config.accumulate,
@@ -119,11 +120,9 @@ class _Trainer:
             pin_memory=self.ranks.device.type == "cuda",
             rank=self.ranks.rank,
             world_size=self.ranks.size,
-            bucket=BUCKET if self._records_steps() else 1,
+            bucket=BUCKET if recorded else 1,
         )
-        step: Step = train_step
-        if self._records_steps():
-            step = RecordedStep()
+        step: Step = RecordedStep() if recorded else train_step
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
         trial = None
         if self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile:

@@ -35,6 +35,7 @@ from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
+from pix2seq.files import write_atomically
 from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
 FORMAT = 2
@@ -234,7 +235,7 @@ def write_shards(
         "shards": [asdict(shard) for shard in shards],
         "captions_file": asdict(captions_file),
     }
-    _write_atomic(path, json.dumps(index, indent=1).encode("utf-8"))
+    write_atomically(path, json.dumps(index, indent=1))
     return ShardIndex(str(folder), dataset.split, dataset.categories, tuple(shards), captions_file)
 
 
@@ -267,7 +268,7 @@ def read_shard(location: str, shard: Shard) -> list[tuple[int, bytes, bytes]]:
 
 
 def _write_part(path: Path, content: bytes, num_samples: int, num_with: dict[str, int]) -> Shard:
-    _write_atomic(path, content)
+    write_atomically(path, content)
     return Shard(path.name, num_samples, len(content), hashlib.sha256(content).hexdigest(), num_with)
 
 
@@ -308,16 +309,6 @@ def _fetch(location: str, name: str) -> bytes:
         if attempt + 1 < _ATTEMPTS:
             time.sleep(2.0**attempt)
     raise InputError(f"{address} cannot be read: {reason}; expected shards there")
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all."""
-    unfinished = path.with_suffix(path.suffix + ".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _target_to_json(target: Target, root: Path) -> dict[str, Any]:
