@@ -64,6 +64,16 @@ def test_a_run_is_restored_to_the_bit(tmp_path, ema):
     assert all((tensor == (7.5 if ema else 7)).all() for tensor in weights.values())
 
 
+@pytest.mark.parametrize("chosen", [None, False, True])
+def test_the_choice_of_threads_is_restored(tmp_path, chosen):
+    state = tiny_state(7)
+    state.one_thread = chosen
+    other = tiny_state(1)
+    other.one_thread = not chosen
+    load_checkpoint(other, save_checkpoint(state, tmp_path, keep=1))
+    assert other.one_thread is chosen
+
+
 def test_a_checkpoint_without_a_manifest_opens(tmp_path):
     (folder,) = save_steps(tmp_path, 8)
     (folder / "manifest.json").unlink()

@@ -390,6 +390,19 @@ def test_what_does_not_fit_is_refused_in_one_line(data, stored, tmp_path, capsys
     assert message in one_line(capsys)
 
 
+def test_mirrored_features_are_refused_for_a_task_that_does_not_flip(data, tmp_path, capsys):
+    out = tmp_path / "features"
+    settings = ["tasks=[captioning]", "captioning.flip=never", "captioning.max_tokens=16"]
+    for flip, code in (("1.0", 2), ("0.0", 0)):
+        shutil.rmtree(out, ignore_errors=True)
+        command = ["data", "features", str(data), str(out), "--encoder", "vit", "--augmentations", "2"]
+        assert main([*command, *SETTINGS, f"augment.flip={flip}"]) == 0
+        capsys.readouterr()
+        assert train(data, tmp_path / f"run{flip}", f"features={out}", "steps=1", *settings) == code
+        if code:
+            assert "captioning does not learn from mirrored images, but features=" in one_line(capsys)
+
+
 def test_shards_are_refused(data, stored, tmp_path, capsys):
     pytest.importorskip("webdataset")
     assert main(["data", "shard", str(data), str(tmp_path / "shards")]) == 0
