@@ -124,9 +124,8 @@ class _Trainer:
         )
         step: Step = RecordedStep() if recorded else train_step
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
-        trial = None
-        if self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile:
-            trial = ThreadTrial(state.one_thread)
+        may_try = self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile
+        trial = ThreadTrial(state.one_thread if may_try else False)
         while True:
             if self._evaluation_is_due(report):
                 self._evaluate(report, stop)
@@ -141,8 +140,7 @@ class _Trainer:
                 pass
             self._stop_if_requested(report, stop)
             waited = time.perf_counter() - started
-            if trial is not None:
-                trial.before_step(state.step)
+            trial.before_step(state.step)
 
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
@@ -156,9 +154,8 @@ class _Trainer:
                     state.ema.update(state.model, state.step)
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            if trial is not None:
-                trial.after_step(state.step - 1, seconds - waited)
-                state.one_thread = trial.one_thread
+            trial.after_step(state.step - 1, seconds - waited)
+            state.one_thread = trial.one_thread
             report.step(state, result, rate=rate, waited=waited)
             self._pending.append(_Outcome.of(state.step, result, micro_batches))
             saving = state.step % config.checkpoint_every == 0 or state.step == config.steps
