@@ -1,6 +1,7 @@
 """Training examples of a task, samples of an image, and how samples become a batch.
 
-Shapes: P prompt tokens, R response tokens, B images, S sequences, L tokens of all sequences, K scored tokens.
+Shapes: P prompt tokens, R response tokens, B images, C closeups, S sequences, L tokens of all sequences, K scored
+tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Example:
     inputs: NDArray[np.int64]  # (R,) response that the decoder reads
     targets: NDArray[np.int64]  # (R,) response that the decoder should predict
     weights: NDArray[np.float32]  # (R,) loss weight of each response token
+    closeup: NDArray[np.float32] | None = None  # (4,) `yxyx` of what it reads, in [0, 1] of the input; None: all
 
     def shifted(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """Return tokens, targets and weights (P + R - 1,): at each position the decoder predicts the next token."""
@@ -58,7 +60,9 @@ class Batch:
     tokens: Tensor  # (L,) int64
     positions: Tensor  # (L,) int64, of each token in its sequence
     lengths: Tensor  # (S,) int64, tokens of each sequence; on the host
-    memory_index: Tensor  # (S,) int64, the image that each sequence reads, ascending; on the host
+    memory_index: Tensor  # (S,) int64, which each sequence reads, ascending: images, then closeups; on the host
+    closeups: Tensor  # (C, 4) float32, `yxyx` in [0, 1] of the input, maybe beyond it; on the host
+    closeup_images: Tensor  # (C,) int64, the image of each closeup, ascending; on the host
     scored: Tensor  # (K,) int64, indices of tokens with a weight
     targets: Tensor  # (K,) int64
     weights: Tensor  # (K,) float32
@@ -70,7 +74,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to another device, without what stays on the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), keep=("lengths", "memory_index"))
+        return self._map(
+            lambda tensor: tensor.to(device, non_blocking=True),
+            keep=("lengths", "memory_index", "closeups", "closeup_images"),
+        )
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
@@ -85,18 +92,21 @@ class Batch:
 def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1) -> Batch:
     """Join samples to a batch for these tasks.
 
-    L and K are padded to multiples of `bucket` (the padding is sequences of the last image without a weight), and S to
+    L and K are padded to multiples of `bucket` (the padding is sequences of the last memory without a weight), and S to
     multiples of an eighth of it by empty sequences. L and K are at least 1.
     """
-    parts = [
-        (image, tasks.index(name), *example.shifted())
+    found = [
+        (image, tasks.index(name), example)
         for image, sample in enumerate(samples)
         for name, examples in sample.examples.items()
         for example in examples
     ]
+    near = [entry for entry in found if entry[2].closeup is not None]
+    parts = [(image, task, *example.shifted()) for image, task, example in found if example.closeup is None]
+    parts += [(len(samples) + i, task, *example.shifted()) for i, (_, task, example) in enumerate(near)]
     length = sum(len(part[2]) for part in parts)
     missing = -max(length, 1) % bucket + (length == 0)
-    last = len(samples) - 1
+    last = len(samples) + len(near) - 1
     for start in range(0, missing, PADDING_LENGTH):
         padding = np.full(min(PADDING_LENGTH, missing - start), PAD, np.int64)
         parts.append((last, 0, padding, padding, np.zeros(len(padding), np.float32)))
@@ -116,6 +126,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1)
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         lengths=torch.from_numpy(np.append(lengths, np.zeros(empty, np.int64))),
         memory_index=torch.tensor([*memory_index, *[last] * empty]),
+        closeups=torch.from_numpy(np.array([each.closeup for _, _, each in near], np.float32).reshape(-1, 4)),
+        closeup_images=torch.tensor([image for image, _, _ in near], dtype=torch.int64),
         scored=torch.from_numpy(scored),
         targets=torch.from_numpy(np.concatenate(targets)[scored]),
         weights=torch.from_numpy(scored_weights),

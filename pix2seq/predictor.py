@@ -29,15 +29,17 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
-from pix2seq.tasks.request import EncodedImage, Region, Request
+from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.types import Caption, Instance
 
+_Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
 MAX_ROWS = 512  # sequences that are decoded side by side
 MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are decoded side by side
 MAX_CROPS = 16  # crops that are encoded side by side
+MAX_CLOSEUPS = 64  # closeups that are encoded side by side
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Predictor:
         pixels = [load_pixels(image) for image in images]
         height, width = self.model.config.image_size
         return [
-            EncodedImage(memory, each, (height, width))
-            for memory, each in zip(self._encode_pixels(pixels), pixels, strict=True)
+            EncodedImage(memory, each, (height, width), maps)
+            for (memory, maps), each in zip(self._encode_pixels(pixels), pixels, strict=True)
         ]
 
     def ask(
@@ -279,13 +281,29 @@ class Predictor:
         encoded = iter(self.encode_batch(fresh) if fresh else [])
         return [image if isinstance(image, EncodedImage) else next(encoded) for image in images]
 
-    def _encode_pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Memories (B, N, D) of images (H, W, 3) of any sizes."""
+    def _encode_pixels(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Memory (N, D) and finer maps of each image (H, W, 3), of any sizes."""
         size = self.model.config.image_size
         inputs = np.stack([warp_image(pixels, fit_affine(pixels.shape[:2], size), size) for pixels in images])
         batch = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(self.model.device).float() / 255
         with torch.inference_mode(), self._autocast():
-            return self.model.encode(batch)
+            memory, maps = self.model.encode_with_maps(batch)
+        return [(memory[i], tuple(each[i] for each in maps)) for i in range(len(images))]
+
+    def _look_closer(self, asked: Sequence[tuple[EncodedImage, Frame]]) -> Tensor:
+        """Memories (R, N, D) of frames of encoded images."""
+        images = list({id(image): image for image, _ in asked}.values())
+        number = {id(image): i for i, image in enumerate(images)}
+        order = sorted(range(len(asked)), key=lambda i: number[id(asked[i][0])])
+        maps = tuple(torch.stack(level) for level in zip(*(image.maps for image in images), strict=True))
+        frames = np.stack([image.frame().to_input_yxyx(frame.xyxy) for image, frame in asked])[order]
+        with torch.inference_mode(), self._autocast():
+            memory = self.model.look_closer(
+                maps,
+                torch.from_numpy(frames).float().to(self.model.device),
+                [number[id(asked[i][0])] for i in order],
+            )
+        return memory[np.argsort(order)]
 
     def _complete(
         self, task: Task[Any], images: Sequence[EncodedImage], requests: Sequence[Sequence[Request]], seed: int
@@ -324,10 +342,10 @@ class Predictor:
         order = sorted(range(len(asked)), key=lambda i: (asked[i][1].num_samples, -asked[i][1].length))
         batches: list[list[int]] = []
         rows = slots = samples = 0
-        memories: set[tuple[int, Region | None]] = set()
+        memories: set[_Key] = set()
         for i in order:
             image, request = asked[i]
-            key = (id(image), request.region)
+            key = (id(image), request.memory_key)
             slots = max(slots, len(request.prompt) + request.generation.max_new_tokens)
             more = rows + request.num_samples
             cached = token_bytes * (more * slots + len(memories | {key}) * image.memory.shape[0])
@@ -340,23 +358,32 @@ class Predictor:
         return batches
 
     def _memories(self, asked: Sequence[tuple[EncodedImage, Request]]) -> tuple[Tensor, list[int]]:
-        """Memories (B, N, D) of the images and regions that are asked about, each once, and which is whose."""
-        keys = {(id(image), request.region): (image, request.region) for image, request in asked}
-        crops = {
-            key: image.pixels[region[1] : region[3], region[0] : region[2]]
-            for key, (image, region) in keys.items()
-            if region is not None
-        }
-        memories = {key: image.memory for key, (image, region) in keys.items() if region is None}
-        for start in range(0, len(crops), MAX_CROPS):
-            some = list(crops)[start : start + MAX_CROPS]
-            memories |= zip(some, self._encode_pixels([crops[key] for key in some]), strict=True)
+        """Memories (B, N, D) of all that is asked about, each once, and which is whose."""
+        keys = {(id(image), request.memory_key): (image, request) for image, request in asked}
+        crops, closeups, memories = {}, {}, {}
+        for key, (image, request) in keys.items():
+            if request.region is not None:
+                x0, y0, x1, y1 = request.region
+                crops[key] = image.pixels[y0:y1, x0:x1]
+            elif request.closeup is not None:
+                closeups[key] = (image, request.closeup)
+            else:
+                memories[key] = image.memory
+        for some in _chunks(list(crops), MAX_CROPS):
+            encoded = self._encode_pixels([crops[key] for key in some])
+            memories |= {key: memory for key, (memory, _) in zip(some, encoded, strict=True)}
+        for some in _chunks(list(closeups), MAX_CLOSEUPS):
+            memories |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
         number = {key: i for i, key in enumerate(keys)}
-        index = [number[id(image), request.region] for image, request in asked]
+        index = [number[id(image), request.memory_key] for image, request in asked]
         return torch.stack([memories[key] for key in keys]), index
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _chunks(keys: list[_Key], size: int) -> list[list[_Key]]:
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
 def _about(
@@ -373,7 +400,8 @@ def _about(
 
 def _generator(request: Request, seed: int) -> torch.Generator:
     """A generator of the request's own, so that what it draws depends on the question and the seed alone."""
-    entropy = [seed % 2**64, *request.prompt.tolist(), *(request.region or ())]
+    closeup = [] if request.closeup is None else request.closeup.xyxy.view(np.uint64).tolist()
+    entropy = [seed % 2**64, *request.prompt.tolist(), *(request.region or ()), *closeup]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

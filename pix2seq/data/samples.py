@@ -97,7 +97,7 @@ class SampleMaker:
             affine, pixels = image.draw(rng)
             return self._labelled(target, pixels, affine, task_rngs, found)
         if object_index is not None and padding is not None:
-            target, image = crop_to_object(target, image, object_index, padding)
+            target, image = crop_to_object(target, image, object_index, padding, with_masks=self.with_masks)
         affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.scale_range)
         pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
         return self._labelled(target, pixels, affine, task_rngs, found)

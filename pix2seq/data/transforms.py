@@ -127,7 +127,7 @@ def _transform_segmentation(segmentation: MaskAnnotation | None, affine: Affine)
 
 
 def crop_to_object(
-    target: Target, image: NDArray[np.uint8], index: int, padding: float
+    target: Target, image: NDArray[np.uint8], index: int, padding: float, *, with_masks: bool = False
 ) -> tuple[Target, NDArray[np.uint8]]:
     """Crop an image (H, W, 3) around one object; the new target has only that object."""
     x0, y0, x1, y1 = padded_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
@@ -143,7 +143,7 @@ def crop_to_object(
         keypoints=target.keypoints[one],
     )
     size = (y1 - y0, x1 - x0)
-    return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=False), image[y0:y1, x0:x1]
+    return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=with_masks), image[y0:y1, x0:x1]
 
 
 def color_jitter(image: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:

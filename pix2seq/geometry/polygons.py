@@ -131,6 +131,39 @@ def run_lengths(counts: Any) -> NDArray[np.int64] | None:
     return lengths
 
 
+def space_evenly(rings_xy: Sequence[NDArray[np.floating]], num_points: int) -> list[NDArray[np.float64]]:
+    """Replace the points of rings by about `num_points` in all, at equal distances along each ring.
+
+    Rings get points in proportion to their lengths, 4 at least. They run clockwise on the screen from their topmost
+    and then leftmost point, the topmost ring first, so that a mask has one way to be written.
+    """
+    turned = []
+    for ring in rings_xy:
+        points = np.asarray(ring, np.float64)
+        if _signed_area(points) < 0:
+            points = points[::-1]
+        turned.append(np.roll(points, -int(np.lexsort((points[:, 0], points[:, 1]))[0]), axis=0))
+    turned.sort(key=lambda points: (points[0, 1], points[0, 0]))
+    lengths = [np.hypot(*(np.roll(points, -1, axis=0) - points).T) for points in turned]
+    total = sum(each.sum() for each in lengths)
+    spaced = []
+    for points, steps in zip(turned, lengths, strict=True):
+        if not steps.sum():
+            continue
+        number = max(round(num_points * steps.sum() / total), 4)
+        along = np.append(0, np.cumsum(steps))
+        wanted = np.arange(number) * (along[-1] / number)
+        closed = np.append(points, points[:1], axis=0)
+        spaced.append(np.stack([np.interp(wanted, along, closed[:, axis]) for axis in (0, 1)], axis=1))
+    return spaced
+
+
+def _signed_area(ring_xy: NDArray[np.floating]) -> float:
+    """The area inside a ring (P, 2), negative if it runs anticlockwise on the screen."""
+    x, y = ring_xy.T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
 def simplify_rings(
     rings_xy: Sequence[NDArray[np.floating]], max_points: int, *, gap: int = 0
 ) -> list[NDArray[np.floating]]:

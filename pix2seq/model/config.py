@@ -24,6 +24,7 @@ class EncoderConfig:
     patch_size: int = 16  # pixels; only `vit`
     stem: str = "patch"  # only `vit`: patch (one convolution, as published) or conv (strided 3x3 convolutions)
     stem_blocks: int = 0  # residual blocks after each convolution of a conv stem, except the first
+    closeups: bool = False  # make memories of single objects from the finer maps of a conv stem; only `vit`
     resnet_depth: int = 50  # only `resnet`: 18, 34, 50, 101, 152 or 200
     resnet_stages: int = 4  # only `resnet`: 4 (stride 32) or 3 (stride 16, C4)
     resnet_width: float = 1.0  # only `resnet`: multiplies the usual number of channels

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.errors import InputError
+from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
 from pix2seq.model.encoders.build import build_encoder
-from pix2seq.model.encoders.encoder import Encoder
+from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
@@ -130,13 +131,36 @@ class Pix2Seq(nn.Module):
 
         H and W must be those of `config.image_size` or divisible by the encoder's stride.
         """
+        return self.encode_with_maps(images)[0]
+
+    def encode_with_maps(self, images: Tensor) -> tuple[Tensor, Maps]:
+        """Return what `encode` does, and the maps for `look_closer`; none if the encoder makes no closeups."""
         stride = self.encoder.stride
         height, width = images.shape[-2:]
         if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {stride}")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
-            features, grid = self.encoder(images)
+        maps: Maps = ()
+        with self._encoder_grad():
+            if self.config.encoder.closeups:
+                features, grid, maps = self.encoder.with_maps(images)
+            else:
+                features, grid = self.encoder(images)
+        return self.projection(features, grid), maps
+
+    def look_closer(self, maps: Maps, frames: Tensor, image_index: Sequence[int]) -> Tensor:
+        """Return memories (R, N, D) of frames (R, 4) within images, each as if its part were an image of its own.
+
+        They are made from the finer `maps` of the images, without encoding anything again. A frame is `yxyx` in [0, 1]
+        of its image, `image_index[i]`, ascending. It should have the aspect ratio of `config.image_size`, and may reach
+        beyond the image, where there is nothing. Needs `encoder.closeups`.
+        """
+        grid = self.encoder.grid(*self.config.image_size)
+        with self._encoder_grad():
+            features = self.encoder.look_closer(sample_maps(maps, frames, image_index, grid))
         return self.projection(features, grid)
+
+    def _encoder_grad(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen)
 
     def project(self, features: Tensor) -> Tensor:
         """Project encoder features (B, N, encoder.dim) of images of `config.image_size` to memory (B, N, D)."""

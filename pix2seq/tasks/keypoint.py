@@ -26,18 +26,13 @@ VISIBLE, HIDDEN = 2.0, 1.0  # COCO's flags for visible points and for labelled o
 class KeypointConfig(ObjectTaskConfig):
     """How keypoints are trained and asked."""
 
-    crop: bool = True  # every object is cropped around its box and encoded alone
-    crop_padding: float = 0.5  # share of the box's size kept on each side of it
+    crop: bool = True
+    crop_padding: float = 0.5
     invisible_weight: float = 0.1  # loss weight of the invisible token
     mask_inputs: bool = True  # hide a random share of the points that the decoder reads
     suppress_invisible: bool = True  # give the likeliest position of points that the model calls invisible
     score_weight: float = 1.0  # of the points' likelihood in the score; the rest is the box's
     top_p: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.crop_padding < 0:
-            raise ValueError(f"keypoint.crop_padding must not be negative, got {self.crop_padding}")
 
 
 class Keypoint(ObjectTask[KeypointConfig]):
@@ -52,11 +47,6 @@ class Keypoint(ObjectTask[KeypointConfig]):
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence, prompt included; there is no end token."""
         return PROMPT_LENGTH + 2 * max(len(category.keypoints) for category in self.categories.values())
-
-    @property
-    def crop_padding(self) -> float | None:
-        """See `Task`."""
-        return self.config.crop_padding if self.config.crop else None
 
     def accepts(self, category: Category) -> bool:
         """Whether the class has a skeleton."""

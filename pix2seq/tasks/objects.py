@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example
+from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.tasks.request import EncodedImage, Frame, Request
@@ -43,6 +44,10 @@ class ObjectTaskConfig(TaskConfig):
     """Settings of a task about single objects."""
 
     max_objects: int = 10  # objects of one image in a training step, where nothing is cropped
+    crop: bool = False  # every object is cropped around its box and encoded alone
+    crop_padding: float = 0.25  # share of the box's size kept on each side of it, in crops and closeups
+    closeup: bool = False  # every object gets a memory of its own from finer maps of the image, which is encoded once
+    box_jitter: float = 0.0  # in training, sides of the prompt's box move by up to this share of its size
     min_box_score: float = 0.05  # detected boxes below it are not asked about
     score_weight: float = 0.0  # of the answer's likelihood in the score; the rest is the box's
 
@@ -50,6 +55,12 @@ class ObjectTaskConfig(TaskConfig):
         super().__post_init__()
         if self.max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, got {self.max_objects}")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must not be negative, got {self.crop_padding}")
+        if not 0 <= self.box_jitter < 0.5:
+            raise ValueError(f"box_jitter must lie in [0, 0.5), got {self.box_jitter}")
+        if self.crop and self.closeup:
+            raise ValueError("crop and closeup are two ways to look at an object; set one of them")
 
 
 Config = TypeVar("Config", bound=ObjectTaskConfig)
@@ -84,6 +95,16 @@ class ObjectTask(Task[Config]):
         """Answers to draw for each object."""
         return 1
 
+    @property
+    def crop_padding(self) -> float | None:
+        """See `Task`."""
+        return self.config.crop_padding if self.config.crop else None
+
+    @property
+    def looks_closer(self) -> bool:
+        """See `Task`."""
+        return self.config.closeup
+
     def accepts(self, category: Category) -> bool:
         """Whether objects of this class can be asked about."""
         return True
@@ -103,10 +124,25 @@ class ObjectTask(Task[Config]):
         for i in rng.permutation([i for i in range(len(target.labels)) if self.usable(target, i)]):
             if len(found) == self.config.max_objects:
                 break
-            example = self.example(target, int(i), size, rng)
+            example = self._example(target, int(i), size, rng)
             if example is not None:
                 found.append(example)
         return found
+
+    def _example(self, target: Target, i: int, size: tuple[int, int], rng: np.random.Generator) -> Example | None:
+        """Return the sequence of object `i` as prompted and framed in training."""
+        box = target.boxes_xyxy[i]
+        if self.config.box_jitter:
+            box = jitter_box(box, self.config.box_jitter, size, rng)
+            target = replace(
+                target, boxes_xyxy=np.where(np.arange(len(target.labels))[:, None] == i, box, target.boxes_xyxy)
+            )
+        if not self.config.closeup:
+            return self.example(target, i, size, rng)
+        whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        frame = whole.around(box, self.config.crop_padding)
+        example = self.example(_seen_in(frame, target, i, size), 0, size, rng)
+        return example and replace(example, closeup=whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32))
 
     def object_prompt(self, target: Target, i: int, size: tuple[int, int]) -> NDArray[np.int64]:
         """Return the prompt (6,) about object `i` of a target in pixels of an input of `size` (height, width)."""
@@ -123,13 +159,15 @@ class ObjectTask(Task[Config]):
     def _request(self, image: EncodedImage, instance: Instance) -> Request:
         box = np.array(instance.box_xyxy, np.float64)
         region = None if self.crop_padding is None else padded_region(box, *image.size, self.crop_padding)
-        frame = image.frame(region)
+        closeup = image.frame().around(box, self.config.crop_padding) if self.config.closeup else None
+        frame = closeup or image.frame(region)
         labels = np.array([instance.category.label], np.int64)
         return Request(
             instance_prompts(self.name, frame.to_input_yxyx(box[None]), labels, self.vocab)[0],
             self.generation(instance.category),
             subject=instance,
             region=region,
+            closeup=closeup,
             num_samples=self.num_samples,
             expected_tokens=self.expected_tokens(instance, frame),
         )
@@ -139,7 +177,7 @@ class ObjectTask(Task[Config]):
     ) -> list[Instance]:
         """Return the objects with their answers, best score first."""
         found = [
-            self.answer(request.subject, completion, image.frame(request.region), image.size)
+            self.answer(request.subject, completion, request.frame(image), image.size)
             for request, completion in zip(requests, completions, strict=True)
         ]
         return sorted(found, key=lambda instance: -instance.score)
@@ -225,6 +263,9 @@ class ObjectTask(Task[Config]):
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
         """See `Task`."""
         frame = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        if example.closeup is not None:
+            x0, y0, x1, y1 = box_xyxy_to_yxyx(example.closeup) * np.tile(frame.size, 2)
+            frame = Frame(np.array([x0, y0]), np.array([x1 - x0, y1 - y0]))
         instance = instance_at(
             example.prompt[1:5], self.categories[int(example.prompt[5]) - CLASS_BASE], frame, self.vocab
         )
@@ -237,6 +278,36 @@ def instance_at(coord_ids: NDArray[np.integer], category: Category, frame: Frame
     """Return an object at the box that four ids `y0, x0, y1, x1` say, in pixels of the image."""
     (x0, y0), (x1, y1) = frame.to_image_xy(vocab.coords(coord_ids).reshape(2, 2)).tolist()
     return Instance((x0, y0, x1, y1), category, 1.0)
+
+
+def jitter_box(
+    box_xyxy: NDArray[np.floating], share: float, size: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Move each side of a box by up to `share` of its width or height, within an input of `size` (height, width)."""
+    moves = rng.uniform(-share, share, 4) * np.tile(box_xyxy[2:] - box_xyxy[:2], 2)
+    return np.clip(box_xyxy + moves, 0, [*size[::-1], *size[::-1]]).astype(np.float32)
+
+
+def _seen_in(frame: Frame, target: Target, i: int, size: tuple[int, int]) -> Target:
+    """Return object `i` alone, in pixels of an input of `size` (height, width) that shows a frame of this one."""
+    scale_x, scale_y = np.array(size[::-1]) / frame.size
+    affine = Affine(scale_x, scale_y, -frame.origin[0] * scale_x, -frame.origin[1] * scale_y)
+    one = slice(i, i + 1)
+    rings = target.segmentations[i]
+    points = target.keypoints[one].copy()
+    points[..., :2] = affine.points(points[..., :2])
+    inside = ((points[..., :2] >= 0) & (points[..., :2] <= size[::-1])).all(axis=-1)
+    points[~inside | (points[..., 2] == 0)] = 0
+    return replace(
+        target,
+        boxes_xyxy=affine.boxes(target.boxes_xyxy[one]),
+        labels=target.labels[one],
+        areas=target.areas[one] * scale_x * scale_y,
+        iscrowd=target.iscrowd[one],
+        annotation_ids=target.annotation_ids[one],
+        segmentations=([affine.points(ring) for ring in rings] if isinstance(rings, list) else None,),
+        keypoints=points,
+    )
 
 
 def token_score(tokens: ArrayLike, logprobs: ArrayLike) -> NDArray[np.float64]:

@@ -13,6 +13,8 @@ from pix2seq.geometry.affine import fit_affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx
 from pix2seq.model.decoding.generate import GenerationConfig
 
+MIN_CLOSEUP = 1 / 64  # of the input's side: a closer look would show single features
+
 Region = tuple[int, int, int, int]
 """A part of an image: x0, y0, x1, y1 in whole pixels, the last ones excluded."""
 
@@ -32,6 +34,17 @@ class Frame:
         """Convert points (N, 2), `yx` in [0, 1] of the model's input, to x, y in pixels of the image."""
         return points_yx[..., ::-1] * self.size + self.origin
 
+    def around(self, box_xyxy: NDArray[np.floating], padding: float) -> Frame:
+        """Return the frame of the same aspect ratio in whose middle a box lies, with `padding` of its size around."""
+        corners = np.asarray(box_xyxy, np.float64).reshape(2, 2)
+        share = max(float(((corners[1] - corners[0]) / self.size).max()), MIN_CLOSEUP) * (1 + 2 * padding)
+        return Frame(corners.mean(axis=0) - share * self.size / 2, share * self.size)
+
+    @property
+    def xyxy(self) -> NDArray[np.float64]:
+        """The corners (4,) in pixels of the image."""
+        return np.concatenate([self.origin, self.origin + self.size])
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -40,6 +53,7 @@ class EncodedImage:
     memory: Tensor  # (N, D)
     pixels: NDArray[np.uint8]  # (H, W, 3)
     input_size: tuple[int, int]  # height, width of the model's input
+    maps: tuple[Tensor, ...] = ()  # (C, h, w) each, for closeups
 
     @property
     def size(self) -> tuple[int, int]:
@@ -62,8 +76,18 @@ class Request:
     generation: GenerationConfig  # grammar, sampling and length of the answer
     subject: Any = None  # what the question is about, for `Task.answers`
     region: Region | None = None  # cropped and encoded for this question; None: the whole image
+    closeup: Frame | None = None  # what the question reads a memory of, made from the image's maps
     num_samples: int = 1  # answers to draw
     expected_tokens: int | None = None  # likely length of the answer; None: `generation.max_new_tokens`
+
+    def frame(self, image: EncodedImage) -> Frame:
+        """Return what the answer's coordinates are relative to."""
+        return image.frame(self.region) if self.closeup is None else self.closeup
+
+    @property
+    def memory_key(self) -> tuple[float, ...]:
+        """Which memory of the image the question reads: equal for equal ones."""
+        return (*(self.region or ()), *(() if self.closeup is None else self.closeup.xyxy.tolist()))
 
     @property
     def length(self) -> int:

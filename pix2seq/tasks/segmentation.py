@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from pix2seq.examples import Example
-from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize
+from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize, space_evenly
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
@@ -29,6 +29,7 @@ class SegmentationConfig(ObjectTaskConfig):
 
     max_points: int = 128  # of a mask's polygons, separators included
     random_start: bool = True  # each ring starts at another of its points every time
+    even_points: int = 0  # about so many, at equal distances, take the place of the annotated ones; 0 keeps those
     eos_weight: float = 1.0  # loss weight of the end token
     num_samples: int = 8  # masks drawn for each object, which vote; 1 for speed
     threshold: float = 0.5  # share of the votes that makes a pixel part of the mask
@@ -76,7 +77,10 @@ class Segmentation(ObjectTask[SegmentationConfig]):
         height, width = size
         rings = target.segmentations[i]
         assert isinstance(rings, list)
-        inside = [ring[:, ::-1] / np.array([height, width], np.float32) for ring in clip_rings(rings, width, height)]
+        clipped = clip_rings(rings, width, height)
+        if self.config.even_points:
+            clipped = space_evenly(clipped, self.config.even_points)
+        inside = [ring[:, ::-1] / np.array([height, width], np.float32) for ring in clipped]
         start = rng if self.config.random_start else None
         ids = encode_polygons(inside, self.vocab, max_points=self.config.max_points, rng=start)
         if not len(ids):

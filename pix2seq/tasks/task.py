@@ -98,6 +98,11 @@ class Task(ABC, Generic[Config]):
         return None
 
     @property
+    def looks_closer(self) -> bool:
+        """Whether sequences read memories of single objects, made from the image's finer maps (`encoder.closeups`)."""
+        return False
+
+    @property
     def flips(self) -> bool:
         """Whether the task learns from mirrored images."""
         return True

@@ -80,6 +80,15 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
                 f"{name} sequences of up to {task.max_seq_len} tokens do not fit model.decoder.max_seq_len="
                 f"{config.model.decoder.max_seq_len}; raise it, or lower {task.length_setting}"
             )
+        if task.looks_closer and not config.model.encoder.closeups:
+            raise InputError(
+                f"{name}.closeup=true needs model.encoder.closeups=true, and the encoder vit with a conv stem"
+            )
+        if features is not None and task.looks_closer:
+            raise InputError(
+                f"{name} looks at finer maps, which features={config.features} do not hold; set {name}.closeup=false, "
+                "or leave features out"
+            )
         if features is not None and task.crop_padding is not None:
             raise InputError(
                 f"{name} crops around objects, but features={config.features} are of whole images; turn cropping off "

@@ -22,6 +22,8 @@ def build_encoder(
     config: EncoderConfig, image_size: tuple[int, int], positions: PositionKind, *, load_pretrained: bool
 ) -> Encoder:
     """Build the encoder that `config.name` names."""
+    if config.closeups and config.name != "vit":
+        raise InputError(f"model.encoder.closeups needs the encoder vit with a conv stem, got {config.name}")
     if config.name not in ("vit", "resnet"):
         return TimmEncoder(
             config.name,
@@ -48,7 +50,7 @@ def build_encoder(
         stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
     else:
         raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
-    return VisionTransformer(stem, config.patch_size, **transformer)
+    return VisionTransformer(stem, config.patch_size, closeups=config.closeups, **transformer)
 
 
 def encoder_fingerprint(encoder: Encoder, config: EncoderConfig, positions: str) -> str:

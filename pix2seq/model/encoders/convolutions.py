@@ -76,7 +76,20 @@ class ConvStem(nn.Module):
             if stage > 0:
                 layers += [ResidualBlock(width_out, width_out) for _ in range(num_blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
+        stage = 3 + num_blocks
+        # What leaves each stage but the first, whose features are nearly pixels, and the last.
+        self.map_ends = [3 - 1 + stage * i for i in range(1, num_halvings - 1)]
+        self.map_dims = tuple(widths[1:-1])
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, dim, H / patch, W / patch)."""
-        return self.layers(images.contiguous(memory_format=torch.channels_last))
+        return self.with_maps(images)[0]
+
+    def with_maps(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what `forward` does, and maps of strides 4 to patch / 2, each (B, width, H / stride, W / stride)."""
+        x, maps = images.contiguous(memory_format=torch.channels_last), []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index in self.map_ends:
+                maps.append(x)
+        return x, tuple(maps)
