@@ -23,9 +23,12 @@ def sums_one_by_one(model, samples, label_smoothing=0.0):
     """Return what `CrossEntropy` computes, by task, with one pass for each sequence."""
     sums = {}
     for sample in samples:
-        memory = model.encode(torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255)
+        whole, maps = model.encode_with_maps(torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255)
         for name, examples in sample.examples.items():
             for example in examples:
+                memory = whole
+                if example.closeup is not None:
+                    memory = model.look_closer(maps, torch.from_numpy(example.closeup)[None], [0])
                 tokens, targets, weights = map(torch.from_numpy, example.shifted())
                 logits = model.decoder.logits(model.decoder(tokens[None], memory))[0]
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)

@@ -213,8 +213,8 @@ def test_images_without_sequences_cost_nothing(shapes, tasks, model):
 
 def test_a_step_of_four_tasks_encodes_and_decodes_once(shapes, tasks, model, monkeypatch):
     seen = []
-    encode, decode = model.encode, model.decoder.forward_packed
-    monkeypatch.setattr(model, "encode", lambda images: seen.append(len(images)) or encode(images))
+    encode, decode = model.encode_with_maps, model.decoder.forward_packed
+    monkeypatch.setattr(model, "encode_with_maps", lambda images: seen.append(len(images)) or encode(images))
     monkeypatch.setattr(model.decoder, "forward_packed", lambda *args: seen.append("decoded") or decode(*args))
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0, betas=(0.9, 0.95))
     batch = collate(joined(first_samples(shapes, tasks).values()), list(tasks))
@@ -356,8 +356,8 @@ IMAGE = np.random.default_rng(0).integers(0, 255, (50, 80, 3)).astype(np.uint8)
 
 def test_a_chain_asks_about_what_was_detected_and_encodes_once(predictor, monkeypatch):
     calls = []
-    encode = predictor.model.encode
-    monkeypatch.setattr(predictor.model, "encode", lambda images: calls.append(len(images)) or encode(images))
+    encode = predictor.model.encode_with_maps
+    monkeypatch.setattr(predictor.model, "encode_with_maps", lambda images: calls.append(len(images)) or encode(images))
     image = predictor.encode(IMAGE)
     prediction = predictor.predict(image, ["detection", "segmentation", "captioning"])
     assert calls == [1]
