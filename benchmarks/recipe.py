@@ -1,0 +1,113 @@
+"""What helps a small model learn: variants of a recipe, trained on as many images each, in one table.
+
+    python benchmarks/recipe.py GROUP [--images N] [--seeds 0 1 2] [--only NAME ...] [--out DIR] [--json]
+
+Groups: `masks` (segmentation alone, at most 3 objects: how the model looks at an object, and how a mask is written) and
+`all` (four tasks that share images, on the default world). All variants of a group train on the same generated images
+with the same model, apart from what they change; minutes are those of training alone, on as many threads as
+OMP_NUM_THREADS says. Dated results: benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+
+from pix2seq.cli import run_guarded
+from pix2seq.data.shapes import write_shapes
+from pix2seq.training.config import config_file, load_config
+from pix2seq.training.loop import run
+
+CLOSEUP = ("model.encoder.closeups=true", "segmentation.closeup=true")
+EVEN = ("segmentation.even_points=32", "segmentation.random_start=false")
+GROUPS: Mapping[str, Mapping[str, Any]] = {
+    "masks": {
+        "config": "segmentation_shapes.yaml",
+        "world": {"num_train": 8000, "num_val": 200, "size": 96, "max_objects": 3},
+        "base": ("lr=1e-3", "segmentation.max_points=96", "model.decoder.max_seq_len=256"),
+        "metrics": ("segmentation/true_boxes/AP", "segmentation/true_boxes/AP50"),
+        "variants": {
+            "whole images": (),
+            "whole images, even points": EVEN,
+            "crops": ("segmentation.crop=true",),
+            "crops, even points": ("segmentation.crop=true", *EVEN),
+            "closeups": CLOSEUP,
+            "closeups, 32 points at most": (*CLOSEUP, "segmentation.max_points=32"),
+            "closeups, even points": (*CLOSEUP, *EVEN),
+            "closeups, even points, random start": (*CLOSEUP, EVEN[0]),
+            "closeups, even points, Muon": (*CLOSEUP, *EVEN, "optimizer=muon"),
+        },
+    },
+    "all": {
+        "config": "shapes.yaml",
+        "world": {"num_train": 20_000, "num_val": 200, "size": 128},
+        "base": (),
+        "metrics": ("AP", "segmentation/true_boxes/AP50", "keypoint/true_boxes/AP50", "captioning/BLEU-4"),
+        "variants": {
+            "AdamW": ("optimizer=adamw",),
+            "Muon": ("optimizer=muon",),
+            "no jitter of prompts": ("segmentation.box_jitter=0", "keypoint.box_jitter=0"),
+            "no noise objects": ("detection.noise_objects=0",),
+            "two masks an image": ("segmentation.max_objects=2",),
+            "images of their own": ("share_images=false",),
+        },
+    },
+}
+
+
+def train_variant(group: Mapping[str, Any], settings: Sequence[str], out: Path, data: Path) -> dict[str, Any]:
+    """Train one variant; return the last line of its evaluation."""
+    shutil.rmtree(out, ignore_errors=True)
+    run(load_config(config_file(group["config"]), [*group["base"], *settings], data=str(data), out=str(out)))
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next(line for line in reversed(lines) if line["kind"] == "eval")
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--images", type=int, default=8000, help="encoded images a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants to run, by default all")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="folder for data and runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    group = GROUPS[args.group]
+    data = args.out / f"shapes-{args.group}"
+    if not data.is_dir():
+        write_shapes(data, **group["world"], workers=2)
+    rows = []
+    for name, settings in group["variants"].items():
+        if args.only and name not in args.only:
+            continue
+        results = []
+        for seed in args.seeds:
+            config = load_config(config_file(group["config"]), [*group["base"], *settings])
+            steps = max(args.images // config.batch_size, 1)
+            more = [f"steps={steps}", f"checkpoint_every={steps}", "eval_every=0", "trackers=[]", f"seed={seed}"]
+            results.append(train_variant(group, [*settings, *more], args.out / "run", data))
+        row = {"variant": name, "settings": list(settings), "minutes": [r["minutes"] for r in results]}
+        rows.append(row | {metric: [result[metric] for result in results] for metric in group["metrics"]})
+        if not args.json:
+            cells = [f"{metric} {_spread(rows[-1][metric])}" for metric in group["metrics"]]
+            print(f"{name}: {'; '.join(cells)}; {_spread(row['minutes'])} minutes", flush=True)
+    if args.json:
+        report = {"benchmark": "recipe", "group": args.group, "images": args.images, "seeds": args.seeds, "rows": rows}
+        print(json.dumps(report | {"machine": machine()}))
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(_main, sys.argv[1:]))
