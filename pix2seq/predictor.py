@@ -33,13 +33,13 @@ from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.types import Caption, Instance
 
-_Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
 MAX_ROWS = 512  # sequences that are decoded side by side
 MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are decoded side by side
 MAX_CROPS = 16  # crops that are encoded side by side
 MAX_CLOSEUPS = 64  # closeups that are encoded side by side
+_Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
 
 
 @dataclass(frozen=True)
@@ -294,16 +294,11 @@ class Predictor:
         """Memories (R, N, D) of frames of encoded images."""
         images = list({id(image): image for image, _ in asked}.values())
         number = {id(image): i for i, image in enumerate(images)}
-        order = sorted(range(len(asked)), key=lambda i: number[id(asked[i][0])])
         maps = tuple(torch.stack(level) for level in zip(*(image.maps for image in images), strict=True))
-        frames = np.stack([image.frame().to_input_yxyx(frame.xyxy) for image, frame in asked])[order]
+        corners = np.stack([image.frame().to_input_yxyx(frame.xyxy) for image, frame in asked])
+        frames = torch.from_numpy(corners).float().to(self.model.device)
         with torch.inference_mode(), self._autocast():
-            memory = self.model.look_closer(
-                maps,
-                torch.from_numpy(frames).float().to(self.model.device),
-                [number[id(asked[i][0])] for i in order],
-            )
-        return memory[np.argsort(order)]
+            return self.model.look_closer(maps, frames, [number[id(image)] for image, _ in asked])
 
     def _complete(
         self, task: Task[Any], images: Sequence[EncodedImage], requests: Sequence[Sequence[Request]], seed: int

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pix2seq.data.samples import TrainingStream
@@ -61,21 +62,27 @@ class SequenceView:
             lines.append(f"\nsequence {number}: {self.task.summary(example)}")
             lines.append(f"{'step':>5}  {'reads':>5}  {'meaning':<28} {'says':>5}  {'meaning':<28} weight")
             steps = list(rows(example))
-            reads, says = self.meanings([row.read for row in steps]), self.meanings([row.said for row in steps])
+            reads = self.meanings([row.read for row in steps], example.closeup)
+            says = self.meanings([row.said for row in steps], example.closeup)
             for row, read, said in zip(steps, reads, says, strict=True):
                 given = f"{read}{' (prompt)' if row.prompt else ''}"
                 lines.append(f"{row.position:5d}  {row.read:5d}  {given:<28} {row.said:5d}  {said:<28} {row.weight:g}")
         return "\n".join(lines)
 
-    def meanings(self, tokens: Sequence[int]) -> list[str]:
-        """Say what the ids of a sequence stand for; coordinates are y and x in turn, in pixels of the input."""
+    def meanings(self, tokens: Sequence[int], closeup: NDArray[np.float32] | None = None) -> list[str]:
+        """Say what the ids of a sequence stand for; coordinates are y and x in turn, in pixels of the input.
+
+        `closeup` is that of the sequence's `Example`.
+        """
         sides = self.sample.image.shape[:2]
+        first, last = ((0, 0), (1, 1)) if closeup is None else (closeup[:2], closeup[2:])
         words, axis = [], 0
         for token in tokens:
             word = self.meaning(token)
             is_coord = self.vocab.coord_base <= token < self.vocab.coord_end
             if is_coord:
-                pixels = float(self.vocab.coords(np.array([token]))[0]) * sides[axis]
+                share = float(self.vocab.coords(np.array([token]))[0])
+                pixels = (first[axis] + share * (last[axis] - first[axis])) * sides[axis]
                 word = f"{'yx'[axis]} {word} = {pixels:.1f} px"
             # A separator or an invisible point takes the position of a coordinate.
             axis = 1 - axis if is_coord or token in (SEPARATOR, INVISIBLE) else 0

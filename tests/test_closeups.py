@@ -21,12 +21,13 @@ from pix2seq.geometry.polygons import rasterize, space_evenly
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
+from pix2seq.sequences import SequenceView
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.objects import jitter_box
 from pix2seq.tasks.request import Frame
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
-from pix2seq.training.config import load_config
+from pix2seq.training.config import config_file, load_config
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.recipe import prepare
 from pix2seq.types import Instance
@@ -289,3 +290,13 @@ def test_even_points_lie_on_the_ring_at_equal_distances(number, seed):
     perimeter = np.hypot(*(ends - star).T).sum()
     assert np.hypot(*(np.roll(ring, -1, axis=0) - ring).T).max() <= perimeter / number + 1e-6
     assert ring[0, 1] == pytest.approx(star[:, 1].min())
+
+
+def test_a_table_of_tokens_gives_the_pixels_of_the_whole_input(folder, shapes):
+    view = SequenceView(load_config(config_file("shapes.yaml"), data=str(folder)), "segmentation", 0)
+    (example,) = view.examples
+    (shown,) = view.task.shown(example, (96, 96))
+    words = view.meanings(example.prompt.tolist(), example.closeup)
+    found = [float(word.split("= ")[1].removesuffix(" px")) for word in words[1:5]]
+    np.testing.assert_allclose(found, np.array(shown.box_xyxy)[[1, 0, 3, 2]], atol=0.06)
+    assert f"{found[0]:.1f} px (prompt)" in view.text()

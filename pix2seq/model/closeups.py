@@ -18,20 +18,20 @@ def sample_maps(maps: Maps, frames: Tensor, image_index: Sequence[int], grid: tu
     """Sample maps at the middles of 2 h x 2 w equal cells of each frame, by bilinear interpolation: (R, C, 2 h, 2 w).
 
     `frames` (R, 4) are `yxyx` in [0, 1] of the image, on the device of the maps; beyond the image, samples are 0.
-    `image_index`, ascending, is the image of each. The reference for sampling without rounding is RoIAlign, arXiv
+    `image_index` is the image of each. The reference for sampling without rounding is RoIAlign, arXiv
     1703.06870.
     """
     rows, columns = 2 * grid[0], 2 * grid[1]
-    device = maps[0].device
+    num_images, device = len(maps[0]), maps[0].device
     # Frames of an image are sampled in one call, one above the other, so that no map is copied for each of them.
-    num_images = len(maps[0])
     counts = [0] * num_images
-    slots = []
+    order = []  # of each frame among those of its image
     for image in image_index:
-        slots.append((image, counts[image]))
+        order.append(counts[image])
         counts[image] += 1
     most = max(counts)
-    index = torch.tensor([image * most + slot for image, slot in slots]).to(device, non_blocking=True)
+    slots = [image * most + number for image, number in zip(image_index, order, strict=True)]
+    index = torch.tensor(slots).to(device, non_blocking=True)
     y0, x0, y1, x1 = frames.float().unbind(1)
     steps_y = (torch.arange(rows, device=device) + 0.5) / rows
     steps_x = (torch.arange(columns, device=device) + 0.5) / columns

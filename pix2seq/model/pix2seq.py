@@ -151,7 +151,7 @@ class Pix2Seq(nn.Module):
         """Return memories (R, N, D) of frames (R, 4) within images, each as if its part were an image of its own.
 
         They are made from the finer `maps` of the images, without encoding anything again. A frame is `yxyx` in [0, 1]
-        of its image, `image_index[i]`, ascending. It should have the aspect ratio of `config.image_size`, and may reach
+        of its image, `image_index[i]`. It should have the aspect ratio of `config.image_size`, and may reach
         beyond the image, where there is nothing. Needs `encoder.closeups`.
         """
         grid = self.encoder.grid(*self.config.image_size)
