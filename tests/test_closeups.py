@@ -21,6 +21,7 @@ from pix2seq.geometry.polygons import rasterize, space_evenly
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
+from pix2seq.predictor import _generator
 from pix2seq.sequences import SequenceView
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
@@ -31,7 +32,7 @@ from pix2seq.training.config import config_file, load_config
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.recipe import prepare
 from pix2seq.types import Instance
-from pix2seq.vocab import Vocab
+from pix2seq.vocab import INVISIBLE, Vocab
 
 SIZE = (64, 96)  # height and width, not square
 VOCAB = Vocab(num_bins=200, text_base=1300, size=1300)
@@ -239,6 +240,7 @@ def test_crops_keep_their_masks(shapes):
                                for t in map(shapes.target, range(len(shapes))))  # fmt: skip
     for i in range(len(samples)):
         sample = samples[0, i]
+        assert len(sample.examples["segmentation"]) == 1
         for example in sample.examples["segmentation"]:
             (shown,) = task.shown(example, SIZE)
             x0, y0, x1, y1 = shown.box_xyxy
@@ -300,3 +302,30 @@ def test_a_table_of_tokens_gives_the_pixels_of_the_whole_input(folder, shapes):
     found = [float(word.split("= ")[1].removesuffix(" px")) for word in words[1:5]]
     np.testing.assert_allclose(found, np.array(shown.box_xyxy)[[1, 0, 3, 2]], atol=0.06)
     assert f"{found[0]:.1f} px (prompt)" in view.text()
+
+
+def test_a_point_outside_the_closeup_is_not_labelled(shapes, tasks):
+    task = tasks["keypoint"]
+    target = next(t for t in map(shapes.target, range(len(shapes))) if (t.keypoints[..., 2] > 0).any())
+    (i, *_) = np.flatnonzero((target.keypoints[..., 2] > 0).any(axis=1))
+    (k, *_) = np.flatnonzero(target.keypoints[i, :, 2] > 0)
+    moved = target.keypoints.copy()
+    x0, y0, x1, y1 = target.boxes_xyxy[i]
+    moved[i, k, :2] = x1 + 3 * max(x1 - x0, y1 - y0), y1  # half of its size is kept on each side
+    rng = np.random.default_rng(0)
+    near, far = (task._example(replace(target, keypoints=each), i, SIZE, rng) for each in (target.keypoints, moved))
+    assert (far.targets[2 * k : 2 * k + 2] == INVISIBLE).all()
+    assert (near.targets[2 * k : 2 * k + 2] != INVISIBLE).all()
+    others = np.delete(np.arange(len(near.targets)), [2 * k, 2 * k + 1])
+    np.testing.assert_array_equal(far.targets[others], near.targets[others])
+
+
+def test_equal_prompts_about_two_objects_draw_differently(model):
+    predictor = Predictor(model)
+    image = predictor.encode(np.zeros((64, 96, 3), np.uint8))
+    category = next(c for c in model.categories if c.name == "star")
+    boxes = [(10.0, 10.0, 30.0, 30.0), (50.0, 20.0, 70.0, 40.0)]
+    first, second = predictor.tasks["segmentation"].requests(image, [Instance(box, category, 1.0) for box in boxes])
+    np.testing.assert_array_equal(first.prompt, second.prompt)
+    assert _generator(first, 0).initial_seed() != _generator(second, 0).initial_seed()
+    assert _generator(first, 0).initial_seed() == _generator(replace(first), 0).initial_seed()

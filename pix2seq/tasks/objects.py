@@ -290,8 +290,8 @@ def jitter_box(
 
 def _seen_in(frame: Frame, target: Target, i: int, size: tuple[int, int]) -> Target:
     """Return object `i` alone, in pixels of an input of `size` (height, width) that shows a frame of this one."""
-    scale_x, scale_y = np.array(size[::-1]) / frame.size
-    affine = Affine(scale_x, scale_y, -frame.origin[0] * scale_x, -frame.origin[1] * scale_y)
+    scale = float(size[1] / frame.size[0])  # the same on both axes: a frame has the aspect ratio of the input
+    affine = Affine(scale, scale, *(-scale * frame.origin).tolist())
     one = slice(i, i + 1)
     rings = target.segmentations[i]
     points = target.keypoints[one].copy()
@@ -302,7 +302,7 @@ def _seen_in(frame: Frame, target: Target, i: int, size: tuple[int, int]) -> Tar
         target,
         boxes_xyxy=affine.boxes(target.boxes_xyxy[one]),
         labels=target.labels[one],
-        areas=target.areas[one] * scale_x * scale_y,
+        areas=target.areas[one] * scale**2,
         iscrowd=target.iscrowd[one],
         annotation_ids=target.annotation_ids[one],
         segmentations=([affine.points(ring) for ring in rings] if isinstance(rings, list) else None,),
