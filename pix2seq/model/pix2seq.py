@@ -196,9 +196,14 @@ class Pix2Seq(nn.Module):
             generator=generator,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed."""
-        write_checkpoint(Path(folder), self.config_json(), self.state_dict())
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed.
+
+        Floating-point weights are stored as `dtype`; a model that is loaded has float32 again. Raises `InputError` if
+        one is too large for it.
+        """
+        weights = {name: as_stored(name, tensor, dtype) for name, tensor in self.state_dict().items()}
+        write_checkpoint(Path(folder), self.config_json(), weights)
         if self.text is not None:
             self.text.save(Path(folder))
 
