@@ -1,4 +1,4 @@
-"""Two demonstrations on generated images: of the model that comes with the repository, and of training one from scratch."""
+"""Two demonstrations on generated images: of the repository's trained model, and of training one from scratch."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def show_demo(
     print(
         f"\n{table}\n{time.perf_counter() - started:.0f} seconds in all. "
         f"Look at {out / 'demo.png'}; all scores are in {out / 'metrics.json'}, this table is in {out / 'table.txt'}.\n"
-        f"Next:\n"
-        f"  pix2seq predict {some} --checkpoint {checkpoint}   # boxes, masks and the rest of one image, as JSON too\n"
-        f"  pix2seq demo --seed {seed + 1}                             # other images\n"
-        f"  pix2seq demo --train                                       # a model of your own, from scratch, in minutes\n"
-        f"  pix2seq train --config configs/detection_voc.yaml data=MY_DATA   # your own images, COCO or Pascal VOC"
+        "Next:\n"
+        f"  one image, as JSON too           pix2seq predict {some} --checkpoint {checkpoint}\n"
+        f"  other images                     pix2seq demo --seed {seed + 1}\n"
+        "  a model of your own, in minutes  pix2seq demo --train\n"
+        "  your own images (COCO or VOC)    pix2seq train --config configs/detection_voc.yaml data=MY_DATA"
     )
 
 
@@ -167,7 +167,5 @@ def _draw(predictions: Sequence[Prediction], out: Path) -> None:
 
 def _iou(first_xyxy: Sequence[float], second_xyxy: Sequence[float]) -> float:
     """Return the intersection of two boxes as a share of their union."""
-    first, second = (
-        np.array([[x0, y0, x1 - x0, y1 - y0]], np.float64) for x0, y0, x1, y1 in (first_xyxy, second_xyxy)
-    )
+    first, second = (np.array([[x0, y0, x1 - x0, y1 - y0]], np.float64) for x0, y0, x1, y1 in (first_xyxy, second_xyxy))
     return float(mask_utils.iou(first, second, [0])[0, 0])

@@ -62,7 +62,7 @@ def export_model(
     checkpoint = find_checkpoint(run)
     folder = next((path for path in (checkpoint, *checkpoint.parents[:2]) if (path / SETTINGS_FILE).is_file()), None)
     if folder is None:
-        raise InputError(f"{run} has no {SETTINGS_FILE} of a training run, which the card rests on; give the folder of a run")
+        raise InputError(f"{run} is not of a run: there is no {SETTINGS_FILE}; give the folder that training wrote")
     if out.resolve() in (checkpoint.resolve(), folder.resolve()):
         raise InputError(f"{out} is the run itself; give another folder with --out")
     settings = read_yaml(folder / SETTINGS_FILE)

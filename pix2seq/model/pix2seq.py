@@ -23,7 +23,15 @@ from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_encodings
-from pix2seq.model.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
+from pix2seq.model.pretrained import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    as_stored,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.types import Category
 from pix2seq.vocab import Vocab

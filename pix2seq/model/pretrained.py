@@ -118,7 +118,7 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     stored = tensor.to(dtype)
     if not stored.isfinite().all() and tensor.isfinite().all():
         largest = tensor.abs().max().item()
-        raise InputError(f"{name} reaches {largest:.4g}, too large for {dtype}; store the weights as bfloat16 or float32")
+        raise InputError(f"{name} reaches {largest:.4g}, too large for {dtype}; store it as bfloat16 or float32")
     return stored
 
 

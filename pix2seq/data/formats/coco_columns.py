@@ -195,8 +195,8 @@ def check_objects(
     ring_owner, ring_order = _entries_by_owner(_int64(columns.ring_rows), rings, new_row)
     rle_owner, rle_order = _entries_by_owner(_int64(columns.rle_rows), rles, new_row)
     keypoint_owner, keypoint_order = _entries_by_owner(keypoint_rows, np.ones(len(keypoint_rows), np.bool_), new_row)
-    attribute_rows = _int64(columns.attribute_rows)
-    attribute_owner, attribute_order = _entries_by_owner(attribute_rows, np.ones(len(attribute_rows), np.bool_), new_row)
+    described = _int64(columns.attribute_rows)
+    attribute_owner, attribute_order = _entries_by_owner(described, np.ones(len(described), np.bool_), new_row)
     ring_edges, rle_edges = (np.append(0, _int64(ends)) for ends in (columns.ring_ends, columns.rle_ends))
     points = np.frombuffer(columns.points, np.float32).reshape(-1, 2)
     annotations = box_annotations(

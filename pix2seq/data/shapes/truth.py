@@ -1,8 +1,8 @@
 """Whether a sentence is true of a generated image, by the grammar of `pix2seq.data.shapes.captions`.
 
-A sentence is true if the generator could have said it of these figures, or a shorter list of the same facts: a list need
-not name every figure, but how many it says there are of a colour and class, or of a class, must be exact. The order of
-figures in a sentence, upper case, spaces and the full stop do not count. All other sentences are false, among them those
+A sentence is true if the generator could have said it of these figures, or a shorter list of the same facts: a list may
+leave figures out, but the number that it gives of a colour and class, or of a class, must be exact. The order in which
+figures are named, upper case, spaces and the full stop do not count. All other sentences are false, among them those
 that the grammar does not have, and the empty one.
 """
 

@@ -49,8 +49,8 @@ def write_shapes(
 ) -> None:
     """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
-    Each has 1 to `max_objects` figures; for `easy` and `person_share`, see `make_scene`. Raises `InputError` if the folder is
-    not empty or a number is out of range.
+    Each has 1 to `max_objects` figures; for `easy` and `person_share`, see `make_scene`. Raises `InputError` if the
+    folder is not empty or a number is out of range.
     """
     out = Path(out)
     if not 32 <= size <= 2048:
@@ -70,7 +70,8 @@ def write_shapes(
     shutil.rmtree(partial_folder, ignore_errors=True)
     (partial_folder / "annotations").mkdir(parents=True)
     try:
-        world = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy, "person_share": person_share}
+        world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
+        world["person_share"] = person_share
         command = f"pix2seq data shapes DIR --train {num_train} --val {num_val} --size {size} --seed {seed}"
         command += f" --max-objects {max_objects}" if max_objects != MAX_FIGURES else ""
         command += " --easy" if easy else ""
