@@ -221,7 +221,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the options of exporting a trained model."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--data", type=Path, help="folder that it was trained on, for the card; by default as trained")
@@ -238,7 +238,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         scored = None
         if args.metrics is not None:
             scored = Scored.read(args.metrics, describe_data(args.eval_data, args.eval_split))
-        export_model(args.run, args.out, dtype=args.dtype, data=args.data, scored=scored, licence=args.licence)
+        export_model(args.source, args.out, dtype=args.dtype, data=args.data, scored=scored, licence=args.licence)
         print(f"checkpoint: {args.out}")
 
     parser.set_defaults(run=run)

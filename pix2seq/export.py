@@ -65,33 +65,32 @@ def export_model(
         raise InputError(f"{run} is not of a run: there is no {SETTINGS_FILE}; give the folder that training wrote")
     if out.resolve() in (checkpoint.resolve(), folder.resolve()):
         raise InputError(f"{out} is the run itself; give another folder with --out")
-    settings = read_yaml(folder / SETTINGS_FILE)
+    settings, progress = read_yaml(folder / SETTINGS_FILE), _progress(folder)
+    try:
+        trained_on = describe_data(data or _data_folder(settings), settings["train_split"])
+    except InputError as error:
+        raise InputError(f"{error}; --data names the folder that the model was trained on") from None
     model = Pix2Seq.from_pretrained(checkpoint)
-    trained_on = describe_data(data or _data_folder(settings), settings["train_split"])
     output_folder(out)
     with report_write_errors(out, "exporting a model", then="export again"):
         model.save_pretrained(out, dtype=DTYPES[dtype])
         repeatable = {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE}
         (out / TRAINING_FILE).write_text(yaml.safe_dump(repeatable, sort_keys=False), encoding="utf-8")
-        size = (out / WEIGHTS_FILE).stat().st_size
-        stored = f"{dtype}, {size / 1e6:.1f} MB"
-        card = model_card(
-            model, settings, _progress(folder), name=out.name, stored=stored, data=trained_on, scored=scored
-        )
-        (out / CARD_FILE).write_text(card + (f"\n## Licence\n\n{licence}\n" if licence else ""), encoding="utf-8")
+        stored = f"{dtype}, {(out / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB"
+        facts = {"name": out.resolve().name, "stored": stored, "data": trained_on}
+        card = model_card(model, settings, progress, **facts, scored=scored, licence=licence)
+        (out / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def describe_data(folder: Path, split: str) -> str:
     """Describe a split of a data set in a phrase: how many images, and what its files say of where they come from."""
     dataset = open_dataset(folder, split)
-    info: Any = {}
-    for path in find_files(folder, split).values():
-        info = json.loads(path.read_text(encoding="utf-8-sig")).get("info") or {}
-        break
     words = [f"{len(dataset)} images of split {split}"]
-    if isinstance(info, dict):
-        words += [str(info["description"])] if info.get("description") else []
-        words += [f"written by `{info['command']}`"] if info.get("command") else []
+    for path in list(find_files(folder, split).values())[:1]:
+        info = json.loads(path.read_text(encoding="utf-8-sig")).get("info")
+        if isinstance(info, dict):
+            words += [str(info["description"])] if info.get("description") else []
+            words += [f"written by `{info['command']}`"] if info.get("command") else []
     return "; ".join(words)
 
 
@@ -104,12 +103,13 @@ def model_card(
     stored: str,
     data: str,
     scored: Scored | None,
+    licence: str | None,
 ) -> str:
     """Return the card as Markdown. `settings` are those of the run, `progress` the last line of its log."""
     height, width = model.config.image_size
     classes = ", ".join(category.name for category in model.categories)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    start = ", from the weights of another checkpoint" if settings.get("init") else ", from scratch"
+    start, init = ("from another checkpoint", " init=CHECKPOINT") if settings.get("init") else ("from scratch", "")
     lines = [
         f"# {name}",
         "",
@@ -122,15 +122,15 @@ def model_card(
         f"| parameters | {millions:.2f} million, stored as {stored} |",
         f"| training data | {data} |",
         f"| training | {progress['step']:.0f} steps, {progress['images']:.0f} images, {progress['minutes']:.1f} minutes"
-        f"{start}; seed {settings['seed']} |",
+        f", {start}, seed {settings['seed']} |",
         "",
         "```",
         "pix2seq predict IMAGE --checkpoint FOLDER    # FOLDER is this one",
-        f"pix2seq train --config {TRAINING_FILE} data=DATA out=RUN    # trains it again: the same settings and seed",
+        f"pix2seq train --config {TRAINING_FILE} data=DATA out=RUN{init}    # trains it again, with the same seed",
         "```",
     ]
     if scored is not None:
-        lines += ["", "## Metrics", "", f"On {scored.num_images} images it was not trained on ({scored.data}):", ""]
+        lines += ["", "## Metrics", "", f"Measured on {scored.num_images} images ({scored.data}):", ""]
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {key} | {value:.3f} |" for key, value in scored.metrics.items() if value is not None]
     lines += [
@@ -140,6 +140,8 @@ def model_card(
         f"The model knows the classes above and no others. It has seen only its training data, at {height} x {width} "
         "pixels: if those are generated drawings, its answers about photographs mean nothing.",
     ]
+    if licence is not None:
+        lines += ["", "## Licence", "", licence]
     return "\n".join(lines) + "\n"
 
 
