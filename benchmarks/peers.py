@@ -54,7 +54,7 @@ from pix2seq.training.ema import Ema
 from pix2seq.training.log import LOG_FILE
 from pix2seq.training.loop import run
 from pix2seq.training.optimizer import build_optimizer, set_learning_rate
-from pix2seq.types import Instance, Target
+from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import PAD
 
 OURS, EARLIER = "ours", "earlier"
@@ -111,7 +111,7 @@ def train_ours(base: TrainConfig, model: str, minutes: float, out: Path) -> dict
         "minutes": lines[-1]["minutes"],
         "processor_seconds": round(time.process_time() - started),  # of the evaluation too
         "steps": steps,
-        "images": lines[-1]["images"],
+        "images": int(lines[-1]["images"]),
     }
 
 
@@ -136,7 +136,8 @@ def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dic
     dataset = open_dataset(config.data_of(Detection.name), config.train_split)
     height, width = config.model.image_size
     size = (PEER_HEIGHT, round(PEER_HEIGHT * width / height))
-    model = build_peer(name, dataset)
+    categories = sorted(dataset.categories, key=lambda category: category.label)  # class i + 1; 0 is the background
+    model = build_peer(name, 1 + len(categories))
     optimizer = build_optimizer(model, lr=lr, weight_decay=config.weight_decay, betas=config.betas)
     ema = Ema(model, config.ema_decay)
     batches = peer_batches(config, dataset, size)
@@ -154,7 +155,8 @@ def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dic
         ema.update(model, steps)
     passed = time.perf_counter() - started
     model.load_state_dict(ema.weights)
-    scores = score_peer(model.eval(), open_dataset(config.val_data_of(Detection.name), config.val_split), size)
+    val = open_dataset(config.val_data_of(Detection.name), config.val_split)
+    scores = score_peer(model.eval(), categories, val, size)
     return {
         **scores,
         "minutes": passed / 60,
@@ -164,11 +166,10 @@ def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dic
     }
 
 
-def build_peer(name: str, dataset: Dataset) -> nn.Module:
-    """Build a detector of torchvision with fresh weights for the classes of a data set."""
+def build_peer(name: str, num_classes: int) -> nn.Module:
+    """Build a detector of torchvision with fresh weights; one of its classes is the background."""
     import torchvision
 
-    num_classes = 1 + max(category.label for category in dataset.categories)  # class 0 is the background
     options = PEER_OPTIONS[name] | {"weights": None, "weights_backbone": None, "num_classes": num_classes}
     model: nn.Module = getattr(torchvision.models.detection, name)(**options)
     return model
@@ -188,7 +189,8 @@ def peer_batches(
 def peer_samples(
     config: TrainConfig, dataset: Dataset, size: tuple[int, int], rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield an image (3, H, W) in [0, 1] with its boxes and labels, each image once an epoch, without end."""
+    """Yield an image (3, H, W) in [0, 1] with its boxes and classes from 1, each image once an epoch, without end."""
+    known = np.sort([category.label for category in dataset.categories])
     while True:
         for index in rng.permutation(len(dataset)).tolist():
             target = dataset.target(index)
@@ -198,14 +200,16 @@ def peer_samples(
             moved = transform_target(target, affine, size, min_visible=config.augment.min_visible, with_masks=False)
             sides = moved.boxes_xyxy[:, 2:] - moved.boxes_xyxy[:, :2]
             kept = ~moved.iscrowd & (sides >= MIN_SIDE).all(axis=1)
-            boxes, labels = torch.from_numpy(moved.boxes_xyxy[kept]), torch.from_numpy(moved.labels[kept])
-            yield to_input(pixels), {"boxes": boxes, "labels": labels}
+            classes = 1 + np.searchsorted(known, moved.labels[kept])
+            boxes = torch.from_numpy(moved.boxes_xyxy[kept])
+            yield to_input(pixels), {"boxes": boxes, "labels": torch.from_numpy(classes)}
 
 
 @torch.inference_mode()
-def score_peer(model: nn.Module, dataset: Dataset, size: tuple[int, int]) -> dict[str, float | None]:
-    """Return AP and AP50 on a data set, whose images are resized as ours are in an evaluation."""
-    categories = {category.label: category for category in dataset.categories}
+def score_peer(
+    model: nn.Module, categories: Sequence[Category], dataset: Dataset, size: tuple[int, int]
+) -> dict[str, float | None]:
+    """Return AP and AP50 on a data set, with images resized as in our evaluation; class i + 1 is category i."""
     targets = [dataset.target(index) for index in range(len(dataset))]
     predictions: dict[int, list[Instance]] = {}
     for target in targets:
@@ -214,8 +218,8 @@ def score_peer(model: nn.Module, dataset: Dataset, size: tuple[int, int]) -> dic
         (found,) = model([to_input(warp_image(pixels, affine, size))])
         boxes = affine.inverse().boxes(found["boxes"].numpy()).tolist()
         predictions[target.image.id] = [
-            Instance((box[0], box[1], box[2], box[3]), categories[label], score)
-            for box, label, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+            Instance((box[0], box[1], box[2], box[3]), categories[number - 1], score)
+            for box, number, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
         ]
     metrics = average_precision(targets, dataset.categories, predictions).metrics
     return {name: metrics[name] for name in ("AP", "AP50")}

@@ -13,12 +13,14 @@ from test_multi_task import ALL, TINY
 
 from pix2seq import Pix2Seq, Predictor, demo
 from pix2seq.cli import main
+from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
+from pix2seq.evaluation import evaluate
 from pix2seq.predictor import Prediction
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.training.config import load_config
-from pix2seq.types import Category, ImageRecord, Instance, Target
+from pix2seq.types import Caption, Category, ImageRecord, Instance, Target
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,15 @@ def test_an_export_has_half_the_bytes_and_the_same_model(run, exported):
     assert half.task_settings == full.task_settings
     assert half.text.tokens == full.text.tokens
     assert Predictor.from_pretrained(exported).detect(np.zeros((32, 32, 3), np.uint8)) is not None
+
+
+def test_captions_are_checked_with_the_classes_of_the_data_set(exported, data, monkeypatch):
+    """Captioning alone needs no classes of its own, so a model may number them otherwise, or know none."""
+    predictor, dataset = Predictor.from_pretrained(exported), open_dataset(data, "val")
+    predictor.model.categories = ()
+    truths = iter([[Caption(dataset.target(index).captions[0], 0.0)] for index in range(len(dataset))])
+    monkeypatch.setattr(predictor, "ask", lambda name, images, about, *, seed: [next(truths) for _ in images])
+    assert evaluate(predictor, dataset, ["captioning"]).metrics["captioning/true"] == 1
 
 
 def test_weights_too_large_for_half_precision_are_refused(exported, tmp_path):
