@@ -9,7 +9,7 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo test test-slow lint bench lock clean
+.PHONY: help setup demo demo-train test test-slow lint bench lock clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -17,8 +17,11 @@ help: ## list these commands
 setup: .venv/ready ## install the package and all that it needs in .venv (the other commands do it too)
 	@echo "The environment in .venv is ready"
 
-demo: .venv/ready ## train and predict on generated images, on the CPU, in minutes; results in demo/
+demo: .venv/ready ## show the trained model on new images, on the CPU, in a minute or two; results in demo/
 	.venv/bin/pix2seq demo --out demo
+
+demo-train: .venv/ready ## train a detector on generated images and show it, on the CPU, in minutes; results in demo/
+	.venv/bin/pix2seq demo --train --out demo
 
 test: .venv/ready ## the fast tests
 	$(PY) -m pytest

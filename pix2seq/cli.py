@@ -72,6 +72,7 @@ def _main(argv: Sequence[str]) -> int:
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
     add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
+    add_export(commands.add_parser("export", help="write a trained model for others: weights and a model card"))
     data = commands.add_parser("data", help="make or check a data set")
     data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
@@ -79,7 +80,7 @@ def _main(argv: Sequence[str]) -> int:
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
-    add_demo(commands.add_parser("demo", help="make data, train, evaluate and predict, in minutes"))
+    add_demo(commands.add_parser("demo", help="show the trained model on new images, or train one"))
     # argparse takes positional words from one position only; people put key=value before and after options.
     args, others = parser.parse_known_args(argv)
     if others and not (hasattr(args, "settings") and all("=" in word and word[0] != "-" for word in others)):
@@ -218,6 +219,31 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the options of exporting a trained model."""
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--data", type=Path, help="folder that it was trained on, for the card; by default as trained")
+    parser.add_argument("--metrics", type=Path, help="metrics.json, for the card; needs --eval-data")
+    parser.add_argument("--eval-data", type=Path, help="folder that the metrics were measured on")
+    parser.add_argument("--eval-split", default="val")
+    parser.add_argument("--licence", help="licence of the weights, for the card")
+
+    def run(args: argparse.Namespace) -> None:
+        if (args.metrics is None) != (args.eval_data is None):
+            raise InputError("--metrics and --eval-data belong together: the card says what a number was measured on")
+        from pix2seq.export import Scored, describe_data, export_model
+
+        scored = None
+        if args.metrics is not None:
+            scored = Scored.read(args.metrics, describe_data(args.eval_data, args.eval_split))
+        export_model(args.source, args.out, dtype=args.dtype, data=args.data, scored=scored, licence=args.licence)
+        print(f"checkpoint: {args.out}")
+
+    parser.set_defaults(run=run)
+
+
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """Add the options of the generated data set."""
     parser.add_argument("folder", type=Path)
@@ -227,6 +253,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-objects", type=int, default=8, help="figures in an image at most, 1 to 8")
     parser.add_argument("--easy", action="store_true", help="five classes, larger and plain, on plain ground")
+    parser.add_argument("--person-share", type=float, help="share of figures that are persons; by default 1 of 11")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
     def run(args: argparse.Namespace) -> None:
@@ -240,6 +267,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             seed=args.seed,
             max_objects=args.max_objects,
             easy=args.easy,
+            person_share=args.person_share,
             workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation images in {args.folder}")
@@ -341,12 +369,27 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the options of the demo."""
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over configs/demo.yaml")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder; by default the repository's model")
+    parser.add_argument("--images", type=_positive, help="number of new images")
+    parser.add_argument("--seed", type=int, help="of the images; another seed gives other images")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--train", action="store_true", help="train a detector from scratch instead, in minutes")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of --train over configs/demo.yaml")
 
     def run(args: argparse.Namespace) -> None:
-        from pix2seq.demo import run_demo
+        given = {"checkpoint": args.checkpoint, "num_images": args.images, "seed": args.seed, "device": args.device}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given if args.train else args.settings:
+            raise InputError(
+                "demo --train takes key=value settings, and demo without --train takes --checkpoint, --images, --seed "
+                "and --device"
+            )
+        from pix2seq.demo import show_demo, train_demo
 
-        run_demo(args.out, args.settings)
+        if args.train:
+            train_demo(args.out, args.settings)
+        else:
+            show_demo(args.out, **given)
 
     parser.set_defaults(run=run)
 

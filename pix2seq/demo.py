@@ -1,33 +1,124 @@
-"""Make data, train a model, evaluate it and predict with it."""
+"""Two demonstrations on generated images: of the repository's trained model, and of training one from scratch."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pix2seq.data.dataset import open_dataset
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from pix2seq.data.dataset import Dataset, open_dataset
 from pix2seq.data.shapes import write_shapes
+from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.drawing import tile
 from pix2seq.errors import InputError
-from pix2seq.evaluation import evaluate
+from pix2seq.evaluation import EvalResult, evaluate
+from pix2seq.files import output_folder
 from pix2seq.infer.predict import predict_files
-from pix2seq.predictor import Predictor
+from pix2seq.model.pretrained import CONFIG_FILE
+from pix2seq.predictor import Prediction, Predictor
 from pix2seq.training.config import config_file, load_config
 from pix2seq.training.loop import run
+from pix2seq.types import Target
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"  # in a checkout; not in a wheel
+SEED = 20_261_128  # of the images to show; no model was trained or chosen on them
+NUM_IMAGES = 100
+NUM_SHOWN = 12
+MIN_SCORE = 0.3
+MIN_IOU = 0.5  # of the boxes of an object and of what was found, to count as found
 
 NUM_TRAIN, NUM_VAL = 8000, 200
 MAX_OBJECTS = 3  # an easier world than the default of 8, learned in minutes
-NUM_SHOWN = 8
-MIN_SCORE = 0.3
 
 
-def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
+def show_demo(
+    out: Path, *, checkpoint: Path | None = None, num_images: int = NUM_IMAGES, seed: int = SEED, device: str = "auto"
+) -> None:
+    """Show what a trained model makes of new images: write `demo.png`, `metrics.json` and `table.txt` into `out`.
+
+    `out` is a new folder or that of an earlier demo, `checkpoint` by default the one of the repository. Raises
+    `InputError` if there is none.
+    """
+    if checkpoint is None and not (CHECKPOINT / CONFIG_FILE).is_file():
+        raise InputError(
+            f"there is no trained model in {CHECKPOINT}: it comes with the repository, not with the installed package; "
+            "run this in a checkout, name a model with --checkpoint, or train one with pix2seq demo --train"
+        )
+    _check_folder(out)
+    started = time.perf_counter()
+    checkpoint = checkpoint or CHECKPOINT
+    predictor = Predictor.from_pretrained(checkpoint, device=device)
+
+    print(f"1/3  {num_images} new images with seed {seed}, generated into {out / 'images'}")
+    shutil.rmtree(out / "images", ignore_errors=True)
+    size = max(predictor.model.config.image_size)
+    write_shapes(out / "images", num_train=0, num_val=num_images, size=size, seed=seed)
+    dataset = open_dataset(out / "images", "val")
+
+    print(f"2/3  asking {', '.join(predictor.tasks)} about them, and scoring the answers")
+    result = evaluate(predictor, dataset, progress=True)
+    result.save(out / "metrics.json")
+
+    print("3/3  drawing")
+    shown = range(min(NUM_SHOWN, len(dataset)))
+    predictions = predictor.predict_batch([dataset.images[i].path for i in shown], tuple(predictor.tasks))
+    _draw(predictions, out)
+    table = demo_table(result, dataset, predictions)
+    (out / "table.txt").write_text(table, encoding="utf-8")
+    some = dataset.images[0].path
+    print(
+        f"\n{table}\n{time.perf_counter() - started:.0f} seconds in all. "
+        f"Look at {out / 'demo.png'}; all scores are in {out / 'metrics.json'}, this table is in {out / 'table.txt'}.\n"
+        "Next:\n"
+        f"  one image, as JSON too           pix2seq predict {some} --checkpoint {checkpoint}\n"
+        f"  other images                     pix2seq demo --seed {seed + 1}\n"
+        "  a model of your own, in minutes  pix2seq demo --train\n"
+        "  your own images (COCO or VOC)    pix2seq train --config configs/detection_voc.yaml data=MY_DATA"
+    )
+
+
+def demo_table(result: EvalResult, dataset: Dataset, predictions: Sequence[Prediction]) -> str:
+    """Return scores by question, and the truth beside what was predicted for the first images of a data set."""
+    width = max(map(len, result.scores))
+    lines = [f"{name:<{width}}  {score.summary()}" for name, score in result.scores.items()]
+    lines += [f"on {result.num_images} images, {result.seconds / result.num_images:.2f} s each", ""]
+    names = {category.label: category.name for category in dataset.categories}
+    for index, prediction in enumerate(predictions):
+        target = dataset.target(index)
+        found, wrong = count_found(target, prediction, names)
+        lines.append(f"{target.image.path.name}: {found} of {len(target.labels)} objects found, {wrong} found wrongly")
+        lines += [f"  truth  {text}" for text in target.captions[:1]]
+        for caption in prediction.captions:
+            verdict = is_true_of(caption.text, target, names=names)
+            lines.append(f"  model  {caption.text}" + ("" if verdict is None else f" ({str(verdict).lower()})"))
+    return "\n".join(lines) + "\n"
+
+
+def count_found(target: Target, prediction: Prediction, names: Mapping[int, str]) -> tuple[int, int]:
+    """Return how many objects were found, and how many predictions of at least `MIN_SCORE` are of none.
+
+    An object counts once: the best prediction of its class that overlaps it by at least `MIN_IOU` finds it.
+    """
+    left = list(range(len(target.labels)))
+    likely = sorted((i for i in prediction.instances if i.score >= MIN_SCORE), key=lambda i: -i.score)
+    for instance in likely:
+        overlaps = {i: _iou(target.boxes_xyxy[i].tolist(), instance.box_xyxy) for i in left}
+        same = [i for i in left if names[int(target.labels[i])] == instance.category.name]
+        best = max(same, key=lambda i: overlaps[i], default=None)
+        if best is not None and overlaps[best] >= MIN_IOU:
+            left.remove(best)
+    found = len(target.labels) - len(left)
+    return found, len(likely) - found
+
+
+def train_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     """Write a data set, a trained model, metrics and `demo.png` into `out`, a new folder or that of an earlier demo."""
-    if out.exists() and any(out.iterdir()) and not (out / "shapes").is_dir():
-        raise InputError(f"{out} is not empty and holds no earlier demo; give another folder with --out")
+    _check_folder(out)
     for folder in (out / "run", out / "predictions"):
         shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
@@ -58,7 +149,23 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     print("4/4  predicting")
     shown = [image.path for image in dataset.images[:NUM_SHOWN]]
     predict_files(shown, checkpoint=checkpoint, out=out / "predictions", min_score=MIN_SCORE, device=config.device)
-    drawn = [found.draw(min_score=MIN_SCORE) for found in predictor.predict_batch(shown, tuple(predictor.tasks))]
-    tile(drawn, columns=4).save(out / "demo.png")
+    _draw(predictor.predict_batch(shown, tuple(predictor.tasks)), out)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")
+
+
+def _check_folder(out: Path) -> None:
+    """Create the folder if needed. Raises `InputError` if it holds something other than an earlier demo."""
+    output_folder(out)
+    if any(out.iterdir()) and not any((out / name).is_dir() for name in ("images", "shapes")):
+        raise InputError(f"{out} is not empty and holds no earlier demo; give another folder with --out")
+
+
+def _draw(predictions: Sequence[Prediction], out: Path) -> None:
+    tile([prediction.draw(min_score=MIN_SCORE) for prediction in predictions], columns=4).save(out / "demo.png")
+
+
+def _iou(first_xyxy: Sequence[float], second_xyxy: Sequence[float]) -> float:
+    """Return the intersection of two boxes as a share of their union."""
+    first, second = (np.array([[x0, y0, x1 - x0, y1 - y0]], np.float64) for x0, y0, x1, y1 in (first_xyxy, second_xyxy))
+    return float(mask_utils.iou(first, second, [0])[0, 0])

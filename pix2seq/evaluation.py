@@ -112,7 +112,7 @@ def measure(
     if not len(dataset):
         raise InputError(f"{dataset.root} has no image in split {dataset.split!r} to evaluate on")
     classes = _Classes(dataset, predictor) if any(predictor.tasks[name].uses_classes for name in tasks) else None
-    categories = predictor.model.categories if classes is None else classes.categories
+    categories = dataset.categories if classes is None else classes.categories
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):

@@ -6,12 +6,16 @@ right edge of the last is `width`. Shapes use N objects and K keypoints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+ATTRIBUTES = ("colour", "texture")
+"""Fields of an annotation that describe an object in a word."""
 
 MaskAnnotation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
 """A mask as outer rings, each (P, 2) as x, y with P >= 3, or as a COCO RLE with `size` (h, w) and `counts`."""
@@ -77,6 +81,7 @@ class Target:
     segmentations: tuple[MaskAnnotation | None, ...]  # N entries
     keypoints: NDArray[np.float32]  # (N, K, 3) x, y and COCO visibility 0, 1 or 2; K is 0 without keypoints
     captions: tuple[str, ...] = ()
+    attributes: tuple[Mapping[str, str], ...] = ()  # N entries of `ATTRIBUTES`, or none if no object has any
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ LEVELS = [
     "predictor convert",
     "evaluation",
     "training",
-    "sequences infer demo train",
+    "sequences infer demo export train",
     "cli",
 ]
 MODEL_USES = ("errors", "files", "device", "types", "vocab", "geometry", "tokenizers.text")  # of the lower rooms

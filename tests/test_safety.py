@@ -226,7 +226,8 @@ from pix2seq.vocab import Vocab
 
 out, *tiny = sys.argv[1:]
 pix2seq.demo.NUM_TRAIN, pix2seq.demo.NUM_VAL = 4, 2
-assert main(["demo", "--out", out, *tiny]) == 0  # makes data, trains, evaluates and predicts
+assert main(["demo", "--train", "--out", out, *tiny]) == 0  # makes data, trains, evaluates and predicts
+assert main(["demo", "--checkpoint", f"{out}/run", "--images", "3", "--out", out]) == 0
 data, image = f"{out}/shapes", str(next(Path(out, "shapes/val2017").iterdir()))
 assert main(["train", f"data={data}", f"out={out}/again", *tiny, "num_workers=1"]) == 0
 for command in (["eval", "--data", data], ["predict", image, "--out", f"{out}/p"]):

@@ -52,6 +52,8 @@ def test_the_layout_is_cocos(folder):
         "area",
         "iscrowd",
         "segmentation",
+        "colour",
+        "texture",
     }
     person = json.loads((folder / "annotations/person_keypoints_train2017.json").read_text())["categories"][0]
     assert (len(person["keypoints"]), len(person["skeleton"]), person["name"]) == (17, 19, "person")
@@ -67,6 +69,22 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(folder,
     assert digest(tmp_path / "again") == digest(folder)
     write_shapes(tmp_path / "other", num_train=4, num_val=0, size=96, seed=4)
     assert digest(tmp_path / "other")[-1] != digest(folder)[-1]
+
+
+def test_the_default_world_is_what_it_was(tmp_path):
+    """Scores of different releases are compared on it. Fields may be added; all else, images included, has this sum."""
+    write_shapes(tmp_path / "world", num_train=16, num_val=8, seed=0)
+    added = {"colour", "texture"}
+    sums = hashlib.sha256()
+    for path in sorted(path for path in (tmp_path / "world").rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            fields = json.loads(content)
+            assert fields["info"].pop("command") == "pix2seq data shapes DIR --train 16 --val 8 --size 128 --seed 0"
+            kept = [{k: v for k, v in entry.items() if k not in added} for entry in fields["annotations"]]
+            content = json.dumps(fields | {"annotations": kept}).encode()
+        sums.update(path.relative_to(tmp_path / "world").as_posix().encode() + b"\0" + content)
+    assert sums.hexdigest() == "f2104a66126f0c665dfca73678dc18299035c006810b7f16494c1f8c19ea71c7"
 
 
 def test_masks_boxes_and_areas_agree_by_pycocotools(folder, capsys):
@@ -208,6 +226,23 @@ def test_easy_scenes_are_plain_and_few():
     assert {figure.texture for scene in made for figure in scene.figures} == {"plain"}
 
 
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)])
+def test_persons_are_drawn_as_often_as_asked(share, low, high):
+    made = [make_scene(np.random.default_rng((9, i)), 64, 4, person_share=share) for i in range(60)]
+    names = [figure.name for scene in made for figure in scene.figures]
+    assert low <= names.count("person") / len(names) <= high
+    assert share == 1 or len(set(names) - {"person"}) == 10
+
+
+def test_a_world_says_the_command_that_writes_it(tmp_path):
+    from pix2seq.cli import main
+
+    write_shapes(tmp_path / "a", num_train=3, num_val=0, size=48, seed=5, max_objects=2, easy=True, person_share=0.25)
+    command = json.loads((tmp_path / "a/annotations/instances_train2017.json").read_text())["info"]["command"]
+    assert main(command.replace("DIR", str(tmp_path / "b")).split()[1:]) == 0
+    assert digest(tmp_path / "b") == digest(tmp_path / "a")
+
+
 def test_locations_are_ninths_of_the_image(scenes):
     for figure in scenes[0].figures:
         x, y = figure.centre
@@ -220,7 +255,7 @@ def test_locations_are_ninths_of_the_image(scenes):
 def test_existing_folders_are_kept_and_numbers_are_checked(folder, tmp_path):
     with pytest.raises(InputError, match="not an empty folder"):
         write_shapes(folder, num_train=1, num_val=1)
-    for wrong in ({"size": 8}, {"num_train": -1}, {"seed": -1}):
+    for wrong in ({"size": 8}, {"num_train": -1}, {"seed": -1}, {"person_share": 1.5}):
         with pytest.raises(InputError):
             write_shapes(tmp_path / "x", **({"num_train": 1, "num_val": 1} | wrong))
     assert not (tmp_path / "x").exists()

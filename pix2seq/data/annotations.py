@@ -1,6 +1,6 @@
 """The images and annotations of a data set in flat arrays: a box takes 33 bytes, an image about 50.
 
-Polygons, RLE masks, keypoints and captions, which only some annotations have, lie in their own arrays:
+Polygons, RLE masks, keypoints, captions and attributes, which only some annotations have, lie in their own arrays:
 sorted by owner, with an array of each entry's owner, so annotations without them take no space. Training
 data sets find their samples in these arrays (`find_samples`), and data loader workers share them
 (`SharedArrays`). Shapes use I images, N annotations, K keypoints per object and S samples.
@@ -119,6 +119,9 @@ class Annotations(SharedArrays):
     caption_owner: NDArray[np.int64]  # (captions,) image of each caption, ascending
     first_char: NDArray[np.int64]  # (captions + 1,) in bytes
     captions: NDArray[np.uint8]  # UTF-8
+    attribute_owner: NDArray[np.int64]  # (described,) each annotation with `ATTRIBUTES`, ascending
+    attribute_kind: NDArray[np.int32]  # (described,) index into `attribute_kinds`
+    attribute_kinds: tuple[dict[str, str], ...]  # the different descriptions
 
     def __post_init__(self) -> None:
         for value in vars(self).values():
@@ -149,6 +152,7 @@ class Annotations(SharedArrays):
             segmentations=self._segmentations(start, stop, image),
             keypoints=keypoints,
             captions=self._captions(index),
+            attributes=self._attributes(start, stop),
         )
 
     def all_captions(self) -> Iterator[str]:
@@ -206,6 +210,15 @@ class Annotations(SharedArrays):
         ends = self.first_char[low : high + 1].tolist()
         return tuple(self.captions[begin:end].tobytes().decode("utf-8") for begin, end in pairwise(ends))
 
+    def _attributes(self, start: int, stop: int) -> tuple[dict[str, str], ...]:
+        low, high = _owner_range(self.attribute_owner, start, stop)
+        if low == high:
+            return ()
+        found: list[dict[str, str]] = [{} for _ in range(stop - start)]
+        for owner, kind in zip(self.attribute_owner[low:high], self.attribute_kind[low:high], strict=True):
+            found[owner - start] = self.attribute_kinds[kind]
+        return tuple(found)
+
 
 def box_annotations(
     first: NDArray[np.int64],
@@ -232,6 +245,9 @@ def box_annotations(
         "caption_owner": no_owners.copy(),
         "first_char": no_edges.copy(),
         "captions": no_bytes.copy(),
+        "attribute_owner": no_owners.copy(),
+        "attribute_kind": np.zeros(0, np.int32),
+        "attribute_kinds": (),
     }
     return Annotations(first, boxes_xyxy, labels, areas, iscrowd, ids, **(empty | more))
 

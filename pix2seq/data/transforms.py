@@ -116,6 +116,7 @@ def transform_target(
             if kept
         ),
         keypoints=keypoints[keep],
+        attributes=tuple(each for each, kept in zip(target.attributes, keep, strict=False) if kept),
     )
 
 
@@ -141,6 +142,7 @@ def crop_to_object(
         annotation_ids=target.annotation_ids[one],
         segmentations=target.segmentations[one],
         keypoints=target.keypoints[one],
+        attributes=target.attributes[one],
     )
     size = (y1 - y0, x1 - x0)
     return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=with_masks), image[y0:y1, x0:x1]

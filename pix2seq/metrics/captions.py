@@ -10,8 +10,8 @@ arXiv 1504.00325 for how COCO uses them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pix2seq.errors import InputError
@@ -27,7 +27,10 @@ _STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 @dataclass(frozen=True)
 class CaptionScores(Scores):
-    """BLEU-1 to BLEU-4 and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10; None for what cannot be computed here."""
+    """BLEU-1 to BLEU-4 and ROUGE-L from 0 to 1, CIDEr-D from 0 to 10; None for what cannot be computed here.
+
+    Where the annotations can tell, also `true`: the share of the images with a true caption.
+    """
 
     num_images: int  # scored: those with a reference
     num_without_prediction: int  # of these; they count as empty captions
@@ -43,8 +46,8 @@ class CaptionScores(Scores):
         }
 
     def summary(self) -> str:
-        """Return BLEU-4 and, where they are defined, CIDEr-D and ROUGE-L in one line."""
-        names = ["BLEU-4", *(name for name in ("CIDEr-D", "ROUGE-L") if self.metrics[name] is not None)]
+        """Return BLEU-4 and, where they are defined, CIDEr-D, ROUGE-L and the share of true captions in one line."""
+        names = ["BLEU-4", *(name for name in ("CIDEr-D", "ROUGE-L", "true") if self.metrics.get(name) is not None)]
         return Scores({name: self.metrics[name] for name in names}).summary()
 
     def text(self) -> str:
@@ -57,26 +60,38 @@ class CaptionScores(Scores):
 
 
 class CaptionMetric(Metric):
-    """Scores of one caption an image."""
+    """Scores of one caption an image.
 
-    def __init__(self) -> None:
+    `is_true_of` says whether a caption is true of an annotated image, and None where the annotations cannot tell.
+    """
+
+    def __init__(self, is_true_of: Callable[[str, Target], bool | None]) -> None:
         self.references: dict[int, tuple[str, ...]] = {}
         self.predictions: dict[int, str] = {}
+        self.is_true_of = is_true_of
+        self.verdicts: dict[int, bool] = {}
 
     def add(self, target: Target, answers: Sequence[Caption]) -> None:
         """See `Metric`."""
         self.references[target.image.id] = target.captions
         for caption in answers:
             self.predictions[target.image.id] = caption.text
+        verdict = self.is_true_of(self.predictions.get(target.image.id, ""), target)
+        if verdict is not None:
+            self.verdicts[target.image.id] = verdict
 
     def merge(self, other: CaptionMetric) -> None:
         """See `Metric`."""
         self.references |= other.references
         self.predictions |= other.predictions
+        self.verdicts |= other.verdicts
 
     def result(self) -> CaptionScores:
         """See `Metric`."""
-        return caption_scores(self.references, self.predictions)
+        scores = caption_scores(self.references, self.predictions)
+        if not self.verdicts:
+            return scores
+        return replace(scores, metrics=scores.metrics | {"true": sum(self.verdicts.values()) / len(self.verdicts)})
 
 
 def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:

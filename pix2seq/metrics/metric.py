@@ -37,7 +37,7 @@ class Metric(ABC):
 
     @abstractmethod
     def add(self, target: Target, answers: Sequence[Any]) -> None:
-        """Take the answers about one image; `target` holds its annotations in the model's labels."""
+        """Take the answers about one image; `target` has the labels of the `categories` that `Task.metric` got."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:

@@ -24,7 +24,15 @@ from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_encodings
-from pix2seq.model.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
+from pix2seq.model.pretrained import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    as_stored,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.types import Category
 from pix2seq.vocab import Vocab
@@ -220,9 +228,14 @@ class Pix2Seq(nn.Module):
             generator=generator,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed."""
-        write_checkpoint(Path(folder), self.config_json(), self.state_dict())
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed.
+
+        Floating-point weights are stored as `dtype`; a model that is loaded has float32 again. Raises `InputError` if
+        one is too large for it.
+        """
+        weights = {name: as_stored(name, tensor, dtype) for name, tensor in self.state_dict().items()}
+        write_checkpoint(Path(folder), self.config_json(), weights)
         if self.text is not None:
             self.text.save(Path(folder))
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -108,6 +109,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is missing; give a folder that training or convert wrote") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); the file is damaged: copy or train it again") from error
+
+
+def as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as `dtype` if it is one of floats. Raises `InputError` if a finite number becomes infinite."""
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not stored.isfinite().all() and tensor.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise InputError(f"{name} reaches {largest:.4g}, too large for {dtype}; store it as bfloat16 or float32")
+    return stored
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:

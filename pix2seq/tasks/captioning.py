@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.metrics.captions import CaptionMetric
@@ -143,8 +145,8 @@ class Captioning(Task[CaptioningConfig]):
         return {"": None} if target.captions else {}
 
     def metric(self, categories: Sequence[Category]) -> CaptionMetric:
-        """See `Task`."""
-        return CaptionMetric()
+        """Return caption scores, with the share of true captions where the images are generated ones."""
+        return CaptionMetric(partial(is_true_of, names={category.label: category.name for category in categories}))
 
     def draw(self, canvas: Canvas, answers: Sequence[Caption]) -> None:
         """Write the captions below the image."""

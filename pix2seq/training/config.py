@@ -24,6 +24,7 @@ from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.optimizer import OPTIMIZERS, ScheduleConfig
 
+SETTINGS_FILE = "config.yaml"  # in the folder of a run, by `save_config`
 PARALLEL = ("ddp", "fsdp")
 FREEZABLE = ("encoder",)
 COUNTS = (

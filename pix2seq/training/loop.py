@@ -26,7 +26,7 @@ from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_c
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
 from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
-from pix2seq.training.config import TrainConfig, save_config
+from pix2seq.training.config import SETTINGS_FILE, TrainConfig, save_config
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
 from pix2seq.training.ema import Ema
 from pix2seq.training.initialize import initialize_from, with_init_model
@@ -60,7 +60,7 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         trainer = _Trainer(config, recipe, ranks)
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
-        ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / "config.yaml"))
+        ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / SETTINGS_FILE))
         with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
             trainer.train(report, stop)
         return ranks.on_first(lambda: list_checkpoints(out)[-1])

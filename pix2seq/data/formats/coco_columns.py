@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pix2seq.data.annotations import Annotations, ImageTable, box_annotations, gather, offsets
 from pix2seq.data.defects import BOX_DEFECTS, MAX_COORD, Defect, clip_box, clip_boxes
 from pix2seq.geometry.polygons import run_lengths
-from pix2seq.types import Category
+from pix2seq.types import ATTRIBUTES, Category
 
 NO_ID = -(2**63)  # in a column of ids: not a whole number of 64 bits
 _CHUNK = 1 << 20  # rows or numbers at a time, to keep temporary arrays small
@@ -47,6 +47,8 @@ class ObjectColumns:
         self.rle_rows, self.rle_ends, self.rle_counts = array("q"), array("q"), bytearray()
         self.rle_sizes, self.rle_is_list = array("q"), bytearray()  # height, width of each mask
         self.keypoint_rows, self.keypoint_ends, self.keypoints = array("q"), array("q"), array("f")
+        self.attribute_rows, self.attribute_kinds = array("q"), array("q")
+        self.kinds: dict[tuple[tuple[str, str], ...], int] = {}  # the different attributes, and their numbers
         self.as_written: dict[tuple[int, str], str] = {}  # ids and boxes that do not fit a column
         self.defects: list[_RowDefect] = []
         self.num_no_object = 0  # entries without a row
@@ -89,6 +91,10 @@ class ObjectColumns:
             self.keypoints.extend(array("f", [np.nan]) if flat is None else flat)
             self.keypoint_rows.append(row)
             self.keypoint_ends.append(len(self.keypoints))
+        attributes = tuple((name, entry[name]) for name in ATTRIBUTES if isinstance(entry.get(name), str))
+        if attributes:
+            self.attribute_rows.append(row)
+            self.attribute_kinds.append(self.kinds.setdefault(attributes, len(self.kinds)))
 
     def _add_box(self, row: int, value: Any) -> None:
         box = array("d", (0, 0, 0, 0)) if value is None else _numbers("d", value)
@@ -189,6 +195,8 @@ def check_objects(
     ring_owner, ring_order = _entries_by_owner(_int64(columns.ring_rows), rings, new_row)
     rle_owner, rle_order = _entries_by_owner(_int64(columns.rle_rows), rles, new_row)
     keypoint_owner, keypoint_order = _entries_by_owner(keypoint_rows, np.ones(len(keypoint_rows), np.bool_), new_row)
+    described = _int64(columns.attribute_rows)
+    attribute_owner, attribute_order = _entries_by_owner(described, np.ones(len(described), np.bool_), new_row)
     ring_edges, rle_edges = (np.append(0, _int64(ends)) for ends in (columns.ring_ends, columns.rle_ends))
     points = np.frombuffer(columns.points, np.float32).reshape(-1, 2)
     annotations = box_annotations(
@@ -208,6 +216,9 @@ def check_objects(
         rle_is_list=np.frombuffer(columns.rle_is_list, np.bool_)[rle_order],
         keypoint_owner=keypoint_owner,
         keypoints=keypoints[keypoint_order],
+        attribute_owner=attribute_owner,
+        attribute_kind=_int64(columns.attribute_kinds)[attribute_order].astype(np.int32),
+        attribute_kinds=tuple(dict(kind) for kind in columns.kinds),
     )
     row_defects.sort(key=lambda defect: defect[:2])
     defects: list[Defect] = []

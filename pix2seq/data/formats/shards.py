@@ -327,6 +327,7 @@ def _target_to_json(target: Target, root: Path) -> dict[str, Any]:
         "keypoints": target.keypoints.tolist(),
         "num_keypoints": target.keypoints.shape[1],
         "captions": list(target.captions),
+        **({"attributes": list(target.attributes)} if target.attributes else {}),
     }
 
 
@@ -342,6 +343,7 @@ def _target_from_json(value: dict[str, Any]) -> Target:
         segmentations=tuple(_mask_from_json(segmentation) for segmentation in value["segmentations"]),
         keypoints=np.array(value["keypoints"], np.float32).reshape(len(value["labels"]), value["num_keypoints"], 3),
         captions=tuple(value["captions"]),
+        attributes=tuple(value.get("attributes", ())),
     )
 
 

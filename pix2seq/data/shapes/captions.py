@@ -7,6 +7,7 @@ how two figures are related. A relation is stated only if the boxes leave no dou
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from numpy.random import Generator
 
@@ -14,6 +15,12 @@ from pix2seq.data.shapes.scene import Figure, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 PLURALS = {"person": "people", "cross": "crosses"}
+LISTING_LEADS = ("", "a picture of ", "there {be} ", "this image shows ")
+COUNTING_LEADS = ("there {be} ", "i can see ", "the picture contains ")
+LOCATED = (("{what} {where}", " and "), ("{where} is {what}", ", and "))  # a statement, and what joins two of them
+RELATION_VERBS = (" is ", " ")
+ALONE = ("{} and nothing else", "only {}")  # of the only figure
+AMONG = ("{}, with {} around", "the largest thing is {}, next to {}")  # of the largest figure and the number of others
 MARGIN = 0.12  # least distance between centres to state a relation, as a share of the image's side
 
 
@@ -65,7 +72,7 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def counted(figures: list[Figure]) -> list[str]:
+def counted(figures: Sequence[Figure]) -> list[str]:
     """Count each kind of figure in words, in order of appearance: `two red stars`, `a person in blue`."""
     parts = []
     for words, count in Counter(phrase(figure) for figure in figures).items():
@@ -79,6 +86,17 @@ def counted(figures: list[Figure]) -> list[str]:
     return parts
 
 
+def counted_classes(figures: Sequence[Figure]) -> list[str]:
+    """Count the figures of each class in words, in order of appearance: `three stars`, `one person`."""
+    counts = Counter(figure.name for figure in figures)
+    return [f"{NUMBERS[count]} {noun(name, count)}" for name, count in counts.items()]
+
+
+def other_things(count: int) -> str:
+    """Count figures that are not named: `one other thing`, `two other things`."""
+    return f"{NUMBERS[count]} other {'thing' if count == 1 else 'things'}"
+
+
 def join(parts: list[str]) -> str:
     """Join parts to an English list."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -89,29 +107,25 @@ def _sentence(text: str) -> str:
 
 
 def _listing(figures: list[Figure], size: int, rng: Generator) -> str:
-    lead = ("", "a picture of ", "there {be} ", "this image shows ")[int(rng.integers(4))]
+    lead = LISTING_LEADS[int(rng.integers(4))]
     parts = counted(figures)
     first_is_one = parts[0].startswith(("a ", "an "))
     return _sentence(lead.replace("{be}", "is" if first_is_one else "are") + join(parts))
 
 
 def _counting(figures: list[Figure], size: int, rng: Generator) -> str:
-    counts = Counter(figure.name for figure in figures)
-    parts = [f"{NUMBERS[count]} {noun(name, count)}" for name, count in counts.items()]
-    lead = ("there {be} ", "i can see ", "the picture contains ")[int(rng.integers(3))]
-    be = "is" if next(iter(counts.values())) == 1 else "are"
+    parts = counted_classes(figures)
+    lead = COUNTING_LEADS[int(rng.integers(3))]
+    be = "is" if parts[0].startswith("one ") else "are"
     return _sentence(lead.replace("{be}", be) + join(parts))
 
 
 def _locations(figures: list[Figure], size: int, rng: Generator) -> str:
     order = rng.permutation(len(figures))[:2]
     chosen = [figures[i] for i in sorted(order)]
-    form = int(rng.integers(2))
-    parts = []
-    for figure in chosen:
-        words, where = article(phrase(figure)), location(figure, size)
-        parts.append(f"{where} is {words}" if form else f"{words} {where}")
-    return _sentence((", and " if form else " and ").join(parts))
+    form, joint = LOCATED[int(rng.integers(2))]
+    parts = [form.format(what=article(phrase(figure)), where=location(figure, size)) for figure in chosen]
+    return _sentence(joint.join(parts))
 
 
 def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
@@ -124,7 +138,7 @@ def _relation(figures: list[Figure], size: int, rng: Generator) -> str:
     if not pairs:
         return _locations(figures, size, rng)
     a, b, words = pairs[int(rng.integers(len(pairs)))]
-    verb = " is " if rng.random() < 0.5 else " "
+    verb = RELATION_VERBS[0 if rng.random() < 0.5 else 1]
     return _sentence(f"{article(phrase(a))}{verb}{words} {article(phrase(b))}")
 
 
@@ -133,7 +147,5 @@ def _summary(figures: list[Figure], size: int, rng: Generator) -> str:
     others = len(figures) - 1
     words = f"{article(phrase(largest))} {location(largest, size)}"
     if others == 0:
-        return _sentence(f"{words} and nothing else" if rng.random() < 0.5 else f"only {words}")
-    more = f"{NUMBERS[others]} other {'thing' if others == 1 else 'things'}"
-    lead = ("", "the largest thing is ")[int(rng.integers(2))]
-    return _sentence(f"{lead}{words}, with {more} around" if not lead else f"{lead}{words}, next to {more}")
+        return _sentence(ALONE[0 if rng.random() < 0.5 else 1].format(words))
+    return _sentence(AMONG[int(rng.integers(2))].format(words, other_things(others)))

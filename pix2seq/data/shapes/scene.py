@@ -84,10 +84,18 @@ class _PlacedFigure:
         self.num_visible = int(np.count_nonzero(self.mask))
 
 
-def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, easy: bool = False) -> Scene:
+def make_scene(
+    rng: Generator,
+    size: int,
+    max_figures: int = MAX_FIGURES,
+    *,
+    easy: bool = False,
+    person_share: float | None = None,
+) -> Scene:
     """Draw an image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
 
-    An `easy` scene has five classes, larger figures, no textures and a plain background.
+    An `easy` scene has five classes, larger figures, no textures and a plain background. `person_share`, from 0 to 1,
+    is the share of figures that are drawn as persons; by default all classes are as likely.
     """
     side = size * SUPERSAMPLING
     owner = np.zeros((side, side), np.int8)  # 0 is the background, i + 1 is figure i
@@ -95,7 +103,7 @@ def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, eas
     num_figures = int(rng.integers(1, max_figures + 1))
     for _ in range(num_figures):
         for _attempt in range(12):
-            candidate = _random_figure(rng, side, easy)
+            candidate = _random_figure(rng, side, easy, person_share)
             top, left, bottom, right = candidate.window
             below = owner[top:bottom, left:right]
             covered = np.bincount(below[candidate.mask], minlength=len(placed) + 1)
@@ -116,8 +124,11 @@ def make_scene(rng: Generator, size: int, max_figures: int = MAX_FIGURES, *, eas
     return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed])
 
 
-def _random_figure(rng: Generator, side: int, easy: bool) -> _PlacedFigure:
+def _random_figure(rng: Generator, side: int, easy: bool, person_share: float | None) -> _PlacedFigure:
     names = EASY_CLASS_NAMES if easy else CLASS_NAMES
+    if person_share is not None:
+        is_person = rng.random() < person_share
+        names = ("person",) if is_person else tuple(name for name in names if name != "person")
     name = names[int(rng.integers(len(names)))]
     texture = "plain" if easy or rng.random() < 0.4 else list(TEXTURES)[int(rng.integers(len(TEXTURES)))]
     figure = Figure(name, COLOUR_NAMES[int(rng.integers(len(COLOUR_NAMES)))], texture)

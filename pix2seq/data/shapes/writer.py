@@ -44,12 +44,13 @@ def write_shapes(
     seed: int = 0,
     max_objects: int = MAX_FIGURES,
     easy: bool = False,
+    person_share: float | None = None,
     workers: int = 1,
 ) -> None:
     """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
-    Each has 1 to `max_objects` figures; for `easy`, see `make_scene`. Raises `InputError` if the folder is
-    not empty or a number is out of range.
+    Each has 1 to `max_objects` figures; for `easy` and `person_share`, see `make_scene`. Raises `InputError` if the
+    folder is not empty or a number is out of range.
     """
     out = Path(out)
     if not 32 <= size <= 2048:
@@ -59,6 +60,8 @@ def write_shapes(
             raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} images")
     if not 1 <= max_objects <= MAX_FIGURES:
         raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_FIGURES}")
+    if person_share is not None and not 0 <= person_share <= 1:
+        raise InputError(f"person-share is {person_share}; expected a share from 0 to 1")
     if seed < 0:
         raise InputError(f"seed is {seed}; expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -67,9 +70,16 @@ def write_shapes(
     shutil.rmtree(partial_folder, ignore_errors=True)
     (partial_folder / "annotations").mkdir(parents=True)
     try:
+        world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
+        world["person_share"] = person_share
+        command = f"pix2seq data shapes DIR --train {num_train} --val {num_val} --size {size} --seed {seed}"
+        command += f" --max-objects {max_objects}" if max_objects != MAX_FIGURES else ""
+        command += " --easy" if easy else ""
+        command += f" --person-share {person_share}" if person_share is not None else ""
+        info = {"version": "1.0", "year": 2026, "command": command}
         for split, count in (("train", num_train), ("val", num_val)):
-            write = partial(write_image, split=split, size=size, seed=seed, max_objects=max_objects, easy=easy)
-            _write_split(partial_folder, split, count, write, seed=seed, workers=workers)
+            described = {"description": f"Generated shapes, {split}, seed {seed}", **info}
+            _write_split(partial_folder, split, count, partial(write_image, split=split, **world), described, workers)
         if out.exists():
             out.rmdir()
         partial_folder.rename(out)
@@ -91,7 +101,7 @@ def contact_sheet(
 
 
 def _write_split(
-    folder: Path, split: str, count: int, write: Callable[..., Written], *, seed: int, workers: int
+    folder: Path, split: str, count: int, write: Callable[..., Written], info: dict[str, Any], workers: int
 ) -> None:
     image_folder = folder / f"{split}2017"
     image_folder.mkdir()
@@ -119,7 +129,7 @@ def _write_split(
     ]
     person = {**categories[0], "keypoints": KEYPOINTS, "skeleton": [list(pair) for pair in SKELETON]}
     common = {
-        "info": {"description": f"Generated shapes, {split}, seed {seed}", "version": "1.0", "year": 2026},
+        "info": info,
         "licenses": [{"id": 1, "name": "Generated; no rights reserved", "url": ""}],
         "images": images,
     }
@@ -144,10 +154,20 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def write_image(index: int, folder: Path, *, split: str, size: int, seed: int, max_objects: int, easy: bool) -> Written:
+def write_image(
+    index: int,
+    folder: Path,
+    *,
+    split: str,
+    size: int,
+    seed: int,
+    max_objects: int,
+    easy: bool,
+    person_share: float | None,
+) -> Written:
     """Draw and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    scene = make_scene(rng, size, max_objects, easy=easy)
+    scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
     name = f"{image_id:012d}.jpg"
     encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
@@ -165,6 +185,8 @@ def _annotation(figure: Figure, image_id: int) -> dict[str, Any]:
         "area": round(figure.area, 3),
         "iscrowd": 0,
         "segmentation": [[round(v, 3) for v in ring.ravel().tolist()] for ring in figure.rings],
+        "colour": figure.colour,
+        "texture": figure.texture,
     }
     if figure.keypoints is not None:
         points = figure.keypoints
