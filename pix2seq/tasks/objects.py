@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.settings import Range, Share
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.instance import instance_prompts
@@ -26,6 +27,7 @@ from pix2seq.vocab import CLASS_BASE, PAD, Vocab
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
 
+Objects = Annotated[int, Range(least=1, most=10_000)]  # each takes memory in every sequence
 TRUE_BOXES, FOUND_BOXES = "true_boxes", "found_boxes"  # what evaluation asks about
 
 
@@ -42,14 +44,9 @@ class Boxes:
 class ObjectTaskConfig(TaskConfig):
     """Settings of a task about single objects."""
 
-    max_objects: int = 10  # objects of one image in a training step, where nothing is cropped
-    min_box_score: float = 0.05  # detected boxes below it are not asked about
-    score_weight: float = 0.0  # of the answer's likelihood in the score; the rest is the box's
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_objects < 1:
-            raise ValueError(f"max_objects must be at least 1, got {self.max_objects}")
+    max_objects: Objects = 10  # of one image in a training step, where nothing is cropped
+    min_box_score: Share = 0.05  # detected boxes below it are not asked about
+    score_weight: Share = 0.0  # of the answer's likelihood in the score; the rest is the box's
 
 
 Config = TypeVar("Config", bound=ObjectTaskConfig)
