@@ -19,7 +19,7 @@ from pix2seq.data.features import FeatureStore, StoredImage
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
 from pix2seq.data.image import read_record_image
 from pix2seq.data.transforms import AugmentConfig, augmented_pixels, crop_to_object, random_affine, transform_target
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example, Sample
 from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import find_points, mirror_order
@@ -75,6 +75,10 @@ class SampleMaker:
         one_sided = [category for category in known if teaches_points and category.label not in self.mirror_orders]
         self.unflipped = tuple(category.name for category in one_sided)  # classes with points that no flip may move
         self._unflipped_labels = [category.label for category in one_sided]
+        points = [name for category in known for name in category.keypoints]
+        for pair in self.augment.flip_pairs or () if teaches_points else ():
+            if (find_points(pair, points) < 0).all():
+                raise unknown_name("keypoint in augment.flip_pairs:", pair[0], set(points))
 
     def target(self, target: Target) -> Target:
         """Return a target of the data set as the model knows it."""

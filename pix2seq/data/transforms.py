@@ -49,8 +49,6 @@ class AugmentConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(len(pair) != 2 for pair in self.flip_pairs or ()):
-            raise ValueError(f"augment.flip_pairs must be pairs of names of keypoints, got {self.flip_pairs}")
         low, high = self.scale_min, self.scale_max
         if low is not None and high is not None and low > high:
             raise ValueError(f"augment.scale_min ({low}) must be at most augment.scale_max ({high})")

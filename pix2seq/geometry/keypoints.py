@@ -38,22 +38,26 @@ def mirror_order(names: Sequence[str], pairs: Sequence[tuple[str, str]] | None =
     The names say which ones swap, see `point_key`; those in the middle, such as `nose`, stay. `pairs` of names swap
     besides, whatever they say, and with them, even if there are none, everything is said. Without `pairs`, the result
     is None where names leave it open: the other side of a point is missing, several points are only numbered, no point
-    of several names a side, or two names mean the same. Raises `ValueError` for a pair with one name that is no point.
+    of several names a side, or two names mean the same. Raises `ValueError` for a pair with one name that is no point,
+    and if a point has two partners.
     """
     keys = [point_key(name) for name in names]
     index = {key: position for position, key in enumerate(keys)}
-    swaps = {a: b for pair in pairs or () for a, b in _positions(pair, index, names)}
-    numbered = 0
+    given = {a: b for pair in pairs or () for a, b in _positions(pair, index, names)}
+    order = [given.get(position, position) for position in range(len(names))]
+    numbered, sided = 0, False
     for position, (side, rest) in enumerate(keys):
         other = index.get((OTHER_SIDE.get(side, ""), rest))
         if side and other is None and pairs is None:
             return None
-        if side and other is not None and position not in swaps and other not in swaps:
-            swaps[position] = other
+        if side and other is not None and position not in given and other not in given:
+            order[position], sided = other, True
         numbered += not side and any(character.isdigit() for character in rest)
-    if pairs is None and (numbered > 1 or len(index) < len(names) or not (swaps or len(names) == 1)):
+    if pairs is None and (numbered > 1 or len(index) < len(names) or not (sided or len(names) == 1)):
         return None
-    return np.array([swaps.get(position, position) for position in range(len(names))], np.int64)
+    if sorted(order) != list(range(len(names))):
+        raise ValueError(f"the points {', '.join(names)} do not have one partner each; pair each at most once")
+    return np.array(order, np.int64)
 
 
 def _positions(
