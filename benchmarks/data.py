@@ -49,6 +49,7 @@ from PIL import Image
 
 import pix2seq.data.image as image_module
 import pix2seq.data.samples as training_set_module
+import pix2seq.data.transforms as transforms_module
 from pix2seq.cli import run_guarded
 from pix2seq.data.annotations import ImageTable, box_annotations
 from pix2seq.data.defects import defect_frame
@@ -113,7 +114,7 @@ def write_images(root: Path, count: int) -> int:
         path = root / "train" / str(image["file_name"])
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         total += path.stat().st_size
-    person = {"id": 1, "name": "person", "keypoints": [f"k{i}" for i in range(KEYPOINTS)]}
+    person = {"id": 1, "name": "person", "keypoints": [f"k{i}" for i in range(KEYPOINTS)], "flip_pairs": []}
     categories = [person, {"id": 2, "name": "thing"}]
     for kind, entries in (("instances", objects), ("person_keypoints", people), ("captions", captions)):
         content = {"images": images, "annotations": entries, "categories": categories}
@@ -126,8 +127,9 @@ def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
     """The stages of a sample, as `TrainingSet` calls them, with their processor time added up."""
     places: list[tuple[Any, str, str]] = [
         (training_set_module, "read_record_image", "decode"),
-        (training_set_module, "warp_image", "affine"),
-        (training_set_module, "color_jitter", "photometry"),
+        (transforms_module, "visible_part", "affine"),
+        (transforms_module, "pad_image", "affine"),
+        (transforms_module, "color_jitter", "photometry"),
         (training_set_module, "transform_target", "sequences"),
         (CocoDataset, "target", "sequences"),
         (type(task), "examples", "sequences"),

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from pix2seq.data.dataset import Dataset, labels_by_name
+from pix2seq.data.dataset import ClassMap, Dataset
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
-from pix2seq.types import Category, Target
 
 Measured = dict[tuple[str, str], Metric]
 """The metric of each question of each task."""
@@ -111,7 +109,8 @@ def measure(
         predictor.require(name)
     if not len(dataset):
         raise InputError(f"{dataset.root} has no image in split {dataset.split!r} to evaluate on")
-    classes = _Classes(dataset, predictor) if any(predictor.tasks[name].uses_classes for name in tasks) else None
+    uses_classes = any(predictor.tasks[name].uses_classes for name in tasks)
+    classes = ClassMap(dataset.categories, predictor.model.categories) if uses_classes else None
     categories = dataset.categories if classes is None else classes.categories
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
@@ -153,18 +152,3 @@ def merge_measured(parts: Sequence[Mapping[tuple[str, str], Metric]]) -> Measure
             else:
                 merged[key] = metric
     return merged
-
-
-class _Classes:
-    """The classes of a data set as the model knows them."""
-
-    def __init__(self, dataset: Dataset, predictor: Predictor) -> None:
-        known = {category.label: category for category in predictor.model.categories}
-        labels = labels_by_name(dataset.categories, predictor.model.categories)
-        self.categories: tuple[Category, ...] = tuple(known[label] for label in labels.values())
-        self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
-        self._labels[list(labels)] = list(labels.values())
-
-    def to_model(self, target: Target) -> Target:
-        """Return a target of the data set in the model's labels."""
-        return replace(target, labels=self._labels[target.labels])

@@ -30,16 +30,19 @@ class Category:
     name: str
     keypoints: tuple[str, ...] = ()  # names of the K points, in order
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of indices into `keypoints`, from 0
+    flip_pairs: tuple[tuple[str, str], ...] | None = None  # points that swap in a mirror; None: their names say it
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a config file, the inverse of `from_json`."""
-        return {
+        value = {
             "label": self.label,
             "id": self.id,
             "name": self.name,
             "keypoints": list(self.keypoints),
             "skeleton": [list(pair) for pair in self.skeleton],
         }
+        pairs = {} if self.flip_pairs is None else {"flip_pairs": [list(pair) for pair in self.flip_pairs]}
+        return value | pairs
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Category:
@@ -50,6 +53,7 @@ class Category:
             name=value["name"],
             keypoints=tuple(value.get("keypoints", ())),
             skeleton=tuple((a, b) for a, b in value.get("skeleton", ())),
+            flip_pairs=tuple((a, b) for a, b in value["flip_pairs"]) if "flip_pairs" in value else None,
         )
 
 

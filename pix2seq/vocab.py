@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.errors import InputError, unknown_name
+from pix2seq.settings import PositiveInt, Range, Settings
 
 PAD = 0
 EOS = 0  # padding and the end of a sequence share an id
@@ -30,27 +32,27 @@ NOISE = 30
 SEPARATOR = 40
 INVISIBLE = 41
 CLASS_BASE = 100
+MAX_SIZE = 2**20
 
 
 @dataclass(frozen=True)
-class Vocab:
+class Vocab(Settings):
     """Sizes of the vocabulary; models may differ in these, but not in the layout.
 
     Raises `ValueError` if two ranges overlap, if `size` is too small, or if the ids of `other_tasks` are not valid.
     """
 
-    num_bins: int = 1000  # coordinate bins
-    num_text: int = 0  # text tokens
-    coord_base: int = 1000  # id of coordinate bin 0
-    text_base: int = 3000  # id of text token 0
-    size: int = 3000  # rows of the embedding
-    other_tasks: dict[str, int] = field(default_factory=dict)  # ids of tasks registered from elsewhere, by name
+    section = "model.vocab"
+
+    num_bins: Annotated[int, Range(least=2, most=MAX_SIZE)] = 1000  # coordinate bins
+    num_text: Annotated[int, Range(least=0, most=MAX_SIZE)] = 0  # text tokens
+    coord_base: Annotated[int, Range(above=CLASS_BASE, most=MAX_SIZE)] = 1000  # id of coordinate bin 0
+    text_base: Annotated[int, Range(above=CLASS_BASE, most=MAX_SIZE)] = 3000  # id of text token 0
+    size: Annotated[int, Range(least=1, most=MAX_SIZE)] = 3000  # rows of the embedding
+    other_tasks: dict[str, PositiveInt] = field(default_factory=dict)  # ids of tasks registered from elsewhere, by name
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2:
-            raise ValueError(f"num_bins is {self.num_bins}; a coordinate needs at least 2 bins")
-        if self.coord_base <= CLASS_BASE:
-            raise ValueError(f"coord_base is {self.coord_base}; classes start at {CLASS_BASE} and must lie below it")
+        super().__post_init__()
         if self.num_text and self.text_base < self.coord_end:
             raise ValueError(
                 f"text_base is {self.text_base}, inside the coordinates {self.coord_base} to {self.coord_end - 1}; "

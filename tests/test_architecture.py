@@ -14,7 +14,7 @@ FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["s
 
 # From low to high. A room may import itself, lower rooms, and rooms of its own level unless bars keep them apart.
 LEVELS = [
-    "errors files device",
+    "errors files device settings",
     "types",
     "vocab",
     "geometry",
@@ -28,7 +28,8 @@ LEVELS = [
     "sequences infer demo export train",
     "cli",
 ]
-MODEL_USES = ("errors", "files", "device", "types", "vocab", "geometry", "tokenizers.text")  # of the lower rooms
+# Of the lower rooms.
+MODEL_USES = ("errors", "files", "device", "settings", "types", "vocab", "geometry", "tokenizers.text")
 LAZY_ROOM = "cli"  # it imports inside functions to keep --help quick; those imports may go anywhere
 NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models

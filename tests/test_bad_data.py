@@ -356,8 +356,8 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
             [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}],
             "category id 7 to 'dog', but 'cat' has it already",
         ),
-        ([{"id": 7, "name": "cat", "keypoints": 5}], "unreadable keypoints or skeleton"),
-        ([{"id": 7, "name": "cat", "skeleton": [1]}], "unreadable keypoints or skeleton"),
+        ([{"id": 7, "name": "cat", "keypoints": 5}], "unreadable keypoints, skeleton or flip_pairs"),
+        ([{"id": 7, "name": "cat", "skeleton": [1]}], "unreadable keypoints, skeleton or flip_pairs"),
         ([], "has no categories"),
     ],
 )

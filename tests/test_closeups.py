@@ -219,7 +219,7 @@ def test_a_closeup_of_everything_sees_the_whole_image(model):
     [
         ({"segmentation.closeup": True}, "needs model.encoder.closeups=true"),
         ({"segmentation.crop": True, "segmentation.closeup": True}, "two ways to look at an object"),
-        ({"segmentation.box_jitter": 0.5}, "box_jitter must lie in"),
+        ({"segmentation.box_jitter": 0.5}, "segmentation.box_jitter must be less than 0.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folder, settings, words):

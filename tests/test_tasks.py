@@ -429,7 +429,7 @@ def test_a_mirror_knows_each_class_by_its_own_skeleton():
         segmentations=(None, None),
         keypoints=points,
     )
-    orders = {1: mirror_order(("nose", "left_ear", "right_ear", "tail")), 2: mirror_order(("front", "back"))}
+    orders = {1: mirror_order(("nose", "left_ear", "right_ear", "tail")), 2: mirror_order(("front", "back"), [])}
     moved = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders=orders)
     assert moved.keypoints[0, :, 0].tolist() == [90, 70, 80, 60]
     assert moved.keypoints[1, :, 0].tolist() == [90, 80, 70, 60]

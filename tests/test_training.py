@@ -378,7 +378,7 @@ def test_color_jitter_depends_only_on_its_generator():
         ("lr=abc", "lr"),
         ("lr=-1", "lr must be positive"),
         ("steps", "key=value"),
-        ("detection.order=big", "random, area or corner"),
+        ("detection.order=big", "'random', 'area', 'corner'"),
         ("batch_size=0", "at least 1"),
         ("accumulate=5", "does not divide"),
     ],

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pix2seq.data.annotations import Annotations
 from pix2seq.data.defects import MAX_BAD_SHARE
 from pix2seq.data.formats.coco import CocoDataset, find_files
 from pix2seq.data.formats.voc import VocDataset, is_voc
 from pix2seq.errors import InputError
+from pix2seq.geometry.keypoints import find_points
 from pix2seq.types import Category, ImageRecord, Target, category_key
 
 
@@ -104,11 +107,47 @@ def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[
     return {category.label: known[category_key(category.name)] for category in data}
 
 
+class ClassMap:
+    """Brings targets of a data set to the labels of a model and to its order of keypoints, all matched by name."""
+
+    def __init__(self, data: Sequence[Category], model: Sequence[Category]) -> None:
+        """Raises `InputError` if the model does not know a class, or a keypoint of a class that it has keypoints of."""
+        labels = labels_by_name(data, model)
+        known = {category.label: category for category in model}
+        self.categories = tuple(dict.fromkeys(known[label] for label in labels.values()))  # the data's, as the model's
+        self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
+        self._labels[list(labels)] = list(labels.values())
+        self._num_keypoints = max((len(category.keypoints) for category in self.categories), default=0)
+        self._points = {category.label: _find_points(known[labels[category.label]], category) for category in data}
+
+    def to_model(self, target: Target) -> Target:
+        """Return a target of the data set as the model knows it; keypoints that the data set lacks are unlabelled."""
+        keypoints = np.zeros((len(target.labels), self._num_keypoints, 3), np.float32)
+        for i, label in enumerate(target.labels.tolist()):
+            points = self._points[label]
+            keypoints[i, : len(points)] = target.keypoints[i, points] * (points >= 0)[:, None]
+        return replace(target, labels=self._labels[target.labels], keypoints=keypoints)
+
+
+def _find_points(ours: Category, theirs: Category) -> NDArray[np.int64]:
+    """Return where each keypoint of the model's class is in the data set's, -1 for none; nothing if that has none."""
+    if not theirs.keypoints:
+        return np.zeros(0, np.int64)
+    found = find_points(ours.keypoints, theirs.keypoints)
+    unknown = [name for index, name in enumerate(theirs.keypoints) if index not in found]
+    if len(found) and unknown:
+        raise InputError(
+            f"the model does not know these keypoints of {theirs.name!r}: {', '.join(unknown)}; it knows "
+            f"{', '.join(ours.keypoints)}; give them the same names, in any order"
+        )
+    return found
+
+
 def unite_categories(groups: Sequence[Sequence[Category]]) -> tuple[Category, ...]:
     """Merge classes by name. The first group keeps its labels; classes found only in later groups follow.
 
     A class takes its skeleton from the first group that has one; raises `InputError` if another group
-    has other keypoints for it.
+    has other keypoints for it, apart from their order and spelling.
     """
     united: dict[str, Category] = {}
     for group in groups:
@@ -119,11 +158,17 @@ def unite_categories(groups: Sequence[Sequence[Category]]) -> tuple[Category, ..
                 label = category.label if first else max((c.label for c in united.values()), default=0) + 1
                 united[key] = replace(category, label=label)
             elif category.keypoints and not united[key].keypoints:
-                united[key] = replace(united[key], keypoints=category.keypoints, skeleton=category.skeleton)
-            elif category.keypoints and category.keypoints != united[key].keypoints:
+                skeleton = {name: getattr(category, name) for name in ("keypoints", "skeleton", "flip_pairs")}
+                united[key] = replace(united[key], **skeleton)
+            elif category.keypoints and not _same_points(united[key], category):
                 ours, theirs = ", ".join(united[key].keypoints), ", ".join(category.keypoints)
                 raise InputError(
                     f"two data sets have different keypoints for {category.name!r}: {ours}, and {theirs}; "
                     "give the class another name in one of them"
                 )
     return tuple(united.values())
+
+
+def _same_points(one: Category, other: Category) -> bool:
+    found = find_points(one.keypoints, other.keypoints)
+    return len(one.keypoints) == len(other.keypoints) and bool((found >= 0).all())

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
-from pix2seq.data.image import read_record_image, warp_image
-from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine
+from pix2seq.data.image import read_record_image
+from pix2seq.data.transforms import AugmentConfig, augmented_pixels, random_affine
 from pix2seq.errors import InputError
 from pix2seq.files import free_bytes, fsync_file, output_folder, report_write_errors, write_atomically
 from pix2seq.geometry.affine import Affine
@@ -163,6 +163,7 @@ class Variants:
                 f"{self.count} augmentations with augment.enabled=false would all be the same; set it to true, or ask "
                 "for one"
             )
+        self.augment.scales(self.scale_range)
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides about pixels and maps."""
@@ -176,7 +177,7 @@ class Variants:
         for variant in range(self.count):
             rng = np.random.default_rng((self.seed, variant, number))
             affine = random_affine(pixels.shape[:2], self.size, augment, rng, scale_range=self.scale_range)
-            variants.append((color_jitter(warp_image(pixels, affine, self.size), augment, rng), affine))
+            variants.append((augmented_pixels(pixels, affine, self.size, augment, rng), affine))
         return variants
 
 

@@ -86,17 +86,23 @@ def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
 
 
 def warp_image(image: NDArray[np.uint8], affine: Affine, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resample an image (H, W, 3) into an output of `size` (height, width).
+    """Resample an image (H, W, 3) into an output of `size` (height, width); what it does not cover is grey."""
+    return pad_image(*visible_part(image, affine, size), size)
 
-    Only the visible part is resampled, bilinearly with antialiasing; the rest is grey.
+
+def visible_part(
+    image: NDArray[np.uint8], affine: Affine, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Resample the part of an image (H, W, 3) that an output of `size` (height, width) shows, maybe nothing of it.
+
+    It is resampled bilinearly with antialiasing. Returns pixels (h, w, 3), and their top and left in the output.
     """
     height, width = size
     x0, y0, x1, y1 = affine.boxes(np.array([0.0, 0.0, image.shape[1], image.shape[0]]))
     left, top = max(round(float(x0)), 0), max(round(float(y0)), 0)
     right, bottom = min(round(float(x1)), width), min(round(float(y1)), height)
-    out = np.full((height, width, 3), round(PAD_VALUE * 255), np.uint8)
     if right <= left or bottom <= top:
-        return out
+        return np.zeros((0, 0, 3), np.uint8), (0, 0)
     region = affine.inverse().boxes(np.array([left, top, right, bottom], np.float64))
     limits = np.array([image.shape[1], image.shape[0]] * 2, np.float32)
     part = Image.fromarray(image).resize(
@@ -104,7 +110,15 @@ def warp_image(image: NDArray[np.uint8], affine: Affine, size: tuple[int, int]) 
     )
     pixels = np.asarray(part)
     # NumPy takes ten times as long to copy three-byte pixels in reverse.
-    out[top:bottom, left:right] = cv2.flip(pixels, 1) if affine.scale_x < 0 else pixels
+    mirrored: NDArray[Any] = cv2.flip(pixels, 1) if affine.scale_x < 0 else pixels
+    return mirrored, (top, left)
+
+
+def pad_image(pixels: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Put pixels (h, w, 3) at `corner` (top, left) of a grey output of `size` (height, width)."""
+    (top, left), (height, width) = corner, pixels.shape[:2]
+    out = np.full((*size, 3), round(PAD_VALUE * 255), np.uint8)
+    out[top : top + height, left : left + width] = pixels
     return out
 
 

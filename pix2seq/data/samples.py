@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,16 +13,16 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
-from pix2seq.data.dataset import Dataset
+from pix2seq.data.dataset import ClassMap, Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
 from pix2seq.data.features import FeatureStore, StoredImage
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
-from pix2seq.data.image import read_record_image, warp_image
-from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
-from pix2seq.errors import InputError
+from pix2seq.data.image import read_record_image
+from pix2seq.data.transforms import AugmentConfig, augmented_pixels, crop_to_object, random_affine, transform_target
+from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example, Sample
 from pix2seq.geometry.affine import Affine
-from pix2seq.geometry.keypoints import mirror_order
+from pix2seq.geometry.keypoints import find_points, mirror_order
 from pix2seq.types import Category, ImageRecord, Target
 
 
@@ -54,30 +54,35 @@ class SampleMaker:
         *,
         size: tuple[int, int],
         augment: AugmentConfig,
-        labels: Mapping[int, int] | None = None,
+        classes: ClassMap | None = None,
     ) -> None:
-        """`labels` maps the labels of `categories` to the model's; by default they are the same.
+        """`classes` brings targets to the model's; by default the model's are `categories`.
 
-        The scale jitter is what all tasks allow. Raises `InputError` if they allow none in common.
+        The scale jitter is what all tasks allow. Raises `InputError` if they allow none in common, and if
+        `augment.flip_pairs` names half a pair.
         """
         self.tasks = tasks
         self.size = size
         self.augment = augment if any(task.flips for task in tasks) else replace(augment, flip=0.0)
         self.scale_range = _common_scales(tasks, augment)
         self.with_masks = any(task.learns_from == "mask" for task in tasks)
-        self.mirror_orders = {
-            category.label if labels is None else labels[category.label]: mirror_order(category.keypoints)
-            for category in categories
-            if category.keypoints
-        }
-        self._labels = None
-        if labels is not None:
-            self._labels = np.zeros(max(labels, default=0) + 1, np.int64)
-            self._labels[list(labels)] = list(labels.values())
+        self.classes = classes
+        known = [category for category in (classes.categories if classes else categories) if category.keypoints]
+        orders = {category.label: _mirror_order(category, augment) for category in known}
+        self.mirror_orders = {label: order for label, order in orders.items() if order is not None}
+        flips = self.augment.enabled and self.augment.flip > 0
+        teaches_points = flips and any(task.learns_from == "labelled keypoint" for task in tasks)
+        one_sided = [category for category in known if teaches_points and category.label not in self.mirror_orders]
+        self.unflipped = tuple(category.name for category in one_sided)  # classes with points that no flip may move
+        self._unflipped_labels = [category.label for category in one_sided]
+        points = [name for category in known for name in category.keypoints]
+        for pair in self.augment.flip_pairs or () if teaches_points else ():
+            if (find_points(pair, points) < 0).all():
+                raise unknown_name("keypoint in augment.flip_pairs:", pair[0], set(points))
 
     def target(self, target: Target) -> Target:
-        """Convert a target of the data set to the model's labels."""
-        return target if self._labels is None else replace(target, labels=self._labels[target.labels])
+        """Return a target of the data set as the model knows it."""
+        return target if self.classes is None else self.classes.to_model(target)
 
     def sample(
         self,
@@ -98,9 +103,17 @@ class SampleMaker:
             return self._labelled(target, pixels, affine, task_rngs, found)
         if object_index is not None and padding is not None:
             target, image = crop_to_object(target, image, object_index, padding, with_masks=self.with_masks)
-        affine = random_affine(image.shape[:2], self.size, self.augment, rng, scale_range=self.scale_range)
-        pixels = color_jitter(warp_image(image, affine, self.size), self.augment, rng)
+        augment = self.augment if self._may_flip(target) else replace(self.augment, flip=0.0)
+        affine = random_affine(image.shape[:2], self.size, augment, rng, scale_range=self.scale_range)
+        pixels = augmented_pixels(image, affine, self.size, augment, rng)
         return self._labelled(target, pixels, affine, task_rngs, found)
+
+    def _may_flip(self, target: Target) -> bool:
+        """Whether left and right are known of all labelled keypoints."""
+        if not self._unflipped_labels:
+            return True
+        labelled = (target.keypoints[..., 2] > 0).any(axis=1)
+        return not np.isin(target.labels[labelled], self._unflipped_labels).any()
 
     def _labelled(
         self,
@@ -127,15 +140,27 @@ class SampleMaker:
         return Sample(pixels, examples, target.image.id)
 
 
+def _mirror_order(category: Category, augment: AugmentConfig) -> NDArray[np.int64] | None:
+    """Return the order of mirrored keypoints, by the settings, the data set or the names; None if none says it."""
+    given = augment.flip_pairs
+    own = [pair for pair in given or () if (find_points(pair, category.keypoints) >= 0).any()]
+    try:
+        return mirror_order(category.keypoints, own if own or given == () else category.flip_pairs)
+    except ValueError as error:
+        raise InputError(f"flip_pairs of {category.name!r} cannot be used: {error}") from None
+
+
 def _common_scales(tasks: Sequence[ExampleMaker], augment: AugmentConfig) -> tuple[float, float]:
     lows, highs = zip(*(task.scale_range for task in tasks), strict=True)
     low = max(lows) if augment.scale_min is None else augment.scale_min
     high = min(highs) if augment.scale_max is None else augment.scale_max
-    if len(tasks) > 1 and augment.enabled and low > high:
+    if augment.enabled and low > high:
         ranges = ", ".join(f"{task.name} {task.scale_range[0]:g} to {task.scale_range[1]:g}" for task in tasks)
+        alone = len(tasks) == 1
         raise InputError(
-            f"tasks that share images have no scale in common: {ranges}, from {low:g} to {high:g} in all; set "
-            "augment.scale_min and augment.scale_max, or share_images=false"
+            f"{'no scale is left' if alone else 'tasks that share images have no scale in common'}: {ranges}, from "
+            f"{low:g} to {high:g} in all; set augment.scale_min and augment.scale_max"
+            f"{'' if alone else ', or share_images=false'}"
         )
     return low, high
 
@@ -195,18 +220,18 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         size: tuple[int, int],
         augment: AugmentConfig,
         seed: int,
-        labels: Mapping[int, int] | None = None,
+        classes: ClassMap | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
         features: FeatureStore | None = None,
     ) -> None:
-        """`labels` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable.
+        """`classes` as in `SampleMaker`. At most `max_bad_share` (0 to 1) of the images may prove unusable.
 
         With `features`, samples have stored features in place of images.
         """
         self.dataset = dataset
         self.task = task
         self.seed = seed
-        self.maker = SampleMaker(dataset.categories, [task], size=size, augment=augment, labels=labels)
+        self.maker = SampleMaker(dataset.categories, [task], size=size, augment=augment, classes=classes)
         each_object = task.crop_padding is not None
         self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
         read_image = read_record_image if features is None else features.read
@@ -248,7 +273,7 @@ class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
         size: tuple[int, int],
         augment: AugmentConfig,
         seed: int,
-        labels: Mapping[int, int] | None = None,
+        classes: ClassMap | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
     ) -> None:
         """Options as in `TrainingSet`. Raises `InputError` if the tasks have no scale in common."""
@@ -256,7 +281,7 @@ class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
             raise ValueError("a task that crops around objects cannot share whole images")
         self.dataset = dataset
         self.seed = seed
-        self.maker = SampleMaker(dataset.categories, tasks, size=size, augment=augment, labels=labels)
+        self.maker = SampleMaker(dataset.categories, tasks, size=size, augment=augment, classes=classes)
         rows = [find_samples(dataset.annotations, task.learns_from, each_object=False) for task in tasks]
         self.index = np.unique(np.concatenate(rows), axis=0)
         self._reader = _ImageReader(dataset, self.index, max_bad_share)
@@ -293,15 +318,15 @@ class TrainingStream:
         size: tuple[int, int],
         augment: AugmentConfig,
         seed: int,
-        labels: Mapping[int, int] | None = None,
+        classes: ClassMap | None = None,
         mix: int = 4,
     ) -> None:
-        """`labels` as in `SampleMaker`; each reader keeps `mix` shards in memory."""
+        """`classes` as in `SampleMaker`; each reader keeps `mix` shards in memory."""
         self.index = index
         self.task = task
         self.seed = seed
         self.mix = mix
-        self.maker = SampleMaker(index.categories, [task], size=size, augment=augment, labels=labels)
+        self.maker = SampleMaker(index.categories, [task], size=size, augment=augment, classes=classes)
 
     @property
     def tasks(self) -> list[str]:

@@ -9,37 +9,60 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pix2seq.data.image import pad_image, visible_part
+from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine, fit_affine
 from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy, padded_region
 from pix2seq.geometry.polygons import rle_to_rings
+from pix2seq.settings import Range, Settings, Share
 from pix2seq.types import MaskAnnotation, Target
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import checks the network for a newer version
 import albumentations as A
 
+Scale = Annotated[float, Range(above=0, most=100)]
+Change = Annotated[float, Range(least=0, most=100)]
+
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Settings):
     """How training samples are augmented."""
 
+    section = "augment"
+
     enabled: bool = True  # false: resize and pad as in evaluation
-    scale_min: float | None = None  # the image is resized to between scale_min
-    scale_max: float | None = None  # and scale_max of the training size, then cropped; if unset, the task's range
-    flip: float = 0.5  # probability of a left-right flip
-    brightness: float = 0.0  # largest relative change
-    contrast: float = 0.0  # largest relative change
-    saturation: float = 0.0  # largest relative change
-    hue: float = 0.0  # largest shift, 0.5 is half the colour circle
-    min_visible: float = 0.0  # drop objects that keep less than this share of their box after the crop
+    scale_min: Scale | None = None  # the image is resized to between scale_min
+    scale_max: Scale | None = None  # and scale_max of the training size, then cropped; if unset, the task's range
+    flip: Share = 0.5  # probability of a left-right flip
+    # Pairs of keypoints that swap in a flip, beside those whose names say it; [] if no others do.
+    flip_pairs: tuple[tuple[str, str], ...] | None = None
+    brightness: Change = 0.0  # largest relative change
+    contrast: Change = 0.0  # largest relative change
+    saturation: Change = 0.0  # largest relative change
+    hue: Annotated[float, Range(least=0, most=0.5)] = 0.0  # largest shift, 0.5 is half the colour circle
+    min_visible: Share = 0.0  # drop objects that keep less than this share of their box after the crop
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.scale_min, self.scale_max
-        if (low is not None and low <= 0) or (low is not None and high is not None and low > high):
-            raise ValueError(f"augment.scale_min ({low}) must be positive and at most scale_max ({high})")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"augment.scale_min ({low}) must be at most augment.scale_max ({high})")
+
+    def scales(self, allowed: tuple[float, float]) -> tuple[float, float]:
+        """Return the smallest and the largest scale: those that are set, else what tasks have `allowed`.
+
+        Raises `InputError` if there is none between them.
+        """
+        low = allowed[0] if self.scale_min is None else self.scale_min
+        high = allowed[1] if self.scale_max is None else self.scale_max
+        if low > high and self.enabled:
+            raise InputError(f"no scale is left from {low:g} to {high:g}; set augment.scale_min and augment.scale_max")
+        return low, high
 
 
 def random_affine(
@@ -57,9 +80,7 @@ def random_affine(
     """
     if not config.enabled:
         return fit_affine(source, target)
-    low = scale_range[0] if config.scale_min is None else config.scale_min
-    high = scale_range[1] if config.scale_max is None else config.scale_max
-    jitter = rng.uniform(low, max(low, high))
+    jitter = rng.uniform(*config.scales(scale_range))
     scale = jitter * min(target[0] / source[0], target[1] / source[1])
     height, width = (max(int(side * scale), 1) for side in source)
     top = int(max(height - target[0], 0) * rng.random())
@@ -83,10 +104,10 @@ def transform_target(
     """Map a target to pixels of an output of `size` (height, width).
 
     Boxes are clipped to the output. Objects are dropped if they keep no area there, or less than
-    `min_visible` of it. Keypoints outside become unlabelled (0, 0, 0); if the map mirrors, the order
-    for the object's label in `mirror_orders` puts left and right back under their names. Masks become
-    rings, which may reach beyond the output. Crowds lose their masks, as no task learns from them;
-    `with_masks=False` drops all masks.
+    `min_visible` of it. Keypoints outside become unlabelled (0, 0, 0). If the map mirrors, the order for the
+    object's label in `mirror_orders` puts left and right back under their names; keypoints of labels that have
+    no order become unlabelled. Masks become rings, which may reach beyond the output. Crowds lose their masks,
+    as no task learns from them; `with_masks=False` drops all masks.
     """
     height, width = size
     moved = affine.boxes(target.boxes_xyxy)
@@ -97,8 +118,11 @@ def transform_target(
     keypoints = target.keypoints.copy()
     if affine.scale_x < 0 and mirror_orders is not None:
         for i, label in enumerate(target.labels.tolist()):
-            order = mirror_orders.get(label, ())
-            keypoints[i, : len(order)] = keypoints[i, order]
+            if label in mirror_orders:
+                order = mirror_orders[label]
+                keypoints[i, : len(order)] = keypoints[i, order]
+            else:
+                keypoints[i] = 0
     keypoints[..., :2] = affine.points(keypoints[..., :2])
     inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] <= [width, height])).all(axis=-1)
     keypoints[~inside | (keypoints[..., 2] == 0)] = 0
@@ -148,10 +172,25 @@ def crop_to_object(
     return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=with_masks), image[y0:y1, x0:x1]
 
 
+def augmented_pixels(
+    image: NDArray[np.uint8],
+    affine: Affine,
+    size: tuple[int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> NDArray[np.uint8]:
+    """Resample an image (H, W, 3) into an output of `size` (height, width), and change its colours.
+
+    As published, the padding keeps its grey, so that it is the same in training as in evaluation.
+    """
+    pixels, corner = visible_part(image, affine, size)
+    return pad_image(color_jitter(pixels, config, rng), corner, size)
+
+
 def color_jitter(image: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Randomly change brightness, contrast, saturation and hue of an image (H, W, 3)."""
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-    if not config.enabled or not any(strengths):
+    if not config.enabled or not any(strengths) or not image.size:
         return image
     transform = _color_transform(*strengths)
     # Without a seed, albumentations gives every worker the same draws and repeats them each epoch.

@@ -20,8 +20,9 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pix2seq.geometry.keypoints import point_key
 from pix2seq.metrics.metric import Metric, Scores
-from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target
+from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target, category_key
 
 Kind = Literal["box", "mask", "keypoint"]
 
@@ -30,7 +31,13 @@ _MERGE: Any = mask_utils.merge
 _IOU_TYPES: dict[Kind, Literal["bbox", "segm", "keypoints"]] = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
-_NUM_COCO_KEYPOINTS = 17
+# How far annotators differ about the points of a person, as a share of the square root of the person's area; published
+# with COCO. Points of other names get the mean over the 17 points.
+COCO_SIGMAS = {
+    "nose": 0.026, "eye": 0.025, "ear": 0.035, "shoulder": 0.079, "elbow": 0.072, "wrist": 0.062, "hip": 0.107,
+    "knee": 0.087, "ankle": 0.089,
+}  # fmt: skip
+OTHER_SIGMA = (2 * sum(COCO_SIGMAS.values()) - COCO_SIGMAS["nose"]) / 17
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ class ApResult(Scores):
 class ApMetric(Metric):
     """Average precision of objects found in the images of a data set with these categories."""
 
-    def __init__(self, categories: Sequence[Category], kind: Kind) -> None:
-        self.categories, self.kind = tuple(categories), kind
+    def __init__(self, categories: Sequence[Category], kind: Kind, sigmas: Mapping[str, float] | None = None) -> None:
+        """`sigmas` by names of keypoints go over COCO's; see `keypoint_sigmas`."""
+        self.categories, self.kind, self.sigmas = tuple(categories), kind, dict(sigmas or {})
         self.targets: list[Target] = []
         self.predictions: dict[int, list[Instance]] = {}
 
@@ -84,7 +92,7 @@ class ApMetric(Metric):
 
     def result(self) -> ApResult:
         """See `Metric`."""
-        return average_precision(self.targets, self.categories, self.predictions, kind=self.kind)
+        return average_precision(self.targets, self.categories, self.predictions, kind=self.kind, sigmas=self.sigmas)
 
 
 def average_precision(
@@ -93,23 +101,27 @@ def average_precision(
     predictions: Mapping[int, Sequence[Instance]],
     *,
     kind: Kind = "box",
+    sigmas: Mapping[str, float] | None = None,
 ) -> ApResult:
     """Score predictions, lists of instances by image id, against targets, both in pixels of the image.
 
-    Classes are matched by name. With ground truth and no detections everything is 0; without ground
+    Classes are matched by name, in any case. Keypoints of a class are in the order of its category in `categories`;
+    for `sigmas`, see `keypoint_sigmas`. With ground truth and no detections everything is 0; without ground
     truth everything is None. Crowd regions are ignored as COCO does: what lies in them is neither
     right nor wrong.
     """
-    ids = {category.name: position for position, category in enumerate(categories, start=1)}
-    id_of_label = {category.label: ids[category.name] for category in categories}
-    annotations = _ground_truth(targets, id_of_label, kind)
+    keys = dict.fromkeys(category_key(category.name) for category in categories)
+    ids = {key: position for position, key in enumerate(keys, start=1)}
+    id_of_label = {category.label: ids[category_key(category.name)] for category in categories}
+    sigmas_of = {id_of_label[category.label]: keypoint_sigmas(category.keypoints, sigmas) for category in categories}
+    annotations = _ground_truth(targets, id_of_label, sigmas_of, kind)
     known_images = {target.image.id: target.image for target in targets}
     detections: list[dict[str, Any]] = []
     dropped = 0
     for image_id, instances in predictions.items():
         for instance in instances:
             image = known_images.get(image_id)
-            entry = None if image is None else _detection(instance, image.width, image.height, ids, kind)
+            entry = None if image is None else _detection(instance, image.width, image.height, ids, sigmas_of, kind)
             if entry is None:
                 dropped += 1
             else:
@@ -118,7 +130,9 @@ def average_precision(
     names = _KEYPOINT_METRICS if kind == "keypoint" else _METRICS
     counted = [a for a in annotations if not a["iscrowd"] and (kind != "keypoint" or a["num_keypoints"])]
     scored = (
-        _evaluate(list(known_images.values()), annotations, detections, ids, kind) if counted and detections else None
+        _evaluate(list(known_images.values()), annotations, detections, sigmas_of, kind)
+        if counted and detections
+        else None
     )
     if scored is not None:
         metrics = {name: _defined(value) for name, value in zip(names, scored.stats, strict=True)}
@@ -129,19 +143,40 @@ def average_precision(
             for letter, low, high in (("s", 0, 32**2), ("m", 32**2, 96**2), ("l", 96**2, 1e10)):
                 if not any(low <= a["area"] <= high for a in counted):
                     metrics |= {name: None for name in metrics if name in (f"AP{letter}", f"AR{letter}")}
-    return ApResult(metrics, _per_class(scored, ids, counted, detections), dropped)
+    names_of = {id_of_label[category.label]: category.name for category in categories}
+    return ApResult(metrics, _per_class(scored, names_of, counted, detections), dropped)
 
 
-def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: Kind) -> list[dict[str, Any]]:
+def keypoint_sigmas(names: Sequence[str], given: Mapping[str, float] | None = None) -> NDArray[np.float64]:
+    """Return the tolerance (K,) of each keypoint in OKS, as a share of the square root of the object's area.
+
+    It is that of `given` for the name, or for the name without its side (`eye` for `left_eye`); else COCO's for that
+    point of a person; else the mean of COCO's.
+    """
+    own = {point_key(name): sigma for name, sigma in (given or {}).items()}
+    found = []
+    for side, rest in map(point_key, names):
+        default = own.get(("", rest), COCO_SIGMAS.get(rest, OTHER_SIGMA))
+        found.append(own.get((side, rest), default))
+    return np.array(found, np.float64)
+
+
+def _ground_truth(
+    targets: Sequence[Target],
+    id_of_label: dict[int, int],
+    sigmas_of: dict[int, NDArray[np.float64]],
+    kind: Kind,
+) -> list[dict[str, Any]]:
     annotations: list[dict[str, Any]] = []
     for target in targets:
         for i in range(len(target.labels)):
             x0, y0, x1, y1 = map(float, target.boxes_xyxy[i])
-            points = target.keypoints[i]
+            category_id = id_of_label[int(target.labels[i])]
+            points = target.keypoints[i, : len(sigmas_of[category_id])]
             entry = {
                 "id": len(annotations) + 1,
                 "image_id": target.image.id,
-                "category_id": id_of_label[int(target.labels[i])],
+                "category_id": category_id,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": float(target.areas[i]),
                 "iscrowd": int(target.iscrowd[i]),
@@ -157,15 +192,23 @@ def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: 
     return annotations
 
 
-def _detection(instance: Instance, width: int, height: int, ids: dict[str, int], kind: Kind) -> dict[str, Any] | None:
+def _detection(
+    instance: Instance,
+    width: int,
+    height: int,
+    ids: dict[str, int],
+    sigmas_of: dict[int, NDArray[np.float64]],
+    kind: Kind,
+) -> dict[str, Any] | None:
     box = np.array(instance.box_xyxy, np.float64)
-    if instance.category.name not in ids or not np.isfinite([*box, instance.score]).all():
+    category_id = ids.get(category_key(instance.category.name))
+    if category_id is None or not np.isfinite([*box, instance.score]).all():
         return None
     x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
     if x1 <= x0 or y1 <= y0:
         return None
     entry: dict[str, Any] = {
-        "category_id": ids[instance.category.name],
+        "category_id": category_id,
         "score": float(instance.score),
         "bbox": [x0, y0, x1 - x0, y1 - y0],
     }
@@ -177,9 +220,11 @@ def _detection(instance: Instance, width: int, height: int, ids: dict[str, int],
             return None
         entry["segmentation"] = _run_lengths(rings, width, height)
     if kind == "keypoint":
-        if instance.keypoints is None or not np.isfinite(instance.keypoints).all():
+        points = instance.keypoints
+        expected = (len(sigmas_of[category_id]), 3)
+        if points is None or not points.size or points.shape != expected or not np.isfinite(points).all():
             return None
-        entry["keypoints"] = instance.keypoints.ravel().astype(float).tolist()
+        entry["keypoints"] = points.ravel().astype(float).tolist()
     return entry
 
 
@@ -197,7 +242,7 @@ def _evaluate(
     images: list[ImageRecord],
     annotations: list[dict[str, Any]],
     detections: list[dict[str, Any]],
-    ids: dict[str, int],
+    sigmas_of: dict[int, NDArray[np.float64]],
     kind: Kind,
 ) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
@@ -205,34 +250,41 @@ def _evaluate(
         dataset: Any = {
             "images": [{"id": i.id, "width": i.width, "height": i.height} for i in images],
             "annotations": annotations,
-            "categories": [{"id": category_id, "name": name} for name, category_id in ids.items()],
+            "categories": [{"id": category_id} for category_id in sigmas_of],
             "info": {},
         }
         truth.dataset = dataset
         truth.createIndex()
         results: Any = detections
-        evaluation = COCOeval(truth, truth.loadRes(results), _IOU_TYPES[kind])
-        if kind == "keypoint":
-            num_points = len(detections[0]["keypoints"]) // 3
-            if num_points != _NUM_COCO_KEYPOINTS:
-                # Only COCO's person has published sigmas; other skeletons get their mean.
-                evaluation.params.kpt_oks_sigmas = np.full(num_points, evaluation.params.kpt_oks_sigmas.mean())
+        evaluation = _Evaluation(truth, truth.loadRes(results), _IOU_TYPES[kind])
+        evaluation.sigmas_of = sigmas_of
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
 
 
+class _Evaluation(COCOeval):
+    """COCO's evaluation for classes with different skeletons."""
+
+    sigmas_of: Mapping[int, NDArray[np.float64]]  # by category id
+
+    def computeOks(self, imgId: int, catId: int) -> Any:
+        """Return the OKS of the detections and objects of a class in an image."""
+        self.params.kpt_oks_sigmas = self.sigmas_of[catId]
+        return super().computeOks(imgId, catId)
+
+
 def _per_class(
     scored: COCOeval | None,
-    ids: dict[str, int],
+    names_of: dict[int, str],
     counted: list[dict[str, Any]],
     detections: list[dict[str, Any]],
 ) -> pd.DataFrame:
-    truths = np.bincount([a["category_id"] for a in counted], minlength=len(ids) + 1)
-    found = np.bincount([d["category_id"] for d in detections], minlength=len(ids) + 1)
+    truths = np.bincount([a["category_id"] for a in counted], minlength=len(names_of) + 1)
+    found = np.bincount([d["category_id"] for d in detections], minlength=len(names_of) + 1)
     rows = []
-    for position, (name, category_id) in enumerate(ids.items()):
+    for position, (category_id, name) in enumerate(sorted(names_of.items())):
         ap = ap50 = 0.0 if truths[category_id] else float("nan")
         if scored is not None and truths[category_id]:
             # (IoU thresholds, recalls, classes, areas, detections): all sizes, most detections

@@ -23,7 +23,7 @@ from pix2seq.model.decoding.generate import Generated, GenerationConfig, generat
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
-from pix2seq.model.positions import GridPositions, PositionKind, fourier_1d, sequence_encodings
+from pix2seq.model.positions import GridPositions, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import (
     CONFIG_FILE,
     FORMAT,
@@ -286,9 +286,7 @@ def build_model(
     load_pretrained: bool = True,
 ) -> Pix2Seq:
     """Build a model with fresh weights. The encoder gets timm's if its config asks for them and `load_pretrained`."""
-    positions = checked_positions(config)
-    if config.decoder.positions not in ("sincos", "learned"):
-        raise InputError(f"model.decoder.positions is {config.decoder.positions!r}; expected sincos or learned")
+    positions = config.positions
     encoder = build_encoder(config.encoder, config.image_size, positions, load_pretrained=load_pretrained)
     dec, mem = config.decoder, config.memory
     projection = MemoryProjection(
@@ -315,13 +313,6 @@ def build_model(
     if positions == "fourier":
         _init_coordinates(decoder, config.vocab)
     return Pix2Seq(encoder, projection, decoder, config, categories, text)
-
-
-def checked_positions(config: ModelConfig) -> PositionKind:
-    """Return `config.positions`. Raises `InputError` if there is no such kind."""
-    if config.positions not in ("sincos", "fourier", "learned"):
-        raise InputError(f"model.positions is {config.positions!r}; expected sincos, fourier or learned")
-    return config.positions  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -16,12 +16,13 @@ from pix2seq.examples import Example
 from pix2seq.metrics.captions import CaptionMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
+from pix2seq.settings import NonNegativeFloat, PositiveInt, Range, ShareBelowOne
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
 from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
 from pix2seq.types import Caption, Category, Target
-from pix2seq.vocab import PAD
+from pix2seq.vocab import MAX_SIZE, PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
@@ -31,23 +32,18 @@ if TYPE_CHECKING:
 class CaptioningConfig(TaskConfig):
     """How captioning is trained and asked."""
 
-    tokenizer: str = "words"  # words (nltk), sentencepiece (trained on the captions), or a sentencepiece model file
-    text_size: int = 8000  # most words or pieces of a vocabulary that is made from the captions
-    min_count: int = 1  # times a word must appear to get into it
-    captions_per_image: int = 5  # of an image in a training step
-    max_tokens: int = 128  # of a caption, end included
-    eos_weight: float = 0.1  # loss weight of the end token
-    input_drop: float = 0.5  # share of the words that the decoder reads as the noise token
-    flip: str = "auto"  # mirrored images: auto leaves out captions that name a side, always keeps them, never: no flips
+    section = "captioning"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 2 or self.captions_per_image < 1:
-            raise ValueError("captioning.max_tokens must be at least 2 and captioning.captions_per_image at least 1")
-        if not 0 <= self.input_drop < 1:
-            raise ValueError(f"captioning.input_drop must lie in [0, 1), got {self.input_drop}")
-        if self.flip not in ("auto", "always", "never"):
-            raise ValueError(f"captioning.flip is {self.flip!r}; expected auto, always or never")
+    tokenizer: str = "words"  # words (nltk), sentencepiece (trained on the captions), or a sentencepiece model file
+    # Most words or pieces of a vocabulary that is made from the captions.
+    text_size: Annotated[int, Range(least=1, most=MAX_SIZE)] = 8000
+    min_count: PositiveInt = 1  # times a word must appear to get into it
+    captions_per_image: Annotated[int, Range(least=1, most=1000)] = 5  # of an image in a training step
+    max_tokens: Annotated[int, Range(least=2, most=10_000)] = 128  # of a caption, end included
+    eos_weight: NonNegativeFloat = 0.1  # loss weight of the end token
+    input_drop: ShareBelowOne = 0.5  # share of the words that the decoder reads as the noise token
+    # Mirrored images: auto leaves out captions that name a side, always keeps them, never: no flips.
+    flip: Literal["auto", "always", "never"] = "auto"
 
 
 class Captioning(Task[CaptioningConfig]):

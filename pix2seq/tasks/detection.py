@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,24 @@ from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
-from pix2seq.tasks.objects import instance_at
+from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
+from pix2seq.tasks.objects import Objects, instance_at
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects, decode_objects, encode_objects
+from pix2seq.tokenizers.detection import (
+    TOKENS_PER_OBJECT,
+    ClassCorruption,
+    add_noise_objects,
+    decode_objects,
+    encode_objects,
+)
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import CLASS_BASE, EOS, NOISE
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
 
+ObjectOrder = Literal["random", "area", "corner"]
 NOISE_CATEGORY = Category(NOISE, NOISE, "noise")  # of invented objects, where training sequences are shown
 
 
@@ -31,22 +39,19 @@ NOISE_CATEGORY = Category(NOISE, NOISE, "noise")  # of invented objects, where t
 class DetectionConfig(TaskConfig):
     """How detection is trained and asked."""
 
-    max_objects: int = 100  # objects in a training sequence, noise included
-    noise_objects: int | None = None  # invented objects a sequence; none given: fill up to max_objects, as published
-    order: str = "random"  # random, area (large first) or corner (nearest to the top left first)
-    class_corruption: str = "rand_n_fake_cls"  # what the decoder reads in place of the true class
-    noise_weight: float = 1.0  # loss weight of the noise class
-    eos_weight: float = 0.1  # loss weight of the end token, where there is one
-    sequences_per_image: int = 1  # orders and noise drawn anew for each; the image is encoded once
-    num_objects: int | None = None  # objects to ask for; none given: until the model ends, or max_objects
-    top_p: float = 0.4
+    section = "detection"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.order not in ("random", "area", "corner"):
-            raise ValueError(f"detection.order is {self.order!r}; expected random, area or corner")
-        if self.max_objects < 1:
-            raise ValueError(f"detection.max_objects must be at least 1, got {self.max_objects}")
+    max_objects: Objects = 100  # in a training sequence, noise included
+    # Invented objects a sequence; none given: fill up to max_objects, as published.
+    noise_objects: Annotated[int, Range(least=0, most=10_000)] | None = None
+    order: ObjectOrder = "random"  # area: large first; corner: nearest to the top left first
+    class_corruption: ClassCorruption = "rand_n_fake_cls"  # what the decoder reads in place of the true class
+    noise_weight: NonNegativeFloat = 1.0  # loss weight of the noise class
+    eos_weight: NonNegativeFloat = 0.1  # loss weight of the end token, where there is one
+    # Orders and noise are drawn anew for each; the image is encoded once.
+    sequences_per_image: Annotated[int, Range(least=1, most=1000)] = 1
+    num_objects: Objects | None = None  # objects to ask for; none given: until the model ends, or max_objects
+    top_p: PositiveShare = 0.4
 
     @property
     def ends(self) -> bool:
@@ -88,7 +93,7 @@ class Detection(Task[DetectionConfig]):
             self.vocab,
             rng,
             num_labels=self.max_label,
-            class_corruption=config.class_corruption,  # type: ignore[arg-type]
+            class_corruption=config.class_corruption,
             noise_weight=config.noise_weight,
             eos_weight=config.eos_weight if config.ends else None,
         )
@@ -187,7 +192,7 @@ class Detection(Task[DetectionConfig]):
         return [instance_at(group[:4], categories[int(group[4])], frame, self.vocab) for group in groups]
 
 
-def object_order(boxes_yxyx: NDArray[np.float32], order: str, rng: np.random.Generator) -> NDArray[np.int64]:
+def object_order(boxes_yxyx: NDArray[np.float32], order: ObjectOrder, rng: np.random.Generator) -> NDArray[np.int64]:
     """Indices (N,) in which objects are written."""
     if order == "area":
         return np.argsort(-box_area(boxes_yxyx), kind="stable")

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
+from pix2seq.geometry.keypoints import point_key
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import KeypointGrammar
-from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
+from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
+from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, Padding, token_score, weighted_score
 from pix2seq.tasks.request import Frame
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
+from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import INVISIBLE
+from pix2seq.vocab import INVISIBLE, Vocab
 
+Sigma = Annotated[float, Range(above=0, most=10)]
 VISIBLE, HIDDEN = 2.0, 1.0  # COCO's flags for visible points and for labelled ones that are hidden
 
 
@@ -26,13 +32,16 @@ VISIBLE, HIDDEN = 2.0, 1.0  # COCO's flags for visible points and for labelled o
 class KeypointConfig(ObjectTaskConfig):
     """How keypoints are trained and asked."""
 
+    section = "keypoint"
+
     crop: bool = True
-    crop_padding: float = 0.5
-    invisible_weight: float = 0.1  # loss weight of the invisible token
+    crop_padding: Padding = 0.5
+    invisible_weight: NonNegativeFloat = 0.1  # loss weight of the invisible token
     mask_inputs: bool = True  # hide a random share of the points that the decoder reads
     suppress_invisible: bool = True  # give the likeliest position of points that the model calls invisible
-    score_weight: float = 1.0  # of the points' likelihood in the score; the rest is the box's
-    top_p: float = 0.1
+    score_weight: Share = 1.0  # of the points' likelihood in the score; the rest is the box's
+    sigmas: dict[str, Sigma] = field(default_factory=dict)  # of OKS, by names of points; see `keypoint_sigmas`
+    top_p: PositiveShare = 0.1
 
 
 class Keypoint(ObjectTask[KeypointConfig]):
@@ -42,6 +51,21 @@ class Keypoint(ObjectTask[KeypointConfig]):
     config_type = KeypointConfig
     learns_from = "labelled keypoint"
     length_setting = "the number of keypoints"
+
+    def __init__(
+        self,
+        config: KeypointConfig,
+        vocab: Vocab,
+        categories: Sequence[Category],
+        text: TextTokenizer | None = None,
+    ) -> None:
+        """Raises `InputError` for a name in `keypoint.sigmas` that is no point of any class."""
+        super().__init__(config, vocab, categories, text)
+        known = dict.fromkeys(name for category in self.categories.values() for name in category.keypoints)
+        keys = {key for side, rest in map(point_key, known) for key in ((side, rest), ("", rest))}
+        for name in self.config.sigmas:
+            if point_key(name) not in keys:
+                raise unknown_name("keypoint in keypoint.sigmas:", name, known)
 
     @property
     def max_seq_len(self) -> int:
@@ -121,4 +145,4 @@ class Keypoint(ObjectTask[KeypointConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
-        return ApMetric(categories, "keypoint")
+        return ApMetric(categories, "keypoint", self.config.sigmas)

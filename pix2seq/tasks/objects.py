@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from pix2seq.examples import Example
 from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.settings import Range, Share
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.instance import instance_prompts
@@ -27,6 +28,8 @@ from pix2seq.vocab import CLASS_BASE, PAD, Vocab
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
 
+Objects = Annotated[int, Range(least=1, most=10_000)]  # each takes memory in every sequence
+Padding = Annotated[float, Range(least=0, most=100)]
 TRUE_BOXES, FOUND_BOXES = "true_boxes", "found_boxes"  # what evaluation asks about
 
 
@@ -43,24 +46,19 @@ class Boxes:
 class ObjectTaskConfig(TaskConfig):
     """Settings of a task about single objects."""
 
-    max_objects: int = 10  # objects of one image in a training step, where nothing is cropped
+    max_objects: Objects = 10  # of one image in a training step, where nothing is cropped
     crop: bool = False  # every object is cropped around its box and encoded alone
-    crop_padding: float = 0.25  # share of the box's size kept on each side of it, in crops and closeups
+    crop_padding: Padding = 0.25  # share of the box's size kept on each side of it, in crops and closeups
     closeup: bool = False  # every object gets a memory of its own from finer maps of the image, which is encoded once
-    box_jitter: float = 0.0  # in training, sides of the prompt's box move by up to this share of its size
-    min_box_score: float = 0.05  # detected boxes below it are not asked about
-    score_weight: float = 0.0  # of the answer's likelihood in the score; the rest is the box's
+    # In training, sides of the prompt's box move by up to this share of its size.
+    box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.0
+    min_box_score: Share = 0.05  # detected boxes below it are not asked about
+    score_weight: Share = 0.0  # of the answer's likelihood in the score; the rest is the box's
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_objects < 1:
-            raise ValueError(f"max_objects must be at least 1, got {self.max_objects}")
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding must not be negative, got {self.crop_padding}")
-        if not 0 <= self.box_jitter < 0.5:
-            raise ValueError(f"box_jitter must lie in [0, 0.5), got {self.box_jitter}")
         if self.crop and self.closeup:
-            raise ValueError("crop and closeup are two ways to look at an object; set one of them")
+            raise ValueError(f"{self.section}.crop and closeup are two ways to look at an object; set one of them")
 
 
 Config = TypeVar("Config", bound=ObjectTaskConfig)

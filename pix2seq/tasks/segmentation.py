@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, ras
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
+from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
 from pix2seq.tasks.request import Frame
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
@@ -27,22 +28,17 @@ from pix2seq.vocab import EOS, SEPARATOR
 class SegmentationConfig(ObjectTaskConfig):
     """How segmentation is trained and asked."""
 
-    max_points: int = 128  # of a mask's polygons, separators included
-    random_start: bool = True  # each ring starts at another of its points every time
-    even_points: int = 0  # about so many, at equal distances, take the place of the annotated ones; 0 keeps those
-    eos_weight: float = 1.0  # loss weight of the end token
-    num_samples: int = 8  # masks drawn for each object, which vote; 1 for speed
-    threshold: float = 0.5  # share of the votes that makes a pixel part of the mask
-    top_p: float = 0.8
+    section = "segmentation"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_points < MIN_POINTS:
-            raise ValueError(f"segmentation.max_points must be at least {MIN_POINTS}, got {self.max_points}")
-        if self.num_samples < 1:
-            raise ValueError(f"segmentation.num_samples must be at least 1, got {self.num_samples}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"segmentation.threshold must lie in (0, 1], got {self.threshold}")
+    # Of a mask's polygons, separators included.
+    max_points: Annotated[int, Range(least=MIN_POINTS, most=10_000)] = 128
+    random_start: bool = True  # each ring starts at another of its points every time
+    # About so many points, at equal distances, take the place of the annotated ones; 0 keeps those.
+    even_points: Annotated[int, Range(least=0, most=10_000)] = 0
+    eos_weight: NonNegativeFloat = 1.0  # loss weight of the end token
+    num_samples: Annotated[int, Range(least=1, most=1000)] = 8  # masks drawn for each object, which vote; 1 for speed
+    threshold: PositiveShare = 0.5  # share of the votes that makes a pixel part of the mask
+    top_p: PositiveShare = 0.8
 
 
 class Segmentation(ObjectTask[SegmentationConfig]):

@@ -21,6 +21,7 @@ from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.metrics.metric import Metric
 from pix2seq.model.decoding.generate import Completion
+from pix2seq.settings import BatchSize, NonNegativeFloat, NonNegativeInt, PositiveShare, Settings
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tokenizers.text import TextTokenizer, names_side
 from pix2seq.types import Category, Target
@@ -32,22 +33,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Settings):
     """Settings that all tasks have."""
 
-    loss_weight: float = 1.0  # of this task's loss in the sum of all
-    batch_size: int | None = None  # images of this task a step; None: the run's batch_size
-    temperature: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"a task's batch_size must be at least 1, got {self.batch_size}")
-        if self.loss_weight < 0:
-            raise ValueError(f"a task's loss_weight must not be negative, got {self.loss_weight}")
-        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.temperature < 0:
-            raise ValueError("a task needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+    loss_weight: NonNegativeFloat = 1.0  # of this task's loss in the sum of all
+    batch_size: BatchSize | None = None  # images of this task a step; None: the run's batch_size
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0  # 0 keeps all
+    top_p: PositiveShare = 1.0  # 1 keeps all
 
 
 Config = TypeVar("Config", bound=TaskConfig)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,29 +18,27 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from pix2seq.data.defects import MAX_BAD_SHARE
 from pix2seq.data.loader import WORKER_TIMEOUT
 from pix2seq.data.transforms import AugmentConfig
-from pix2seq.errors import InputError, unknown_name
+from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
+from pix2seq.settings import (
+    BatchSize,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Settings,
+    Share,
+    ShareBelowOne,
+)
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
-from pix2seq.training.optimizer import OPTIMIZERS, ScheduleConfig
+from pix2seq.training.optimizer import OptimizerName, ScheduleConfig
 
 SETTINGS_FILE = "config.yaml"  # in the folder of a run, by `save_config`
-PARALLEL = ("ddp", "fsdp")
-FREEZABLE = ("encoder",)
-COUNTS = (
-    "steps",
-    "batch_size",
-    "accumulate",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "max_skipped",
-    "eval_batch_size",
-)  # settings that must be at least 1
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that a run depends on; saved beside its checkpoints and enough to repeat it.
 
     `load_config` gives it a field of its own for each task, with that task's settings: `detection.top_p=0.4`.
@@ -49,78 +47,63 @@ class TrainConfig:
     data: Any = None  # data folder, folder or http address of shards, or a mapping of task names to these
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
     share_images: bool = False  # an image teaches all tasks of its folder that do not crop; else each draws its own
-    shard_mix: int = 4  # shards that each worker holds in memory and draws from
+    shard_mix: Annotated[int, Range(least=1, most=1000)] = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/train"  # folder of checkpoints and logs
     tasks: tuple[str, ...] = (DEFAULT_TASK,)
     train_split: str = "train"
     val_split: str = "val"
-    steps: int = 10_000  # optimiser steps
-    batch_size: int = 32  # images a step
-    accumulate: int = 1  # micro-batches a step; must divide batch_size
-    lr: float = 1e-4  # peak, reached after warm-up
-    seed: int = 0
-    checkpoint_every: int = 1000  # steps; the last step is always saved
-    keep_checkpoints: int = 3  # newest kept, and the best besides
-    best_metric: str | None = (
-        None  # metric of metrics.json that chooses the best checkpoint; None: the first task's main metric
-    )
-    eval_every: int = 0  # steps; 0 evaluates only after the last
-    eval_images: int = 0  # of the validation split; 0 takes all
-    eval_batch_size: int = 16
-    log_every: int = 20  # steps
-    trackers: tuple[str, ...] = ("tensorboard",)  # beside log.jsonl: tensorboard, wandb, trackio
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which the run stops
-    num_workers: int = 1  # processes that prepare samples; 0 prepares them between steps
-    max_bad_share: float = MAX_BAD_SHARE  # of images, objects or captions; the run stops if more are unusable
-    worker_timeout: float = WORKER_TIMEOUT  # seconds without a batch from the workers after which the run stops
+    steps: PositiveInt = 10_000  # optimiser steps
+    batch_size: BatchSize = 32  # images a step
+    accumulate: BatchSize = 1  # micro-batches a step; must divide batch_size
+    lr: Annotated[float, Range(above=0, most=1000)] = 1e-4  # peak, reached after warm-up
+    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
+    checkpoint_every: PositiveInt = 1000  # steps; the last step is always saved
+    keep_checkpoints: PositiveInt = 3  # newest kept, and the best besides
+    # Metric of metrics.json that chooses the best checkpoint; None: the first task's main metric.
+    best_metric: str | None = None
+    eval_every: NonNegativeInt = 0  # steps; 0 evaluates only after the last
+    eval_images: NonNegativeInt = 0  # of the validation split; 0 takes all
+    eval_batch_size: BatchSize = 16
+    log_every: PositiveInt = 20  # steps
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # beside log.jsonl
+    max_skipped: PositiveInt = 10  # steps in a row without a finite loss and gradient, after which the run stops
+    # Processes that prepare samples; 0 prepares them between steps.
+    num_workers: Annotated[int, Range(least=0, most=256)] = 1
+    max_bad_share: Share = MAX_BAD_SHARE  # of images, objects or captions; the run stops if more are unusable
+    # Seconds without a batch from the workers after which the run stops.
+    worker_timeout: Annotated[float, Range(above=0, most=1e6)] = WORKER_TIMEOUT
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_processes: int = 0  # number of processes that torchrun must have started; 0: any number
-    parallel: str = "ddp"  # ddp, or fsdp, which shards weights and optimiser state over processes
+    num_processes: NonNegativeInt = 0  # number of processes that torchrun must have started; 0: any number
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser state over processes
     bf16: bool = True  # bf16 autocast
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     cuda_graphs: bool = False  # record a step once per padded length and replay it; for one GPU, adamw and bf16
     compile: bool = False  # torch.compile the blocks: takes minutes at first; no gain was measured on two CPU cores
-    optimizer: str = "adamw"  # adamw, or muon: Muon for linear layers and AdamW for the rest, at the same lr
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0  # 0 does not clip
-    label_smoothing: float = 0.0  # share of every target that is spread over the vocabulary
-    ema_decay: float = 0.999  # 0 evaluates and saves the raw weights
+    optimizer: OptimizerName = "adamw"  # muon: Muon for linear layers and AdamW for the rest, at the same lr
+    weight_decay: Annotated[float, Range(least=0, most=100)] = 0.05
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    max_grad_norm: NonNegativeFloat = 1.0  # 0 does not clip
+    label_smoothing: ShareBelowOne = 0.0  # share of every target that is spread over the vocabulary
+    ema_decay: ShareBelowOne = 0.999  # 0 evaluates and saves the raw weights
     init: str | None = None  # checkpoint to start from
-    freeze: str | None = None  # encoder: it keeps its weights; None: everything is trained
+    freeze: Literal["encoder"] | None = None  # encoder: it keeps its weights; None: everything is trained
     features: str | None = None  # folder that `pix2seq data features` wrote; replaces images and the encoder's forward
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        if self.parallel not in PARALLEL:
-            raise unknown_name("parallel", self.parallel, PARALLEL)
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
-        if self.freeze is not None and self.freeze not in FREEZABLE:
-            raise unknown_name("part of the model to freeze", self.freeze, FREEZABLE)
+        super().__post_init__()
+        if len(set(self.tasks)) < max(len(self.tasks), 1):
+            raise ValueError(f"tasks={list(self.tasks)} must name at least one task, and none of them twice")
         if self.features is not None and self.share_images:
             raise ValueError("features cannot be combined with share_images=true; set share_images=false")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for task in self.tasks:
             if self.batch_size_of(task) % self.accumulate:
                 raise ValueError(
                     f"the batch size of {task}, {self.batch_size_of(task)}, does not divide into "
                     f"accumulate={self.accumulate} parts"
                 )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.shard_mix < 1:
-            raise ValueError(f"shard_mix must be at least 1, got {self.shard_mix}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
-        if not self.worker_timeout > 0:
-            raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
 
     @property
     def freezes_encoder(self) -> bool:
@@ -162,9 +145,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
     Raises `InputError` for an unreadable file, for a key that does not exist (naming the nearest one)
     and for a value of the wrong type or range.
     """
-    sources: list[dict[str, Any]] = []
-    if path is not None:
-        sources.append(read_yaml(path))
+    sources = [] if path is None else [read_yaml(path)]
+    origins = [*([] if path is None else [str(path)]), *overrides, ""]
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -176,16 +158,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
         sources.append(_nested(key, _number(parsed)))
     sources.append(fixed)
     schema = _schema(sources)
+    merged = OmegaConf.structured(schema)
+    for source, origin in zip(sources, origins, strict=True):
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except ConfigKeyError as error:
+            raise _unknown_key(str(error.full_key or error.key), schema) from None
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            for placeholder in (" '$VALUE' of type '$VALUE_TYPE'", " '$VALUE'"):  # of a part of a list
+                reason = reason.replace(placeholder, "")
+            raise InputError(f"setting cannot be used: {reason} ({error.full_key or origin})") from None
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *sources))
-    except ConfigKeyError as error:
-        raise _unknown_key(str(error.full_key or error.key), schema) from None
-    except OmegaConfBaseException as error:
-        first_line = str(error).splitlines()[0]
-        key = f" ({error.full_key})" if getattr(error, "full_key", None) else ""
-        raise InputError(f"setting cannot be used: {first_line}{key}") from None
-    except ValueError as error:
-        raise InputError(f"setting cannot be used: {error}") from None
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"setting cannot be used: {str(error).splitlines()[0]}") from None
     assert isinstance(config, TrainConfig)
     return config
 

@@ -12,7 +12,7 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder
-from pix2seq.model.pix2seq import Pix2Seq, checked_positions
+from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint, read_config
 from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
@@ -43,9 +43,7 @@ def initial_encoder(config: TrainConfig) -> Encoder:
     """
     torch.manual_seed(config.seed)  # as in a run, which builds its encoder first
     model = config.model
-    encoder = build_encoder(
-        model.encoder, model.image_size, checked_positions(model), load_pretrained=config.init is None
-    )
+    encoder = build_encoder(model.encoder, model.image_size, model.positions, load_pretrained=config.init is None)
     if config.init is not None:
         source = Pix2Seq.from_pretrained(find_checkpoint(Path(config.init))).encoder
         try:

@@ -13,21 +13,22 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from pix2seq.settings import NonNegativeInt, Settings, Share, ShareBelowOne
 from pix2seq.training.distributed import local_tensor
 
-OPTIMIZERS = ("adamw", "muon")
+OptimizerName = Literal["adamw", "muon"]
 NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
 STACK_NUMBERS = 2**24  # in one stack of matrices, 64 MiB in float32; larger matrices keep a GPU busy one by one
 
 
 def build_optimizer(
-    model: nn.Module, *, name: str = "adamw", lr: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module, *, name: OptimizerName = "adamw", lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
     """Build the optimiser `name` with weight decay on matrices and kernels, but not on norms, biases and embeddings.
 
@@ -50,7 +51,6 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if name == "adamw":
         return adamw
-    assert name == "muon"
     return MuonAdamW(Muon(matrices, lr=lr, weight_decay=weight_decay), adamw)
 
 
@@ -187,21 +187,15 @@ def _stacked(like: DTensor) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Linear warm-up to the peak, then an optional hold at the peak, then decay."""
 
-    name: str = "linear"  # linear, cosine or none
-    warmup_steps: int = 500
-    hold: float = 0.0  # share of the steps after warm-up that stay at the peak; 0 as published
-    end_factor: float = 0.01  # learning rate at the last step, as a share of the peak
+    section = "schedule"
 
-    def __post_init__(self) -> None:
-        if self.name not in ("linear", "cosine", "none"):
-            raise ValueError(f"schedule.name is {self.name!r}; expected linear, cosine or none")
-        if self.warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not 0 <= self.hold < 1:
-            raise ValueError(f"schedule.hold must lie in [0, 1), got {self.hold}")
+    name: Literal["linear", "cosine", "none"] = "linear"
+    warmup_steps: NonNegativeInt = 500
+    hold: ShareBelowOne = 0.0  # share of the steps after warm-up that stay at the peak; 0 as published
+    end_factor: Share = 0.01  # learning rate at the last step, as a share of the peak
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pix2seq.data.annotations import find_samples
-from pix2seq.data.dataset import Dataset, labels_by_name, open_dataset, unite_categories
+from pix2seq.data.dataset import ClassMap, Dataset, open_dataset, unite_categories
 from pix2seq.data.features import FeatureStore, Variants, write_features
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
@@ -108,7 +108,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             "size": config.model.image_size,
             "augment": config.augment,
             "seed": task_seed(config, vocab.task_id(name)) if len(names) == 1 else config.seed,
-            "labels": labels_by_name(dataset.categories, categories),
+            "classes": ClassMap(dataset.categories, categories),
         }
         if isinstance(dataset, ShardIndex):
             samples.append(TrainingStream(dataset, tasks[name], mix=config.shard_mix, **options))
@@ -118,10 +118,21 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             samples.append(TrainingSet(dataset, tasks[name], features=features, **options))
         else:
             samples.append(SharedTrainingSet(dataset, [tasks[name] for name in names], **options))
+    _warn_of_unflipped(samples)
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
-            labels_by_name(dataset.categories, categories)  # training cannot teach what only validation has
+            ClassMap(dataset.categories, categories)  # training cannot teach what only validation has
     return Recipe(tuple(samples), val_data, categories, text, vocab, features)
+
+
+def _warn_of_unflipped(samples: Sequence[Samples]) -> None:
+    """Name the classes that flipping would teach wrong."""
+    for name in dict.fromkeys(name for each in samples for name in each.maker.unflipped):
+        print(
+            f"warning: images with keypoints of {name!r} are not flipped, because the names of its points do not say "
+            "which are left and right; give augment.flip_pairs=[[POINT,POINT],...], or [] if no two points swap",
+            file=sys.stderr,
+        )
 
 
 def _open_features(config: TrainConfig, opened: Mapping[str, Dataset | ShardIndex]) -> FeatureStore:

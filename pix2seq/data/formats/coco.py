@@ -26,14 +26,20 @@ from typing import Any
 import pandas as pd
 
 from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.defects import MAX_BAD_SHARE, MAX_COORD, Defects, defect_frame, label_categories, refuse_bad_share
+from pix2seq.data.defects import (
+    MAX_BAD_SHARE,
+    MAX_COORD,
+    CategoryEntry,
+    Defects,
+    defect_frame,
+    label_categories,
+    refuse_bad_share,
+)
 from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole_number
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.image import image_size
 from pix2seq.errors import InputError
 from pix2seq.types import Category, Target
-
-_CategoryEntry = tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class _Reader:
         self.dropped_images: set[int] = set()
         self.num_listed = self.num_missing = 0
         self.listing = _FileListing(root, split)
-        self.categories: dict[int, _CategoryEntry] = {}
+        self.categories: dict[int, CategoryEntry] = {}
         self.objects, self.captions = ObjectColumns(), CaptionColumns()
 
     def dataset(self) -> CocoDataset:
@@ -208,10 +214,12 @@ class _Reader:
             try:
                 keypoints = tuple(str(point) for point in fields.get("keypoints") or ())
                 skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in fields.get("skeleton") or ())
+                pairs = fields.get("flip_pairs")
+                flip_pairs = None if pairs is None else tuple((_text(a), _text(b)) for a, b in pairs)
             except (TypeError, ValueError):
                 raise InputError(
-                    f"{path}: category {name!r} has unreadable keypoints or skeleton; expected a list of names, and "
-                    "a list of pairs that count them from 1"
+                    f"{path}: category {name!r} has unreadable keypoints, skeleton or flip_pairs; expected a list of "
+                    "names, a list of pairs that count them from 1, and a list of pairs of names"
                 ) from None
             bones = tuple(bone for bone in skeleton if all(0 <= end < len(keypoints) for end in bone))
             if bones != skeleton:
@@ -223,7 +231,7 @@ class _Reader:
                     "give each category its own id"
                 )
             if known is None or keypoints:
-                self.categories[category_id] = (category_id, name.strip(), keypoints, bones)
+                self.categories[category_id] = (category_id, name.strip(), keypoints, bones, flip_pairs)
 
 
 class _FileListing:
@@ -262,6 +270,12 @@ class _FileListing:
             return frozenset(_files_in(path)) if inside else frozenset()
         except (OSError, ValueError):  # for example a name with a zero byte
             return frozenset()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def _files_in(folder: Path) -> list[str]:

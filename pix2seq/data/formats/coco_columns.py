@@ -183,7 +183,8 @@ def check_objects(
     rings = _valid_rings(columns, row_defects)
     rles = _valid_rles(columns, images, image_index, known, row_defects)
     is_same_person &= is_new
-    keypoints, keypoint_rows = _valid_keypoints(columns, ids, is_same_person, known, categories, row_defects)
+    num_points = np.array([len(category.keypoints) for category in categories] + [0], np.int64)[category_index]
+    keypoints, keypoint_rows = _valid_keypoints(columns, ids, is_same_person, known, num_points, row_defects)
     boxes, areas = _boxes(columns, images, image_index, known, rings, keypoints, keypoint_rows, row_defects)
     columns.boxes = array("d")  # free the largest column of a data set of boxes
 
@@ -310,11 +311,14 @@ def _valid_keypoints(
     ids: NDArray[np.int64],
     is_same_person: NDArray[np.bool_],
     known: NDArray[np.bool_],
-    categories: Sequence[Category],
+    num_points: NDArray[np.int64],
     row_defects: list[_RowDefect],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the sets of keypoints (M, K, 3) with at least one labelled point, and the row of each, ascending."""
-    count = max((len(category.keypoints) for category in categories), default=0)
+    """Return the sets of keypoints (M, K, 3) with at least one labelled point, and the row of each, ascending.
+
+    Rows have `num_points` (rows,) by their class; sets of fewer than the largest are filled with unlabelled points.
+    """
+    count = int(num_points.max(initial=0))
     rows, edges = _int64(columns.keypoint_rows), np.append(0, _int64(columns.keypoint_ends))
     if not count or not len(rows):
         return np.zeros((0, count, 3), np.float32), np.zeros(0, np.int64)
@@ -325,16 +329,17 @@ def _valid_keypoints(
     owner[of_file] = order[np.searchsorted(ids[order], ids[rows[of_file]])]
     chosen = np.argsort(owner * 2 + ~of_file, kind="stable")  # the set of the keypoint file first
     chosen = chosen[np.unique(owner[chosen], return_index=True)[1]]
-    chosen = chosen[known[owner[chosen]] & (np.diff(edges)[chosen] > 0)]
+    chosen = chosen[known[owner[chosen]] & (num_points[owner[chosen]] > 0) & (np.diff(edges)[chosen] > 0)]
 
     values = np.frombuffer(columns.keypoints, np.float32)
-    complete = np.diff(edges)[chosen] == 3 * count
-    sets = gather(values, edges, chosen[complete]).reshape(-1, count, 3)
-    valid = complete.copy()
-    valid[complete] = (np.abs(sets) <= MAX_COORD).all(axis=(1, 2))
-    for row in owner[chosen[~valid]].tolist():
-        row_defects.append((row, _KEYPOINTS, "bad keypoints", "left out", f"expected {3 * count} numbers"))
-    sets, owner = sets[valid[complete]], owner[chosen[valid]]
+    expected = 3 * num_points[owner[chosen]]
+    valid = np.diff(edges)[chosen] == expected
+    sets = np.zeros((len(chosen), 3 * count), np.float32)
+    sets[valid[:, None] & (np.arange(3 * count) < expected[:, None])] = gather(values, edges, chosen[valid])
+    valid &= (np.abs(sets) <= MAX_COORD).all(axis=1)
+    for row, size in zip(owner[chosen[~valid]].tolist(), expected[~valid].tolist(), strict=True):
+        row_defects.append((row, _KEYPOINTS, "bad keypoints", "left out", f"expected {size} numbers"))
+    sets, owner = sets[valid].reshape(-1, count, 3), owner[chosen[valid]]
     sets[sets[..., 2] <= 0] = 0
     labelled = sets[..., 2].any(axis=1)
     return sets[labelled], owner[labelled]

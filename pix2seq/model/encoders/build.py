@@ -46,10 +46,8 @@ def build_encoder(
         return ResNetTransformer(config.resnet_depth, config.resnet_stages, config.resnet_width, **transformer)
     if config.stem == "patch":
         stem: nn.Module = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
-    elif config.stem == "conv":
-        stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
     else:
-        raise InputError(f"model.encoder.stem is {config.stem!r}; expected patch or conv")
+        stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
     return VisionTransformer(stem, config.patch_size, closeups=config.closeups, **transformer)
 
 
