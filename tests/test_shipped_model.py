@@ -193,5 +193,18 @@ def test_found_objects_are_counted_once_and_by_class():
     assert demo.count_found(target, prediction, {1: "cat", 2: "dog"}) == (2, 2)
 
 
+def test_the_repositorys_checkpoints_are_small_and_the_demos_images_are_new():
+    if not (demo.CHECKPOINT / "config.json").is_file():
+        pytest.skip("checkpoints/shapes is not trained yet")
+    folder = demo.CHECKPOINT.parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40e6
+    assert Pix2Seq.from_pretrained(demo.CHECKPOINT).task_settings.keys() >= set(ALL.split(","))
+    card = (demo.CHECKPOINT / "README.md").read_text()
+    seeds = {int(seed) for seed in re.findall(r"pix2seq data shapes [^`]*--seed (\d+)", card)}
+    assert len(seeds) >= 2  # of training and of the scores
+    assert demo.SEED not in seeds
+    assert "## Licence" in card
+
+
 def test_the_checkpoint_is_looked_for_beside_the_package():
     assert Path(__file__).resolve().parent.parent / "checkpoints" / "shapes" == demo.CHECKPOINT
