@@ -88,7 +88,7 @@ def demo_table(result: EvalResult, dataset: Dataset, predictions: Sequence[Predi
     for index, prediction in enumerate(predictions):
         target = dataset.target(index)
         found, wrong = count_found(target, prediction, names)
-        lines.append(f"{target.image.path.name}: {found} of {len(target.labels)} objects found, {wrong} found wrongly")
+        lines.append(f"{target.image.path.name}: {found} of {len(target.labels)} objects found, {wrong} wrong")
         lines += [f"  truth  {text}" for text in target.captions[:1]]
         for caption in prediction.captions:
             verdict = is_true_of(caption.text, target, names=names)
