@@ -92,8 +92,8 @@ def _statements(figures: Sequence[Figure], size: int) -> set[str]:
             found.update(f"{first}{verb}{words} {second}" for verb in RELATION_VERBS for words in relations)
     largest = max((figure.area for figure in figures), default=0.0)
     more = other_things(len(figures) - 1)
-    for figure, a, places in zip(figures, what, where, strict=True):
-        located = [f"{a} {place}" for place in places]
+    for figure, named, places in zip(figures, what, where, strict=True):
+        located = [f"{named} {place}" for place in places]
         if len(figures) == 1:
             found.update(form.format(each) for form in ALONE for each in located)
         else:
