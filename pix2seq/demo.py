@@ -89,7 +89,7 @@ def demo_table(result: EvalResult, dataset: Dataset, predictions: Sequence[Predi
         target = dataset.target(index)
         found, wrong = count_found(target, prediction, names)
         lines.append(f"{target.image.path.name}: {found} of {len(target.labels)} objects found, {wrong} wrong")
-        lines += [f"  truth  {text}" for text in target.captions[:1]]
+        lines += [f"  truth  {text}" for text in target.captions[:1] if prediction.captions]
         for caption in prediction.captions:
             verdict = is_true_of(caption.text, target, names=names)
             lines.append(f"  model  {caption.text}" + ("" if verdict is None else f" ({str(verdict).lower()})"))
