@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from pix2seq.training.log import LOG_FILE
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.yaml"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DETAIL = re.compile(r"(AP75|AP[sml]|AR\w*)$")  # metrics that the card leaves out
 OF_THIS_MACHINE = ("data", "val_data", "out", "init", "features")  # settings that are paths
 
 
@@ -130,9 +132,10 @@ def model_card(
         "```",
     ]
     if scored is not None:
-        lines += ["", "## Metrics", "", f"Measured on {scored.num_images} images ({scored.data}):", ""]
-        lines += ["| metric | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.3f} |" for key, value in scored.metrics.items() if value is not None]
+        part = "" if scored.data.startswith(f"{scored.num_images} ") else f"the first {scored.num_images} of "
+        shown = {key: value for key, value in scored.metrics.items() if value is not None and not DETAIL.search(key)}
+        lines += ["", "## Metrics", "", f"Measured on {part}{scored.data}:", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.3f} |" for key, value in shown.items()]
     lines += [
         "",
         "## Limits",

@@ -17,6 +17,7 @@ from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
+from pix2seq.export import Scored, describe_data, export_model
 from pix2seq.predictor import Prediction
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.training.config import load_config
@@ -92,13 +93,25 @@ def test_the_card_says_what_the_run_was(run, data, exported):
         "6 images of split train; Generated shapes, train, seed 2; written by `pix2seq data shapes DIR --train 6"
         in card
     )
-    assert "Measured on 3 images (3 images of split val; Generated shapes, val, seed 2" in card
+    assert "Measured on 3 images of split val; Generated shapes, val, seed 2" in card
     rows = dict(re.findall(r"^\| (\S+) \| ([\d.]+) \|$", card, re.M))
-    assert rows == {name: f"{value:.3f}" for name, value in metrics.items() if value is not None}
+    details = {"AP75", "APs", "APm", "APl", "AR", "AR1", "AR10", "AR50", "AR75", "AR100", "ARs", "ARm", "ARl"}
+    main_ones = {name for name, value in metrics.items() if value is not None and name.split("/")[-1] not in details}
+    assert rows == {name: f"{metrics[name]:.3f}" for name in main_ones}
+    assert {"AP", "AP50", "segmentation/true_boxes/AP50", "captioning/BLEU-4"} <= set(rows)
     assert "captioning/true" in rows
     assert "person" in card
     assert card.endswith("## Licence\n\nApache-2.0\n")
     assert f"stored as float16, {(exported / 'model.safetensors').stat().st_size / 1e6:.1f} MB" in card
+
+
+def test_a_card_says_that_only_some_images_were_scored(run, exported, data):
+    scored = Scored({"AP": 0.5, "AR100": None}, 2, describe_data(data, "val"))
+    export_model(run, exported.parent / "again", scored=scored)
+    card = (exported.parent / "again/README.md").read_text()
+    assert "Measured on the first 2 of 3 images of split val;" in card
+    assert "stored as float32" in card
+    assert "Licence" not in card
 
 
 def test_the_exported_settings_repeat_the_run_and_hold_no_path(run, data, exported):
@@ -191,6 +204,19 @@ def test_found_objects_are_counted_once_and_by_class():
     image = EncodedImage(torch.zeros(1, 1), np.zeros((100, 100, 3), np.uint8), (100, 100))
     prediction = Prediction(image, {"detection": answers}, {})
     assert demo.count_found(target, prediction, {1: "cat", 2: "dog"}) == (2, 2)
+
+
+def test_the_repositorys_checkpoints_are_small_and_the_demos_images_are_new():
+    if not (demo.CHECKPOINT / "config.json").is_file():
+        pytest.skip("checkpoints/shapes is not trained yet")
+    folder = demo.CHECKPOINT.parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40e6
+    assert Pix2Seq.from_pretrained(demo.CHECKPOINT).task_settings.keys() >= set(ALL.split(","))
+    card = (demo.CHECKPOINT / "README.md").read_text()
+    seeds = {int(seed) for seed in re.findall(r"pix2seq data shapes [^`]*--seed (\d+)", card)}
+    assert len(seeds) >= 2  # of training and of the scores
+    assert demo.SEED not in seeds
+    assert "## Licence" in card
 
 
 def test_the_checkpoint_is_looked_for_beside_the_package():

@@ -1,9 +1,9 @@
 """Whether a sentence is true of a generated image, by the grammar of `pix2seq.data.shapes.captions`.
 
-A sentence is true if the generator could have said it of these figures, or a shorter list of the same facts: a list may
-leave figures out, but the number that it gives of a colour and class, or of a class, must be exact. The order in which
-figures are named, upper case, spaces and the full stop do not count. All other sentences are false, among them those
-that the grammar does not have, and the empty one.
+A sentence is true if it has one of the generator's forms and the generator could say each of its statements of these
+figures. It may leave figures out, but a number must be exact: `a red star` in a list says that there is one. The order
+in which figures are named, upper case, spaces and the full stop do not count. All other sentences are false, among them
+those that have no such form, and the empty one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pix2seq.data.shapes.captions import (
 from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, MAX_FIGURES, Figure
 from pix2seq.types import Target
 
-SLACK = 0.002  # pixels that rounding in a file may move a centre, or square pixels that it may change an area
+SLACK = 0.002  # pixels that rounding in a file may move a centre
 
 
 def is_true(text: str, figures: Sequence[Figure], size: int) -> bool:
@@ -92,12 +92,12 @@ def _statements(figures: Sequence[Figure], size: int) -> set[str]:
             found.update(f"{first}{verb}{words} {second}" for verb in RELATION_VERBS for words in relations)
     largest = max((figure.area for figure in figures), default=0.0)
     more = other_things(len(figures) - 1)
-    for figure, a, places in zip(figures, what, where, strict=True):
-        located = [f"{a} {place}" for place in places]
+    for figure, named, places in zip(figures, what, where, strict=True):
+        located = [f"{named} {place}" for place in places]
         if len(figures) == 1:
             found.update(form.format(each) for form in ALONE for each in located)
         else:
-            forms = AMONG if figure.area >= largest - SLACK else AMONG[:1]
+            forms = AMONG if figure.area == largest else AMONG[:1]
             found.update(form.format(each, more) for form in forms for each in located)
     return found
 
