@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pix2seq.data.transforms import AugmentConfig
+from pix2seq.device import pick_device
 from pix2seq.errors import InputError
 from pix2seq.model.config import EncoderConfig
 from pix2seq.settings import Range, Settings, Share, ShareBelowOne
@@ -160,6 +161,12 @@ def test_one_made_in_python_is_checked_too():
     with pytest.raises(ValueError, match=r"augment\.flip must be a number, got True"):
         AugmentConfig(flip=True)
     assert EncoderConfig(name="deit_tiny_patch16_224", dim=100).num_heads == 3  # sizes of a timm model are its own
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "xla", "nothing"])
+def test_a_device_that_cannot_train_is_refused(name):
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used"):
+        pick_device(name)
 
 
 def test_settings_of_other_tasks_take_part():
