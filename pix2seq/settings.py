@@ -66,10 +66,12 @@ class Settings:
 
 
 @cache
-def _hints(kind: type[Settings]) -> dict[str, Any]:
+def _hints(kind: type[Any]) -> dict[str, Any]:
     """Return the types of the fields with their ranges."""
     return {
-        name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if get_origin(hint) != ClassVar
+        name: hint
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        if get_origin(hint) is not ClassVar
     }
 
 

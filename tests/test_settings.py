@@ -17,7 +17,10 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import EncoderConfig
 from pix2seq.settings import Range, Settings, Share, ShareBelowOne
 from pix2seq.tasks import BUILT_IN
+from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.training.config import load_config
+from pix2seq.types import Category
+from pix2seq.vocab import Vocab
 
 # Texts that no list of choices can hold: paths, names of splits, timm models, metrics and devices.
 FREE_TEXTS = {
@@ -170,6 +173,13 @@ def test_one_made_in_python_is_checked_too():
 def test_a_device_that_cannot_train_is_refused(name):
     with pytest.raises(InputError, match=f"device '{name}' cannot be used"):
         pick_device(name)
+
+
+def test_a_task_takes_other_settings_only_in_their_range():
+    task = Detection(DetectionConfig(), Vocab(), [Category(1, 1, "cat")])
+    assert task.with_settings(num_objects=7).config.num_objects == 7
+    with pytest.raises(InputError, match=r"detection\.num_objects must be at most 10000, got 1000000"):
+        task.with_settings(num_objects=10**6)
 
 
 def test_settings_of_other_tasks_take_part():

@@ -443,6 +443,11 @@ def test_a_mirror_knows_each_class_by_its_own_skeleton():
     moved = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders=orders)
     assert moved.keypoints[0, :, 0].tolist() == [90, 70, 80, 60]
     assert moved.keypoints[1, :, 0].tolist() == [90, 80, 70, 60]
+    unknown = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders={1: orders[1]})
+    np.testing.assert_array_equal(unknown.keypoints[0], moved.keypoints[0])
+    assert not unknown.keypoints[1].any()  # which side each is on is not known
+    upright = transform_target(target, Affine(1, 1), (50, 100), mirror_orders={})
+    assert upright.keypoints[1, :, 0].tolist() == [10, 20, 30, 40]
 
 
 def test_voted_masks_keep_their_holes(vocab, shapes):
