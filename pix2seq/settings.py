@@ -68,11 +68,8 @@ class Settings:
 @cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     """Return the types of the fields with their ranges."""
-    return {
-        name: hint
-        for name, hint in get_type_hints(kind, include_extras=True).items()
-        if get_origin(hint) is not ClassVar
-    }
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
 def _check(value: Any, hint: Any, name: str) -> None:

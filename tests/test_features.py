@@ -108,7 +108,7 @@ def test_the_frozen_encoder_is_in_evaluation_mode_while_the_rest_trains(data, tm
 
 
 def test_other_parts_cannot_be_frozen():
-    with pytest.raises(InputError, match="unknown part of the model to freeze 'encodr'; did you mean 'encoder'"):
+    with pytest.raises(InputError, match=r"Invalid value 'encodr', expected one of \['encoder'\] \(freeze\)"):
         load_config(None, ["freeze=encodr"])
 
 

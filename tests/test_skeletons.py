@@ -215,9 +215,12 @@ def test_a_flip_swaps_the_sides_of_a_class_and_leaves_one_without_sides_alone(tm
 
 
 @pytest.mark.parametrize("pairs", [(("nose", "tail"),), ()])
-def test_pairs_of_the_settings_let_a_class_flip(tmp_path, pairs):
-    dataset = open_dataset(write_pets(tmp_path), "train")
-    augment = AugmentConfig(scale_min=1.0, scale_max=1.0, flip=1.0, flip_pairs=pairs)
+@pytest.mark.parametrize("where", ["settings", "file", "settings over file"])
+def test_pairs_let_a_class_flip(tmp_path, pairs, where):
+    of_file = {"file": pairs, "settings": None, "settings over file": [] if pairs else [["nose", "tail"]]}[where]
+    dataset = open_dataset(write_pets(tmp_path, flip_pairs=of_file), "train")
+    of_settings = None if where == "file" else pairs
+    augment = AugmentConfig(scale_min=1.0, scale_max=1.0, flip=1.0, flip_pairs=of_settings)
     found, maker = answers(dataset, augment=augment, crop=False)
     assert maker.unflipped == ()
     # The image, 60 x 40, fills the width of 64 pixels: the dog's nose at 40 and tail at 55 come to 20 and 5.

@@ -98,9 +98,11 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = [self.encoder] if self.encoder.name in OWN_ENCODERS else []
-        for part in [*own, self.decoder] if self.positions != "learned" or self.decoder.positions == "sincos" else ():
-            if part.dim % 4:
+        parts: list[EncoderConfig | DecoderConfig] = [self.decoder]
+        if self.encoder.name in OWN_ENCODERS:
+            parts.append(self.encoder)
+        for part in parts:
+            if part.dim % 4 and not self.positions == self.decoder.positions == "learned":
                 raise ValueError(
                     f"{part.section}.dim must be a multiple of 4, for sines and cosines of positions on two axes, got "
                     f"{part.dim}"
