@@ -17,7 +17,6 @@ import math
 import numbers
 import types
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -61,15 +60,9 @@ class Settings:
     section: ClassVar[str] = ""  # where the settings stand: `model.encoder`; empty at the top
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            _check(getattr(self, name), hint, f"{self.section}.{name}".lstrip("."))
-
-
-@cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Return the types of the fields with their ranges."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is not ClassVar:
+                _check(getattr(self, name), hint, f"{self.section}.{name}".lstrip("."))
 
 
 def _check(value: Any, hint: Any, name: str) -> None:
