@@ -7,6 +7,7 @@ import types
 import typing
 from typing import Annotated, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +165,9 @@ def test_one_made_in_python_is_checked_too():
         EncoderConfig(dim=2.5)
     with pytest.raises(ValueError, match=r"model\.encoder\.stem is 'none'; expected patch or conv"):
         EncoderConfig(stem="none")
+    with pytest.raises(ValueError, match=r"augment\.flip must be a finite number, got nan"):
+        AugmentConfig(flip=np.float32("nan"))
+    assert AugmentConfig(flip=np.float32(0.5), scale_min=np.int64(1)).flip == 0.5
     with pytest.raises(ValueError, match=r"augment\.flip must be a number, got True"):
         AugmentConfig(flip=True)
     assert EncoderConfig(name="deit_tiny_patch16_224", dim=100).num_heads == 3  # sizes of a timm model are its own
