@@ -339,6 +339,11 @@ def test_equal_variants_are_refused():
         Variants(SIZE, AugmentConfig(enabled=False), count=3)
 
 
+def test_variants_of_no_scale_are_refused():
+    with pytest.raises(InputError, match=r"no scale is left from 0\.3 to 0\.1; set augment\.scale_min"):
+        Variants(SIZE, AugmentConfig(scale_max=0.1), count=3)
+
+
 def test_an_unreadable_image_is_left_out_and_skipped_as_in_a_live_run(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
