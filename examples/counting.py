@@ -21,6 +21,7 @@ from pix2seq.examples import Example
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import Allowed
+from pix2seq.settings import PositiveInt
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.types import Category, Target
@@ -31,8 +32,10 @@ from pix2seq.vocab import CLASS_BASE
 class CountingConfig(TaskConfig):
     """How counting is trained and asked."""
 
-    max_count: int = 20  # larger numbers are answered as this one
-    classes_per_image: int = 4  # of an image in a training step, half of them absent where possible
+    section = "counting"
+
+    max_count: PositiveInt = 20  # larger numbers are answered as this one
+    classes_per_image: PositiveInt = 4  # of an image in a training step, half of them absent where possible
 
 
 @dataclass(frozen=True)

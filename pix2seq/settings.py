@@ -32,7 +32,7 @@ class Range:
 
     def complaint(self, value: float) -> str | None:
         """Say what a number must be, if it is not."""
-        if isinstance(value, float) and not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # nor NaN
             return "be a finite number"
         if self.least is not None and value < self.least:
             return f"be at least {self.least:.12g}"
@@ -61,16 +61,15 @@ class Settings:
     section: ClassVar[str] = ""  # where the settings stand: `model.encoder`; empty at the top
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            _check(getattr(self, name), hint, f"{self.section}.{name}".lstrip("."))
+        kind: Any = type(self)  # mypy does not take classes for hashable
+        for name, hint in _hints(kind).items():
+            if get_origin(hint) is not ClassVar:
+                _check(getattr(self, name), hint, f"{self.section}.{name}".lstrip("."))
 
 
 @cache
-def _hints(kind: type[Settings]) -> dict[str, Any]:
-    """Return the types of the fields with their ranges."""
-    return {
-        name: hint for name, hint in get_type_hints(kind, include_extras=True).items() if get_origin(hint) != ClassVar
-    }
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)  # evaluates annotations, which takes a while
 
 
 def _check(value: Any, hint: Any, name: str) -> None:

@@ -51,21 +51,32 @@ def test_inputs_differ_from_targets_only_in_classes(parity_ops):
             assert ((classes == NOISE) | ((classes >= CLASS_BASE) & (classes < VOCAB.coord_base))).all()
 
 
-def test_corrupted_classes_follow_the_published_odds():
-    rng = np.random.default_rng(0)
-    classes = np.full(20_000, CLASS_BASE + 7)
-    drawn = corrupt_classes(classes, "rand_n_fake_cls", 899, rng)
-    assert abs((drawn == NOISE).mean() - 0.5) < 0.02
-    real = drawn[drawn != NOISE] - CLASS_BASE
-    assert (real.min(), real.max()) == (0, 899)  # the official draw covers the full class range
-    assert abs(real.mean() - 449.5) < 10
-    kept = corrupt_classes(classes, "real_n_fake_cls", 899, rng)
-    assert set(np.unique(kept)) == {NOISE, CLASS_BASE + 7}
-    np.testing.assert_array_equal(corrupt_classes(classes, "none", 899, rng), classes)
-    mixed = corrupt_classes(classes, "real_n_rand_n_fake_cls", 899, rng)
-    assert abs((mixed == classes).mean() - 0.5) < 0.02
+@pytest.mark.parametrize(
+    ("how", "real", "noise", "drawn"),
+    [
+        ("none", 1, 0, 0),
+        ("rand_cls", 0, 0, 1),
+        ("real_n_fake_cls", 1 / 2, 1 / 2, 0),
+        ("rand_n_fake_cls", 0, 1 / 2, 1 / 2),
+        ("real_n_rand_n_fake_cls", 1 / 2, 1 / 4, 1 / 4),  # two coins: real or not, and if not, noise or drawn
+    ],
+)
+def test_corrupted_classes_follow_the_published_odds(how, real, noise, drawn):
+    count, true = 40_000, CLASS_BASE + 700
+    read = corrupt_classes(np.full(count, true), how, 899, np.random.default_rng(0))
+    assert abs((read == true).mean() - real) < 0.01
+    assert abs((read == NOISE).mean() - noise) < 0.01
+    others = read[(read != true) & (read != NOISE)]
+    assert abs(len(others) / count - drawn) < 0.01
+    if drawn:  # uniform from CLASS_BASE, which is no class, to the last class
+        assert others.min() == CLASS_BASE
+        assert others.max() == CLASS_BASE + 899
+        assert abs(others.mean() - CLASS_BASE - 449.5) < 10
+
+
+def test_an_unknown_corruption_is_refused():
     with pytest.raises(ValueError, match="unknown class corruption"):
-        corrupt_classes(classes, "rand", 899, rng)
+        corrupt_classes(np.full(4, CLASS_BASE + 1), "rand", 899, np.random.default_rng(0))
 
 
 def test_decoding_reproduces_the_official_arrays(parity_ops):

@@ -108,7 +108,7 @@ def test_the_frozen_encoder_is_in_evaluation_mode_while_the_rest_trains(data, tm
 
 
 def test_other_parts_cannot_be_frozen():
-    with pytest.raises(InputError, match="unknown part of the model to freeze 'encodr'; did you mean 'encoder'"):
+    with pytest.raises(InputError, match=r"Invalid value 'encodr', expected one of \['encoder'\] \(freeze\)"):
         load_config(None, ["freeze=encodr"])
 
 
@@ -337,6 +337,11 @@ def test_one_augmentation_is_the_resize_of_the_evaluation(data, stored):
 def test_equal_variants_are_refused():
     with pytest.raises(InputError, match=r"3 augmentations with augment\.enabled=false would all be the same"):
         Variants(SIZE, AugmentConfig(enabled=False), count=3)
+
+
+def test_variants_of_no_scale_are_refused():
+    with pytest.raises(InputError, match=r"no scale is left from 0\.3 to 0\.1; set augment\.scale_min"):
+        Variants(SIZE, AugmentConfig(scale_max=0.1), count=3)
 
 
 def test_an_unreadable_image_is_left_out_and_skipped_as_in_a_live_run(data, tmp_path):

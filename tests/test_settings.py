@@ -7,16 +7,21 @@ import types
 import typing
 from typing import Annotated, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pix2seq.data.transforms import AugmentConfig
+from pix2seq.device import pick_device
 from pix2seq.errors import InputError
 from pix2seq.model.config import EncoderConfig
 from pix2seq.settings import Range, Settings, Share, ShareBelowOne
 from pix2seq.tasks import BUILT_IN
+from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.training.config import load_config
+from pix2seq.types import Category
+from pix2seq.vocab import Vocab
 
 # Texts that no list of choices can hold: paths, names of splits, timm models, metrics and devices.
 FREE_TEXTS = {
@@ -137,6 +142,9 @@ def test_choices_are_listed():
         ("lr=.nan", "lr must be a finite number, got nan"),
         ("model.encoder.num_layers=1000000", "model.encoder.num_layers must be at most 256, got 1000000"),
         ("model.decoder.num_heads=7", "model.decoder.dim=256 does not divide into num_heads=7"),
+        ("model.decoder={dim: 6, num_heads: 2}", "model.decoder.dim must be a multiple of 4, .* got 6"),
+        ("model.encoder={name: vit, stem: conv, patch_size: 12}", "a patch_size of 4, 8, 16 or 32, got 12"),
+        ("model.encoder={name: vit, dim: 100}", "model.encoder.dim=100 does not divide into num_heads=3"),
         ("model.image_size=[64,0]", "model.image_size must be at least 1, got 0"),
         ("model.vocab.num_bins=1", "model.vocab.num_bins must be at least 2, got 1"),
         ("model.vocab.coord_base=100", "model.vocab.coord_base must be more than 100, got 100"),
@@ -157,9 +165,25 @@ def test_one_made_in_python_is_checked_too():
         EncoderConfig(dim=2.5)
     with pytest.raises(ValueError, match=r"model\.encoder\.stem is 'none'; expected patch or conv"):
         EncoderConfig(stem="none")
+    with pytest.raises(ValueError, match=r"augment\.flip must be a finite number, got nan"):
+        AugmentConfig(flip=np.float32("nan"))
+    assert AugmentConfig(flip=np.float32(0.5), scale_min=np.int64(1)).flip == 0.5
     with pytest.raises(ValueError, match=r"augment\.flip must be a number, got True"):
         AugmentConfig(flip=True)
     assert EncoderConfig(name="deit_tiny_patch16_224", dim=100).num_heads == 3  # sizes of a timm model are its own
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "xla", "nothing"])
+def test_a_device_that_cannot_train_is_refused(name):
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used"):
+        pick_device(name)
+
+
+def test_a_task_takes_other_settings_only_in_their_range():
+    task = Detection(DetectionConfig(), Vocab(), [Category(1, 1, "cat")])
+    assert task.with_settings(num_objects=7).config.num_objects == 7
+    with pytest.raises(InputError, match=r"detection\.num_objects must be at most 10000, got 1000000"):
+        task.with_settings(num_objects=10**6)
 
 
 def test_settings_of_other_tasks_take_part():

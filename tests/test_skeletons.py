@@ -204,7 +204,7 @@ def test_a_flip_swaps_the_sides_of_a_class_and_leaves_one_without_sides_alone(tm
     dataset = open_dataset(write_pets(tmp_path), "train")
     plain, _ = answers(dataset, augment=AugmentConfig(enabled=False), crop_padding=0)
     flipped, maker = answers(dataset, crop_padding=0)
-    assert maker.unflipped == ("dog",)
+    assert maker.unflipped == {2: "dog"}
     upright, mirrored = plain["hand"][0], flipped["hand"][0]
     width = 26 / 31 * 64  # the crop, 26 x 31 pixels, fits by its height
     for name, partner in (("left_tip", "right_tip"), ("right_tip", "left_tip"), ("thumb", "thumb")):
@@ -215,11 +215,14 @@ def test_a_flip_swaps_the_sides_of_a_class_and_leaves_one_without_sides_alone(tm
 
 
 @pytest.mark.parametrize("pairs", [(("nose", "tail"),), ()])
-def test_pairs_of_the_settings_let_a_class_flip(tmp_path, pairs):
-    dataset = open_dataset(write_pets(tmp_path), "train")
-    augment = AugmentConfig(scale_min=1.0, scale_max=1.0, flip=1.0, flip_pairs=pairs)
+@pytest.mark.parametrize("where", ["settings", "file", "settings over file"])
+def test_pairs_let_a_class_flip(tmp_path, pairs, where):
+    of_file = {"file": pairs, "settings": None, "settings over file": [] if pairs else [["nose", "tail"]]}[where]
+    dataset = open_dataset(write_pets(tmp_path, flip_pairs=of_file), "train")
+    of_settings = None if where == "file" else pairs
+    augment = AugmentConfig(scale_min=1.0, scale_max=1.0, flip=1.0, flip_pairs=of_settings)
     found, maker = answers(dataset, augment=augment, crop=False)
-    assert maker.unflipped == ()
+    assert maker.unflipped == {}
     # The image, 60 x 40, fills the width of 64 pixels: the dog's nose at 40 and tail at 55 come to 20 and 5.
     x = {name: point[0] * 60 / 64 for name, point in found["dog"][0].items()}
     assert x["nose"] == pytest.approx(5 if pairs else 20, abs=1)
@@ -236,7 +239,7 @@ def test_whole_images_with_points_of_unknown_sides_are_not_flipped(tmp_path):
     task = Detection(DetectionConfig(noise_objects=0, order="corner"), VOCAB, dataset.categories)
     augment = AugmentConfig(scale_min=1.0, scale_max=1.0, flip=1.0)
     samples = SharedTrainingSet(dataset, [task], size=SIZE, augment=augment, seed=0)
-    assert samples.maker.unflipped == ()
+    assert samples.maker.unflipped == {}
     (example,) = samples[0, 0].examples["detection"]
     assert VOCAB.coords(example.targets[[1]])[0] * 60 == pytest.approx(3, abs=1)  # the dog's right edge was at 57
 
@@ -252,14 +255,15 @@ def test_a_point_of_a_crop_is_where_it_is_in_the_image(tmp_path):
 
 
 def test_points_of_a_data_set_are_brought_to_the_order_of_the_model(tmp_path):
-    ours = (replace(DOG, label=5, keypoints=("Tail", "left_ear", "Nose")), replace(HAND, label=7))
+    hand = replace(HAND, label=7, keypoints=("Right Tip", "wrist", "thumb", "L tip"))
+    ours = (replace(DOG, label=5, keypoints=("Tail", "left_ear", "Nose")), hand)
     dataset = open_dataset(write_pets(tmp_path), "train")
     classes = ClassMap(dataset.categories, ours)
     assert [category.name for category in classes.categories] == ["hand", "dog"]
     target = classes.to_model(dataset.target(0))
     assert target.labels.tolist() == [7, 5]
-    assert target.keypoints[1].tolist() == [[55, 35, 2], [0, 0, 0], [40, 10, 2]]
-    assert target.keypoints[0].tolist() == [[4, 30, 2], [6, 10, 2], [20, 12, 1]]
+    assert target.keypoints[1].tolist() == [[55, 35, 2], [0, 0, 0], [40, 10, 2], [0, 0, 0]]
+    assert target.keypoints[0].tolist() == [[20, 12, 1], [0, 0, 0], [4, 30, 2], [6, 10, 2]]
     found, _ = answers(dataset, categories=ours, augment=AugmentConfig(enabled=False), crop=False)
     assert set(found["dog"][0]) == {"Tail", "Nose"}
     assert found["dog"][0]["Nose"][0] * 60 / 64 == pytest.approx(40, abs=1)

@@ -334,6 +334,16 @@ def test_masks_vote(vocab, shapes):
     assert ring.max() == 20
 
 
+def test_points_are_clipped_to_the_image_by_its_own_sides(vocab):
+    category = Category(1, 1, "cat", ("nose", "tail", "paw"))
+    task = Keypoint(KeypointConfig(suppress_invisible=False), vocab, (category,))
+    base = vocab.coord_base
+    # y, x of each point in an input that shows 126 x 126, of which the image has 120 x 40.
+    out = completion([[base, base + 63, base + 63, base + 20, 41, 41]])
+    found = task.answer(Instance((0, 0, 9, 9), category, 0.5), out, frame(126, 126), (120, 40))
+    np.testing.assert_allclose(found.keypoints, [[120, 0, 2], [40, 40, 2], [0, 0, 0]], atol=1e-4)
+
+
 def test_points_called_invisible_get_their_likeliest_place(vocab):
     category = Category(1, 1, "cat", ("nose", "tail"))
     base = vocab.coord_base
@@ -433,6 +443,11 @@ def test_a_mirror_knows_each_class_by_its_own_skeleton():
     moved = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders=orders)
     assert moved.keypoints[0, :, 0].tolist() == [90, 70, 80, 60]
     assert moved.keypoints[1, :, 0].tolist() == [90, 80, 70, 60]
+    unknown = transform_target(target, Affine(1, 1).then_mirror(100), (50, 100), mirror_orders={1: orders[1]})
+    np.testing.assert_array_equal(unknown.keypoints[0], moved.keypoints[0])
+    assert not unknown.keypoints[1].any()  # which side each is on is not known
+    upright = transform_target(target, Affine(1, 1), (50, 100), mirror_orders={})
+    assert upright.keypoints[1, :, 0].tolist() == [10, 20, 30, 40]
 
 
 def test_voted_masks_keep_their_holes(vocab, shapes):

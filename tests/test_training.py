@@ -15,7 +15,7 @@ from one_by_one import sums_one_by_one
 from pix2seq.data.image import read_image, warp_image
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.shapes.person import KEYPOINTS
-from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine, transform_target
+from pix2seq.data.transforms import AugmentConfig, augmented_pixels, color_jitter, random_affine, transform_target
 from pix2seq.errors import InputError
 from pix2seq.examples import Sample, collate
 from pix2seq.geometry.affine import Affine, fit_affine
@@ -358,6 +358,42 @@ def test_eval_resizing_equals_the_official_one(shared):
         pixels = affine.boxes(fractions * np.array([image.shape[1], image.shape[0]] * 2))
         ours = (pixels / [width, height, width, height])[:, [1, 0, 3, 2]]
         np.testing.assert_allclose(ours, arrays[f"{name}_bbox_yxyx"], atol=1e-6)
+
+
+def test_a_small_flipped_image_stays_at_the_top_left():
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, :10, 0], image[:, 10:, 1] = 250, 250  # left red, right green
+    config = AugmentConfig(flip=1.0, scale_min=0.5, scale_max=0.5)
+    affine = random_affine((10, 20), (40, 40), config, np.random.default_rng(0))
+    pixels = warp_image(image, affine, (40, 40))
+    assert (pixels[:10, 20:] == 76).all()  # padding, round(0.3 * 255)
+    assert (pixels[10:] == 76).all()
+    assert pixels[:10, 1:9].mean(axis=(0, 1)).tolist() == [0, 250, 0]
+    assert pixels[:10, 11:19].mean(axis=(0, 1)).tolist() == [250, 0, 0]
+    target = target_of([[0, 2, 4, 6]], width=20, height=10)
+    assert transform_target(target, affine, (40, 40)).boxes_xyxy.tolist() == [[16, 2, 20, 6]]
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_color_jitter_leaves_the_padding_as_it_is_in_evaluation(flip):
+    image = np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8)
+    config = AugmentConfig(
+        flip=flip, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.4, scale_min=0.7, scale_max=0.7
+    )
+    changed = 0
+    for seed in range(5):
+        affine = random_affine((30, 60), (64, 64), config, np.random.default_rng(seed))
+        plain = warp_image(image, affine, (64, 64))
+        pixels = augmented_pixels(image, affine, (64, 64), config, np.random.default_rng(seed))
+        seen = np.zeros((64, 64), bool)
+        seen[:22, :44] = True  # 0.7 of 32 x 64, cut to whole pixels
+        assert (pixels[~seen] == 76).all()
+        assert (plain[~seen] == 76).all()
+        changed += int((pixels[seen] != plain[seen]).any())
+        visible = color_jitter(np.ascontiguousarray(plain[:22, :44]), config, np.random.default_rng(seed))
+        if not flip:
+            np.testing.assert_array_equal(pixels[:22, :44], visible)
+    assert changed == 5
 
 
 def test_color_jitter_depends_only_on_its_generator():

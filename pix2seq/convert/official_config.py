@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pix2seq.convert.presets import PRESETS, preset_config
 from pix2seq.errors import InputError, unknown_name
@@ -13,7 +13,7 @@ from pix2seq.model.config import DecoderConfig, EncoderConfig, MemoryConfig, Mod
 from pix2seq.vocab import Vocab
 
 NUM_BINS = 1000  # of all published models
-POSITIONS = {"sin_cos": "sincos", "learned": "learned"}
+POSITIONS: dict[str, Literal["sincos", "learned"]] = {"sin_cos": "sincos", "learned": "learned"}
 STAGES = {"standard": 4, "c4": 3}
 
 

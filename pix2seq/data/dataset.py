@@ -123,7 +123,7 @@ class ClassMap:
     def to_model(self, target: Target) -> Target:
         """Return a target of the data set as the model knows it; keypoints that the data set lacks are unlabelled."""
         keypoints = np.zeros((len(target.labels), self._num_keypoints, 3), np.float32)
-        for i, label in enumerate(target.labels.tolist()):
+        for i, label in enumerate(target.labels.tolist() if self._num_keypoints else ()):
             points = self._points[label]
             keypoints[i, : len(points)] = target.keypoints[i, points] * (points >= 0)[:, None]
         return replace(target, labels=self._labels[target.labels], keypoints=keypoints)

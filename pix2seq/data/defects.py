@@ -46,12 +46,6 @@ Defect: TypeAlias = tuple[Any, Any, str, str, str]
 """Image id, annotation id (None for a defect of the image), defect, action and detail."""
 
 
-CategoryEntry: TypeAlias = tuple[
-    int, str, tuple[str, ...], tuple[tuple[int, int], ...], tuple[tuple[str, str], ...] | None
-]
-"""The fields of a `Category` without its label."""
-
-
 @dataclass
 class Defects:
     """The defects that a reader found, in the order found."""
@@ -134,17 +128,17 @@ def describe(image: Any, annotation: Any) -> str:
 
 
 def label_categories(
-    categories: Sequence[CategoryEntry],
+    categories: Sequence[tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]],
 ) -> tuple[Category, ...]:
-    """Give labels to categories.
+    """Give labels to categories of (id, name, keypoints, skeleton).
 
     If all ids lie in 1 to 899, they are the labels, as in the official numbering of COCO; otherwise
     labels count from 1 in the order of the ids.
     """
-    ordered = sorted(categories, key=lambda entry: entry[:2])
+    ordered = sorted(categories)
     ids = [entry[0] for entry in ordered]
     ids_are_labels = all(1 <= category_id <= 899 for category_id in ids)
     return tuple(
-        Category(category_id if ids_are_labels else position, category_id, *more)
-        for position, (category_id, *more) in enumerate(ordered, start=1)
+        Category(category_id if ids_are_labels else position, category_id, name, keypoints, skeleton)
+        for position, (category_id, name, keypoints, skeleton) in enumerate(ordered, start=1)
     )

@@ -59,7 +59,7 @@ class SampleMaker:
         """`classes` brings targets to the model's; by default the model's are `categories`.
 
         The scale jitter is what all tasks allow. Raises `InputError` if they allow none in common, and if
-        `augment.flip_pairs` names half a pair.
+        `augment.flip_pairs` names a point that no class has.
         """
         self.tasks = tasks
         self.size = size
@@ -70,15 +70,11 @@ class SampleMaker:
         known = [category for category in (classes.categories if classes else categories) if category.keypoints]
         orders = {category.label: _mirror_order(category, augment) for category in known}
         self.mirror_orders = {label: order for label, order in orders.items() if order is not None}
+        self.unflipped: dict[int, str] = {}  # classes by label: images with points of these are not flipped
         flips = self.augment.enabled and self.augment.flip > 0
-        teaches_points = flips and any(task.learns_from == "labelled keypoint" for task in tasks)
-        one_sided = [category for category in known if teaches_points and category.label not in self.mirror_orders]
-        self.unflipped = tuple(category.name for category in one_sided)  # classes with points that no flip may move
-        self._unflipped_labels = [category.label for category in one_sided]
-        points = [name for category in known for name in category.keypoints]
-        for pair in self.augment.flip_pairs or () if teaches_points else ():
-            if (find_points(pair, points) < 0).all():
-                raise unknown_name("keypoint in augment.flip_pairs:", pair[0], set(points))
+        if flips and any(task.learns_from == "labelled keypoint" for task in tasks):
+            self.unflipped = {category.label: category.name for category in known if orders[category.label] is None}
+            _check_pairs(augment, known)
 
     def target(self, target: Target) -> Target:
         """Return a target of the data set as the model knows it."""
@@ -110,10 +106,10 @@ class SampleMaker:
 
     def _may_flip(self, target: Target) -> bool:
         """Whether left and right are known of all labelled keypoints."""
-        if not self._unflipped_labels:
+        if not self.unflipped:
             return True
         labelled = (target.keypoints[..., 2] > 0).any(axis=1)
-        return not np.isin(target.labels[labelled], self._unflipped_labels).any()
+        return not np.isin(target.labels[labelled], list(self.unflipped)).any()
 
     def _labelled(
         self,
@@ -148,6 +144,13 @@ def _mirror_order(category: Category, augment: AugmentConfig) -> NDArray[np.int6
         return mirror_order(category.keypoints, own if own or given == () else category.flip_pairs)
     except ValueError as error:
         raise InputError(f"flip_pairs of {category.name!r} cannot be used: {error}") from None
+
+
+def _check_pairs(augment: AugmentConfig, categories: Sequence[Category]) -> None:
+    for pair in augment.flip_pairs or ():
+        if not any((find_points(pair, category.keypoints) >= 0).any() for category in categories):
+            known = {name for category in categories for name in category.keypoints}
+            raise unknown_name("keypoint in augment.flip_pairs:", pair[0], known)
 
 
 def _common_scales(tasks: Sequence[ExampleMaker], augment: AugmentConfig) -> tuple[float, float]:
@@ -262,7 +265,7 @@ class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
     """The images of a data set by (epoch, index), each a sample for all of several tasks that it has annotations for.
 
     An image is read and augmented once. What is drawn for it, and what each task draws, depends on the image and not
-    on which tasks share it.
+    on which tasks share it, except that a task of keypoints forbids to flip those whose sides are not known.
     """
 
     def __init__(

@@ -11,6 +11,8 @@ from pix2seq.vocab import Vocab
 
 Side = Annotated[int, Range(least=1, most=8192)]  # of an image, in pixels
 Width = Annotated[int, Range(least=1, most=65_536)]  # of a layer
+OWN_ENCODERS = ("vit", "resnet")
+CONV_PATCHES = (4, 8, 16, 32)
 Layers = Annotated[int, Range(least=1, most=256)]
 
 
@@ -43,8 +45,10 @@ class EncoderConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name in ("vit", "resnet"):  # a timm model has its own sizes
+        if self.name in OWN_ENCODERS:  # a timm model has its own sizes
             check_heads(self.section, self.dim, self.num_heads)
+        if self.name == "vit" and self.stem == "conv" and self.patch_size not in CONV_PATCHES:
+            raise ValueError(f"model.encoder.stem=conv needs a patch_size of 4, 8, 16 or 32, got {self.patch_size}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,18 @@ class ModelConfig(Settings):
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     positions: PositionKind = "fourier"  # of image features; see model/positions.py
     vocab: Vocab = field(default_factory=Vocab)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts: list[EncoderConfig | DecoderConfig] = [self.decoder]
+        if self.encoder.name in OWN_ENCODERS:
+            parts.append(self.encoder)
+        for part in parts:
+            if part.dim % 4 and not self.positions == self.decoder.positions == "learned":
+                raise ValueError(
+                    f"{part.section}.dim must be a multiple of 4, for sines and cosines of positions on two axes, got "
+                    f"{part.dim}"
+                )
 
 
 def check_heads(section: str, dim: int, num_heads: int) -> None:

@@ -204,8 +204,12 @@ class Task(ABC, Generic[Config]):
         return asdict(self.config)
 
     def with_settings(self, **changes: Any) -> Self:
-        """Return the same task with other settings."""
-        return type(self)(replace(self.config, **changes), self.vocab, tuple(self.categories.values()), self.text)
+        """Return the same task with other settings. Raises `InputError` for a value outside its range."""
+        try:
+            config = replace(self.config, **changes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return type(self)(config, self.vocab, tuple(self.categories.values()), self.text)
 
 
 def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:

@@ -127,7 +127,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
 
 def _warn_of_unflipped(samples: Sequence[Samples]) -> None:
     """Name the classes that flipping would teach wrong."""
-    for name in dict.fromkeys(name for each in samples for name in each.maker.unflipped):
+    for name in dict.fromkeys(name for each in samples for name in each.maker.unflipped.values()):
         print(
             f"warning: images with keypoints of {name!r} are not flipped, because the names of its points do not say "
             "which are left and right; give augment.flip_pairs=[[POINT,POINT],...], or [] if no two points swap",

@@ -26,20 +26,14 @@ from typing import Any
 import pandas as pd
 
 from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.defects import (
-    MAX_BAD_SHARE,
-    MAX_COORD,
-    CategoryEntry,
-    Defects,
-    defect_frame,
-    label_categories,
-    refuse_bad_share,
-)
+from pix2seq.data.defects import MAX_BAD_SHARE, MAX_COORD, Defects, defect_frame, label_categories, refuse_bad_share
 from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole_number
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.image import image_size
 from pix2seq.errors import InputError
 from pix2seq.types import Category, Target
+
+_CategoryEntry = tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,8 @@ class _Reader:
         self.dropped_images: set[int] = set()
         self.num_listed = self.num_missing = 0
         self.listing = _FileListing(root, split)
-        self.categories: dict[int, CategoryEntry] = {}
+        self.categories: dict[int, _CategoryEntry] = {}
+        self.flip_pairs: dict[int, tuple[tuple[str, str], ...] | None] = {}  # by category
         self.objects, self.captions = ObjectColumns(), CaptionColumns()
 
     def dataset(self) -> CocoDataset:
@@ -133,7 +128,8 @@ class _Reader:
         refuse_bad_share("images", self.defects.rows, self.num_listed, **limit)
         if not self.categories and "captions" not in self.files:
             raise InputError(f"{file} has no categories; expected a list of objects with id and name")
-        categories = label_categories(list(self.categories.values()))
+        labelled = label_categories(list(self.categories.values()))
+        categories = tuple(replace(category, flip_pairs=self.flip_pairs[category.id]) for category in labelled)
         images = ImageTable.build(self.root, ((image_id, *entry) for image_id, entry in self.images.items()))
 
         annotations, of_objects, num_objects = check_objects(self.objects, images, categories, self.dropped_images)
@@ -231,7 +227,8 @@ class _Reader:
                     "give each category its own id"
                 )
             if known is None or keypoints:
-                self.categories[category_id] = (category_id, name.strip(), keypoints, bones, flip_pairs)
+                self.categories[category_id] = (category_id, name.strip(), keypoints, bones)
+                self.flip_pairs[category_id] = flip_pairs
 
 
 class _FileListing:

@@ -77,7 +77,7 @@ class VocDataset:
         classes = sorted({_text(o, "name") for tree in parsed.values() for o in tree.iter("object")} - {""})
         if not classes:
             raise InputError(f"{root / 'Annotations'} has no objects; expected <object> with <name> and <bndbox>")
-        categories = label_categories([(i, name, (), (), None) for i, name in enumerate(classes, start=1)])
+        categories = label_categories([(i, name, (), ()) for i, name in enumerate(classes, start=1)])
         return _read_objects(root, split, names, image_ids, parsed, categories, max_bad_share)
 
 
