@@ -53,8 +53,7 @@ def show_demo(
 
     print(f"1/3  {num_images} new images with seed {seed}, generated into {out / 'images'}")
     shutil.rmtree(out / "images", ignore_errors=True)
-    size = max(predictor.model.config.image_size)
-    write_shapes(out / "images", num_train=0, num_val=num_images, size=size, seed=seed)
+    write_shapes(out / "images", num_train=0, num_val=num_images, seed=seed)  # the default world, as on the model card
     dataset = open_dataset(out / "images", "val")
 
     print(f"2/3  asking {', '.join(predictor.tasks)} about them, and scoring the answers")
