@@ -373,7 +373,7 @@ def test_refused_conversions_write_nothing(tmp_path, capsys):
     refused("did you mean 'vit-b-640-coco'", config="vit-b-640-cocoa")
     refused("does not exist", config=tmp_path / "nowhere.json")
 
-    refused("5 heads", config=with_config("k.json", MODEL | {"num_heads": 5}))
+    refused("num_heads=5", config=with_config("k.json", MODEL | {"num_heads": 5}))
     refused("cannot be", config=with_config("l.json", MODEL | {"dim_mlp": 5}))
     task = {"name": "object_detection", "quantization_bins": [1]}
     refused("quantization_bins", config=with_config("m.json", json.dumps({"model": MODEL, "tasks": [task]})))
