@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -65,6 +67,22 @@ def report_write_errors(
         raise InputError(
             f"disk full at {path} while {action}: {needed}{free_bytes(path)} free; free space and {then}"
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises `FileNotFoundError` if there is none, and `InputError` if it cannot be read or is no JSON.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")  # reading from a pipe could wait forever
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise InputError(f"{path} is no readable JSON ({reason}); give a whole JSON file") from None
 
 
 def free_bytes(path: Path) -> int:

@@ -7,7 +7,7 @@ V vocabulary size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.errors import InputError
+from pix2seq.files import report_write_errors
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
@@ -197,10 +198,14 @@ class Pix2Seq(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed."""
-        write_checkpoint(Path(folder), self.config_json(), self.state_dict())
-        if self.text is not None:
-            self.text.save(Path(folder))
+        """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed.
+
+        Raises `InputError` if the disk is full or the folder cannot be written to.
+        """
+        with report_write_errors(Path(folder), "saving a model", then="save it again"):
+            write_checkpoint(Path(folder), self.config_json(), self.state_dict())
+            if self.text is not None:
+                self.text.save(Path(folder))
 
     def config_json(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -215,30 +220,64 @@ class Pix2Seq(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Pix2Seq:
         """Load a model from a folder with config.json and model.safetensors, in evaluation mode on the CPU.
 
-        Raises `InputError` if a file is missing or damaged, or if the weights do not fit the config.
+        Raises `InputError` if a file is missing or damaged, if a value is out of range, or if the weights do not fit
+        the config or are not finite. Nothing of the folder is executed.
         """
         folder = Path(folder)
         config, categories, task_settings = read_config(folder)
         text = load_text_tokenizer(folder) if has_text_tokenizer(folder) else None
+        if text is not None and text.size > config.vocab.num_text:
+            raise InputError(
+                f"the text tokenizer in {folder} has {text.size} ids, but the vocabulary in {CONFIG_FILE} holds "
+                f"{config.vocab.num_text}; use the files of one checkpoint"
+            )
+        weights = read_weights(folder / WEIGHTS_FILE)
+        _check_fit(config, weights, folder)
         model = build_model(config, categories, text, load_pretrained=False)
         model.task_settings = task_settings
-        weights = read_weights(folder / WEIGHTS_FILE)
-        expected = model.state_dict()
-        problems = [f"{name} missing" for name in sorted(expected.keys() - weights.keys())]
-        problems += [f"{name} unknown" for name in sorted(weights.keys() - expected.keys())]
-        problems += [
-            f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & weights.keys())
-            if weights[name].shape != expected[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise InputError(
-                f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}; "
-                "use the two files of one checkpoint"
-            )
         model.load_state_dict(weights)
+        broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"{folder / WEIGHTS_FILE} holds numbers that are not finite in {broken[0]} and {len(broken) - 1} other "
+                "tensors; use an earlier checkpoint"
+            )
         return model.eval()
+
+
+def _check_fit(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise `InputError` unless the weights are those of the model that the config describes.
+
+    The model is built without data, so that no number in the config decides about memory before it fits the weights.
+    """
+    encoder = config.encoder
+    own_layers = encoder.num_layers + encoder.stem_blocks if encoder.name in ("vit", "resnet") else 0
+    try:
+        if config.decoder.num_layers + own_layers > len(weights):  # building as many would take minutes
+            raise ValueError(f"{config.decoder.num_layers} + {own_layers} layers for {len(weights)} tensors")
+        with torch.device("meta"):
+            expected = build_model(config, load_pretrained=False).state_dict()
+    except InputError:
+        raise
+    except Exception as error:  # timm's hundreds of models, and torch, refuse bad sizes each in their own way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{folder / CONFIG_FILE} describes no model that can be built: {reason}; use a folder that training wrote"
+        ) from error
+    problems = [f"{name} missing" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"{name} unknown" for name in sorted(weights.keys() - expected.keys())]
+    for name in sorted(expected.keys() & weights.keys()):
+        found, wanted = weights[name], expected[name]
+        if found.shape != wanted.shape:
+            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        elif found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
+            problems.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}; "
+            "use the two files of one checkpoint"
+        )
 
 
 def build_model(
