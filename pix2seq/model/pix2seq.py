@@ -129,8 +129,13 @@ class Pix2Seq(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W), floats in [0, 1], as memory (B, N, D).
 
-        H and W must be those of `config.image_size` or divisible by the encoder's stride.
+        H and W must be those of `config.image_size` or divisible by the encoder's stride. Raises `ValueError` for
+        tensors of other shapes or types; the range of the values is not checked.
         """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats (B, 3, H, W) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
+            )
         stride = self.encoder.stride
         height, width = images.shape[-2:]
         if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
@@ -149,6 +154,9 @@ class Pix2Seq(nn.Module):
 
     def hidden(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return hidden states (B * I, T, D) before the output layer, for losses that need few logits."""
+        if tokens.ndim not in (2, 3) or len(tokens) != len(images):
+            raise ValueError(f"tokens must be (B, T) or (B, I, T) of {len(images)} images, got {tuple(tokens.shape)}")
+        self._check_ids(tokens)
         return self.decoder(tokens.reshape(-1, tokens.shape[-1]), self.encode(images))
 
     def generate(
@@ -163,10 +171,13 @@ class Pix2Seq(nn.Module):
         """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D), all in the same way.
 
         `settings` are the fields of `GenerationConfig`: `max_new_tokens`, `temperature`, `top_p`, `grammar` and others.
-        See `pix2seq.model.decoding.generate.generate`.
+        See `pix2seq.model.decoding.generate.generate`. Raises `ValueError` for tensors of other shapes or types, and
+        for settings that are out of range or need longer sequences than the model has.
         """
-        with torch.inference_mode():
-            memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
+        if prompt.ndim not in (2, 3):
+            raise ValueError(f"prompts must be (B, P) or (B, I, P), got {tuple(prompt.shape)}")
+        self._check_generation([prompt.flatten()], [GenerationConfig(**settings)], prompt.shape[-1])
+        memory = self._memory(images_or_memory)
         prompt = prompt.to(memory.device)
         return generate(self.decoder, memory, prompt, num_samples=num_samples, generator=generator, **settings)
 
@@ -183,10 +194,10 @@ class Pix2Seq(nn.Module):
         """Continue prompts (P,) of any lengths and tasks side by side, each by its own config.
 
         Prompt i reads image or memory `memory_index[i]`; by default, all images have the same number of prompts, in
-        the order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
+        the order of images. See `pix2seq.model.decoding.generate.generate_mixed`. Raises `ValueError` as `generate`.
         """
-        with torch.inference_mode():
-            memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
+        self._check_generation(prompts, configs)
+        memory = self._memory(images_or_memory)
         return generate_mixed(
             self.decoder,
             memory,
@@ -196,6 +207,34 @@ class Pix2Seq(nn.Module):
             num_samples=num_samples,
             generator=generator,
         )
+
+    def _memory(self, images_or_memory: Tensor) -> Tensor:
+        """Return memory (B, N, D) as it is, or that of images (B, 3, H, W)."""
+        width = self.decoder.token_embedding.weight.shape[1]
+        if images_or_memory.ndim == 3 and images_or_memory.shape[-1] != width:
+            raise ValueError(f"memory must be (B, N, {width}), got shape {tuple(images_or_memory.shape)}")
+        with torch.inference_mode():
+            return images_or_memory if images_or_memory.ndim == 3 else self.encode(images_or_memory)
+
+    def _check_generation(
+        self, prompts: Sequence[Tensor], configs: Sequence[GenerationConfig], length: int | None = None
+    ) -> None:
+        """Raise `ValueError` if prompts, of `length` tokens if given, or their continuations do not fit the model."""
+        for prompt in prompts:
+            if prompt.ndim != 1 or not len(prompt):
+                raise ValueError(f"a prompt needs at least one token, got shape {tuple(prompt.shape)}")
+        if prompts:
+            self._check_ids(torch.cat(list(prompts)))
+        for prompt, config in zip(prompts, configs, strict=False):  # their number is checked later
+            # The last token is not read.
+            self.decoder.check_length((len(prompt) if length is None else length) + config.max_new_tokens - 1)
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        size = self.config.vocab.size
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be ids, got {tokens.dtype}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise ValueError(f"ids must lie in 0 to {size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed.

@@ -47,6 +47,8 @@ class DetectionConfig(TaskConfig):
             raise ValueError(f"detection.order is {self.order!r}; expected random, area or corner")
         if self.max_objects < 1:
             raise ValueError(f"detection.max_objects must be at least 1, got {self.max_objects}")
+        if self.num_objects is not None and self.num_objects < 1:
+            raise ValueError(f"detection.num_objects must be at least 1, got {self.num_objects}")
 
     @property
     def ends(self) -> bool:
