@@ -38,6 +38,8 @@ def output_file(path: Path) -> Path:
     """Create the file's folder and return the path. Raises `InputError` if it is a folder or cannot be written."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name, such as {path / 'out.json'}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device; give another file name")
     output_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise InputError(f"{path} is read-only; give another file name")

@@ -88,7 +88,9 @@ class Predictor:
     def __init__(self, model: Pix2Seq, *, bf16: bool = False) -> None:
         """Set the model to evaluation mode. Warn of tasks that it was trained with and that are not installed."""
         if not isinstance(model, Pix2Seq):
-            raise InputError(f"expected a Pix2Seq, got {type(model).__name__}; open files with Predictor.from_pretrained")
+            raise InputError(
+                f"expected a Pix2Seq, got {type(model).__name__}; open files with Predictor.from_pretrained"
+            )
         self.model = model.eval()
         self.bf16 = bf16
         self._process = os.getpid()
@@ -104,7 +106,7 @@ class Predictor:
             name: get_task(name).from_model(model) for name in model.task_settings if name in known
         }
         for task in self.tasks.values():
-            self._check_length(task, "this checkpoint's config.json")
+            self._check_length(task, "config.json", f"lower {task.length_setting} in it")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
@@ -286,16 +288,16 @@ class Predictor:
                 raise InputError(f"none of this checkpoint's tasks ({', '.join(self.tasks)}) has the setting {key}")
             for name in having:
                 changed = self.tasks[name].with_settings(**{key: value})
-                self._check_length(changed, f"{key}={value}")
+                self._check_length(changed, f"{key}={value}", f"give a smaller {key}")
                 self.tasks[name] = changed
 
-    def _check_length(self, task: Task[Any], source: str) -> None:
-        """Raise `InputError` if the settings of a task, which came from `source`, need longer sequences than exist."""
+    def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
+        """Raise `InputError` if a task, as `source` sets it, needs longer sequences than the model has."""
         longest = self.model.decoder.max_seq_len
         if task.max_seq_len > longest:
             raise InputError(
-                f"{source} needs sequences of {task.max_seq_len} tokens for {task.name}, but this checkpoint ends at "
-                f"{longest}; give a smaller {task.length_setting}"
+                f"{source} needs sequences of {task.max_seq_len} tokens ({task.name}), but this checkpoint ends at "
+                f"{longest}; {remedy}"
             )
 
     def _check_ready(self) -> None:

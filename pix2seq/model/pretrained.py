@@ -91,9 +91,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[s
         if type(stored) is not int or stored < 1:
             raise ValueError(f"format is {stored!r}; expected a whole number from 1")
         if stored > FORMAT:
-            raise InputError(
-                f"{path} has format {stored}, this release reads up to {FORMAT}; install a newer pix2seq"
-            )
+            raise InputError(f"{path} has format {stored}, this release reads up to {FORMAT}; install a newer pix2seq")
         tasks = content.get("tasks", {})
         if not isinstance(tasks, dict) or not all(isinstance(settings, dict) for settings in tasks.values()):
             raise ValueError("tasks is no mapping of names to settings")
