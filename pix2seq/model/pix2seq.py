@@ -296,8 +296,6 @@ def _check_fit(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path)
             raise ValueError(f"{config.decoder.num_layers} + {own_layers} layers for {len(weights)} tensors")
         with torch.device("meta"):
             expected = build_model(config, load_pretrained=False).state_dict()
-    except InputError:
-        raise
     except Exception as error:  # timm's hundreds of models, and torch, refuse bad sizes each in their own way
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(

@@ -95,6 +95,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[s
         tasks = content.get("tasks", {})
         if not isinstance(tasks, dict) or not all(isinstance(settings, dict) for settings in tasks.values()):
             raise ValueError("tasks is no mapping of names to settings")
+        if not isinstance(content["categories"], list):
+            raise ValueError("categories is no list")
         if "${" in json.dumps([content["model"], tasks]):  # OmegaConf would put in variables of the environment
             raise ValueError("its settings hold ${...}, which a checkpoint cannot refer to")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
@@ -110,7 +112,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[s
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OmegaConfBaseException) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        reason = f"{error} is missing" if type(error) is KeyError else str(error).partition("\n")[0]
         raise InputError(f"{path} is not a valid model config: {reason}; use a folder that training wrote") from error
     return config, categories, tasks
 
