@@ -224,13 +224,14 @@ def process():
     return context.Process
 
 
-def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(process, tmp_path, capfd):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(process, tmp_path, capfd, kills):
     images = write_images(tmp_path / "images", 12)
     assert predict(*images, "--out", tmp_path / "whole") == 0
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
     arguments = [*map(str, images), "--out", str(out), "--resume", "--batch-size", "3", *QUICK]
     rng, finished = random.Random(0), []
-    for kill in range(20):
+    for kill in range(kills):
         if len(finished) > 12:  # begin again, so that every kill meets work
             shutil.rmtree(out)
             finished = []
