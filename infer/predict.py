@@ -82,7 +82,7 @@ def predict_files(
     if boxes is not None and not with_boxes:
         raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
-    run = [list(tasks), about, dict(settings or {}), min_score, seed, bf16]
+    run: list[Any] = [list(tasks), about, dict(settings or {}), min_score, seed, bf16]
     run += [_stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     keys = {path: _digest([*run, _stamp(path), _stamp(box_files.get(path))]) for path in names}
     todo = [path for path, name in names.items() if not (resume and outputs.is_done(name, keys[path]))]
