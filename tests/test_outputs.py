@@ -20,6 +20,7 @@ from PIL import Image
 from pix2seq.cli import main
 from pix2seq.data.image import batch_by_pixels
 from pix2seq.errors import InputError
+from pix2seq.files import write_atomically
 from pix2seq.infer.outputs import JOURNAL, Outputs, output_names
 
 MODEL = Path(__file__).parent / "fixtures" / "checkpoint-0.1"
@@ -278,6 +279,25 @@ def test_resume_does_again_what_was_asked_otherwise(tmp_path, capsys):
     (out / JOURNAL).write_text("[]\n5\n" + "".join(kept) + cut[:-9])
     assert done("--seed", "1") == 2
     assert done("--seed", "1") == 3
+
+
+def test_resume_finishes_what_was_replaced_by_half(tmp_path, monkeypatch):
+    images, out, calls = write_images(tmp_path / "images", 3), tmp_path / "out", []
+    assert predict(*images, "--out", tmp_path / "expected", "--seed", "1") == 0
+    assert predict(*images, "--out", out) == 0
+    assert contents(out) != contents(tmp_path / "expected")
+
+    def interrupted(path, content):
+        calls.append(path)
+        if len(calls) == 4:  # the new drawing of the second image is there, its JSON is still the old one
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pix2seq.infer.outputs.write_atomically", interrupted)
+        assert predict(*images, "--out", out, "--seed", "1") == 130
+    assert predict(*images, "--out", out, "--seed", "1", "--resume") == 0
+    assert contents(out) == contents(tmp_path / "expected")
 
 
 @settings(max_examples=200)
