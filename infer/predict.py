@@ -5,21 +5,28 @@ Writes NAME.json and NAME.png for every image.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pix2seq.data.image import read_image
+from pix2seq.data.image import batch_by_pixels, image_size, read_image
 from pix2seq.errors import InputError
-from pix2seq.files import output_folder
-from pix2seq.predictor import Prediction, Predictor
+from pix2seq.files import output_folder, read_json
+from pix2seq.infer.outputs import Outputs, output_names
+from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
+from pix2seq.predictor import Predictor
 from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage
+
+MAX_REASONS = 10  # why images failed; further ones are only named
+
+T = TypeVar("T")
 
 
 def predict_files(
@@ -36,21 +43,33 @@ def predict_files(
     seed: int = 0,
     device: str = "auto",
     bf16: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Run `tasks`, by default all that the checkpoint knows, on image files; write NAME.json and NAME.png into `out`.
 
-    An image that cannot be read stops nothing: the others are done first, then an `InputError` names it. Tasks about
-    objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such files. `about` is
-    text for the tasks that take some, see `Task.parse_about`; `settings` are those of `Predictor.configure`.
-    `min_score` applies to the drawing alone.
+    Images of one name get the folders in which they differ in front: a/x.jpg and b/x.jpg give a/x.json and b/x.json.
+    No output replaces an input, nor, without `overwrite`, a file that this did not write or that was changed since.
+    With `resume`, images are left out that have outputs of the same image, question and checkpoint.
+
+    An image that cannot be read or asked about stops nothing: the others are done first, then an `InputError` names
+    it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
+    files. `about` is text for the tasks that take some, see `Task.parse_about`; `settings` are those of
+    `Predictor.configure`. `min_score` applies to the drawing alone.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
-    repeated = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
-    if repeated:
-        raise InputError(f"{len(repeated)} names are shared by several images, {repeated[0]!r} for one; rename them")
-    output_folder(out)
-    predictor = Predictor.from_pretrained(checkpoint, device=device, bf16=bf16)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    names = output_names(images)
+    box_files: dict[Path, Path] = {}
+    if boxes is not None:
+        box_files = {path: boxes / f"{name}.json" if os.path.isdir(boxes) else boxes for path, name in names.items()}
+    folder = find_checkpoint(checkpoint)
+    outputs = Outputs(output_folder(out))
+    outputs.check(names.values(), [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
+
+    predictor = Predictor.from_pretrained(folder, device=device, bf16=bf16)
     tasks = tuple(predictor.tasks) if tasks is None else tasks
     for name in tasks:
         predictor.require(name)
@@ -63,60 +82,97 @@ def predict_files(
     if boxes is not None and not with_boxes:
         raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
-    unreadable: list[InputError] = []
-    with tqdm(total=len(images), unit="image", disable=len(images) <= batch_size) as bar:
-        for start in range(0, len(images), batch_size):
-            some = images[start : start + batch_size]
-            readable, encoded = _encode(predictor, some, unreadable)
-            given: dict[str, list[Any]] = {name: [value] * len(encoded) for name, value in texts.items()}
-            if boxes is not None:
-                read = [read_boxes(boxes, path) for path in readable]
-                given |= dict.fromkeys(with_boxes, read)
-            predictions = predictor.predict_batch(encoded, tasks, given, seed=seed)
-            for path, prediction in zip(readable, predictions, strict=True):
-                write_result(out / path.stem, path, prediction, min_score=min_score)
-            bar.update(len(some))
-    if unreadable:
-        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise InputError(f"{unreadable[0]}{more}")
+    run: list[Any] = [list(tasks), about, dict(settings or {}), min_score, seed, bf16]
+    run += [_stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    keys = {path: _digest([*run, _stamp(path), _stamp(box_files.get(path))]) for path in names}
+    todo = [path for path, name in names.items() if not (resume and outputs.is_done(name, keys[path]))]
+    if resume:
+        print(f"{len(names) - len(todo)} of {len(names)} images are done already", file=sys.stderr)
+
+    def question(path: Path, image: EncodedImage) -> dict[str, Any]:
+        """Return what an image is asked about, by task. Raises `InputError` if it cannot be asked so."""
+        given = dict(texts)
+        if path in box_files:
+            given |= dict.fromkeys(with_boxes, read_boxes(box_files[path]))
+        for name, value in given.items():
+            asked[name].requests(image, asked[name].check_about(image, value))
+        return given
+
+    failed: dict[Path, InputError] = {}
+    with tqdm(total=len(todo), unit="image", disable=len(todo) <= batch_size) as bar:
+        for start in range(0, len(todo), batch_size):
+            sizes = _each(image_size, failed, todo[start : start + batch_size])
+            for part in batch_by_pixels(list(sizes.values()), batch_size):
+                pixels = _each(read_image, failed, list(sizes)[part.start : part.stop])
+                encoded = dict(zip(pixels, predictor.encode_batch(list(pixels.values())), strict=True))
+                questions = _each(question, failed, encoded, encoded.values())
+                predictions = predictor.predict_batch(
+                    [encoded[path] for path in questions],
+                    tasks,
+                    {name: [given[name] for given in questions.values()] for name in (*texts, *with_boxes)},
+                    seed=seed,
+                )
+                for path, prediction in zip(questions, predictions, strict=True):
+                    content = {"image": path.name} | prediction.to_json()
+                    outputs.write(names[path], keys[path], content, prediction.draw(min_score=min_score))
+            bar.update(min(batch_size, len(todo) - start))
+    if failed:
+        raise _failure(failed, len(names), out)
 
 
-def _encode(
-    predictor: Predictor, paths: Sequence[Path], unreadable: list[InputError]
-) -> tuple[list[Path], list[EncodedImage]]:
-    readable, pixels = [], []
-    for path in paths:
-        try:
-            pixels.append(read_image(path))
-            readable.append(path)
-        except InputError as error:
-            unreadable.append(error)
-    return readable, predictor.encode_batch(pixels) if pixels else []
-
-
-def read_boxes(boxes: Path, image: Path) -> Boxes:
-    """Read the objects of an image from a NAME.json, or from the file of its name in a folder."""
-    path = boxes / f"{image.stem}.json" if boxes.is_dir() else boxes
+def read_boxes(path: Path) -> Boxes:
+    """Read objects from a NAME.json. Raises `InputError` if it holds none in that form."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["instances"]
+        entries = read_json(path)["instances"]
         sides = [[float(value) for value in entry["bbox"]] for entry in entries]
         corners = [(x, y, x + width, y + height) for x, y, width, height in sides]
         names = [str(entry["category"]) for entry in entries]
         return Boxes(corners, names, [float(entry.get("score", 1.0)) for entry in entries])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a NAME.json for each image, as predict writes it") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path} is no file of boxes ({type(error).__name__}: {error}); expected "
             '{"instances": [{"bbox": [x, y, width, height], "category": NAME, "score": 0 to 1}]}'
         ) from None
 
 
-def write_result(stem: Path, source: Path, prediction: Prediction, *, min_score: float) -> None:
-    """Write `stem`.json and `stem`.png."""
-    content = {"image": source.name} | prediction.to_json()
-    stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    prediction.draw(min_score=min_score).save(stem.with_name(f"{stem.name}.png"))
+def _each(
+    function: Callable[..., T], failed: dict[Path, InputError], paths: Iterable[Path], *more: Iterable[Any]
+) -> dict[Path, T]:
+    """Apply a function to images, and to `more` values of each; put those that it refuses into `failed`."""
+    found = {}
+    for path, *values in zip(paths, *more, strict=True):
+        try:
+            found[path] = function(path, *values)
+        except InputError as error:
+            failed[path] = error
+    return found
+
+
+def _failure(failed: Mapping[Path, InputError], num_images: int, out: Path) -> InputError:
+    """Return an error that names every image that failed, the first ones with their reasons."""
+    reasons = list(map(str, failed.values()))[:MAX_REASONS]
+    if others := list(map(str, failed))[MAX_REASONS:]:
+        reasons.append(f"{', '.join(others)} too")
+    if len(failed) < num_images:
+        reasons.append(f"the other {num_images - len(failed)} of {num_images} images are done, in {out}")
+    return InputError("; ".join(reasons))
+
+
+def _stamp(path: Path | None) -> list[int] | None:
+    """Return the size and modification time of a file, by which a change of it shows; None if there is no file."""
+    try:
+        status = None if path is None else path.stat()
+    except (OSError, ValueError):
+        status = None
+    return None if status is None else [status.st_size, status.st_mtime_ns]
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

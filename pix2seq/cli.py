@@ -131,18 +131,18 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
+    _add_overwrite(parser)
     _add_asking(parser)
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
         tasks = parse_tasks(args.task) if args.task else None
         from pix2seq.data.dataset import open_dataset
-        from pix2seq.evaluation import evaluate
-        from pix2seq.files import output_file
+        from pix2seq.evaluation import check_output, evaluate
         from pix2seq.predictor import Predictor
 
         if args.out:
-            output_file(args.out)
+            check_output(args.out, inputs=[args.data, args.checkpoint], overwrite=args.overwrite)
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
         predictor.configure(**_settings(args))
         dataset = open_dataset(args.data, args.split)
@@ -172,8 +172,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
     parser.add_argument("--about", metavar="TEXT", help="what to ask about: see the README for each task's form")
-    parser.add_argument("--min-score", type=float, default=0.3, help="least score of a drawn box; JSON has them all")
+    parser.add_argument("--min-score", type=_share, default=0.3, help="least score of a drawn box; JSON has them all")
     parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--resume", action="store_true", help="leave out images that an earlier run has done")
+    _add_overwrite(parser)
     _add_asking(parser)
     _add_device(parser)
 
@@ -194,6 +196,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             seed=args.seed,
             device=args.device,
             bf16=args.bf16,
+            resume=args.resume,
+            overwrite=args.overwrite,
         )
 
     parser.set_defaults(run=run)
@@ -408,12 +412,36 @@ def _settings(args: argparse.Namespace) -> dict[str, int]:
 def _add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-objects", type=_positive, help="how many objects to ask for; by default as trained")
     parser.add_argument("--num-samples", type=_positive, help="masks drawn for each object, which vote; 1 for speed")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=_seed, default=0, help="of sampling, 0 to 2**64 - 1")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast; faster, scores differ in the third digit")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files at --out that others wrote")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**64 - 1, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

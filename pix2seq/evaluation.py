@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pix2seq.data.dataset import ClassMap, Dataset
-from pix2seq.data.image import read_record_image
+from pix2seq.data.image import batch_by_pixels, read_record_image
 from pix2seq.errors import InputError
+from pix2seq.files import output_file, read_json, report_write_errors, write_atomically
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
@@ -65,8 +66,33 @@ class EvalResult:
         return f"{'; '.join(parts)} on {self.num_images} images in {self.seconds:.0f} s"
 
     def save(self, path: Path) -> None:
-        """Write `to_json` to a file."""
-        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write `to_json` to a file. Raises `InputError`, with the numbers, if it cannot be written."""
+        content = json.dumps(self.to_json(), indent=2) + "\n"
+        with report_write_errors(path, "writing metrics", then=f"copy them from here: {json.dumps(self.metrics)}"):
+            write_atomically(path, content)
+
+
+def check_output(path: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Create the folder of a file for metrics. Raises `InputError` if they cannot, or should not, be written there.
+
+    An earlier file of metrics may be replaced, other files only with `overwrite`, and files below `inputs` never.
+    """
+    output_file(path)
+    if not path.exists():
+        return
+    try:
+        earlier = read_json(path)
+    except InputError:
+        earlier = None
+    if isinstance(earlier, dict) and earlier.keys() == {field.name for field in fields(EvalResult)}:
+        return
+    read = next((folder for folder in inputs if path.resolve().is_relative_to(folder.resolve())), None)
+    if read is not None:
+        raise InputError(f"{path} is a file of {read}, which is read; give another file with --out")
+    if not overwrite:
+        raise InputError(
+            f"{path} exists and holds no metrics; give another file with --out, or replace it by --overwrite"
+        )
 
 
 def evaluate(
@@ -84,6 +110,8 @@ def evaluate(
     Classes are matched by name, and every class of the data set must be known to the model. Raises `InputError` if
     the model does not know a task or a class, and if there is no image.
     """
+    if batch_size < 1 or limit < 0:
+        raise InputError(f"expected batch_size of at least 1 and limit of at least 0, got {batch_size} and {limit}")
     started = time.perf_counter()
     images = range(min(limit or len(dataset), len(dataset)))
     names = tuple(predictor.tasks) if tasks is None else tasks
@@ -114,8 +142,9 @@ def measure(
     categories = dataset.categories if classes is None else classes.categories
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        for start in range(0, len(images), batch_size):
-            targets = [dataset.target(index) for index in images[start : start + batch_size]]
+        sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]
+        for part in batch_by_pixels(sizes, batch_size):
+            targets = [dataset.target(index) for index in images[part.start : part.stop]]
             encoded = predictor.encode_batch([read_record_image(target.image) for target in targets])
             if classes is not None:
                 targets = [classes.to_model(target) for target in targets]

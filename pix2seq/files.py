@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -36,6 +38,8 @@ def output_file(path: Path) -> Path:
     """Create the file's folder and return the path. Raises `InputError` if it is a folder or cannot be written."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name, such as {path / 'out.json'}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device; give another file name")
     output_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise InputError(f"{path} is read-only; give another file name")
@@ -65,6 +69,22 @@ def report_write_errors(
         raise InputError(
             f"disk full at {path} while {action}: {needed}{free_bytes(path)} free; free space and {then}"
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises `FileNotFoundError` if there is none, and `InputError` if it cannot be read or is no JSON.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")  # reading from a pipe could wait forever
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise InputError(f"{path} is no readable JSON ({reason}); give a whole JSON file") from None
 
 
 def free_bytes(path: Path) -> int:

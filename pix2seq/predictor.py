@@ -6,6 +6,8 @@ came in.
 
 from __future__ import annotations
 
+import operator
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task
+from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Instance
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -79,13 +82,20 @@ class Prediction:
 class Predictor:
     """A model with everything around it: reading, resizing, asking and reading the answers.
 
-    `seed` in any call fixes what sampling draws.
+    `seed` in any call, 0 to 2**64 - 1, fixes what sampling draws. Empty lists give empty lists; what cannot be used
+    raises `InputError`. Several threads may ask at the same time. After a fork, the child asks with one torch thread
+    on the CPU, and is refused on other devices.
     """
 
     def __init__(self, model: Pix2Seq, *, bf16: bool = False) -> None:
-        """Warn of tasks that the model was trained with and that are not installed."""
+        """Set the model to evaluation mode. Warn of tasks that it was trained with and that are not installed."""
+        if not isinstance(model, Pix2Seq):
+            raise InputError(
+                f"expected a Pix2Seq, got {type(model).__name__}; open files with Predictor.from_pretrained"
+            )
         self.model = model.eval()
         self.bf16 = bf16
+        self._process = os.getpid()
         known = task_names()
         self.missing = tuple(name for name in model.task_settings if name not in known)
         if self.missing:
@@ -97,10 +107,12 @@ class Predictor:
         self.tasks: dict[str, Task[Any]] = {
             name: get_task(name).from_model(model) for name in model.task_settings if name in known
         }
+        for task in self.tasks.values():
+            self._check_length(task, "config.json", f"lower {task.length_setting} in it")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
-        """Open a checkpoint folder, or the newest checkpoint of a run folder."""
+        """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises `InputError` if it cannot be."""
         model = Pix2Seq.from_pretrained(find_checkpoint(Path(path)))
         return cls(model.to(pick_device(device)), bf16=bf16)
 
@@ -111,7 +123,10 @@ class Predictor:
 
     def encode_batch(self, images: Sequence[ImageLike]) -> list[EncodedImage]:
         """Read and encode several images of any sizes in one pass."""
-        pixels = [load_pixels(image) for image in images]
+        self._check_ready()
+        pixels = [load_pixels(image) for image in _listed(images, "images")]
+        if not pixels:
+            return []
         height, width = self.model.config.image_size
         return [
             EncodedImage(memory, each, (height, width), maps)
@@ -134,6 +149,8 @@ class Predictor:
         `InputError` if the model does not know the task, or cannot be asked so.
         """
         self.require(task)
+        self._check_ready()
+        seed = _checked_seed(seed)
         asked = self.tasks[task]
         encoded = self._encoded(images)
         if about is None and asked.needs:
@@ -143,11 +160,10 @@ class Predictor:
                     "trained; give it boxes to ask about"
                 )
             about = [asked.subjects(found) for found in self.ask(asked.needs[0], encoded, seed=seed)]
-        elif about is not None and len(about) != len(encoded):
-            raise InputError(f"{len(encoded)} images were given with {len(about)} things to ask about; give one each")
+        abouts = [None] * len(encoded) if about is None else _one_each(encoded, about)
         requests = [
             asked.requests(image, asked.check_about(image, each) if each is not None else None)
-            for image, each in zip(encoded, about or [None] * len(encoded), strict=True)
+            for image, each in zip(encoded, abouts, strict=True)
         ]
         completions = iter(self._complete(asked, encoded, requests, seed))
         return [
@@ -208,10 +224,10 @@ class Predictor:
         their box. For `boxes` and `categories`, see `segment`.
         """
         names = [tasks] if isinstance(tasks, str) else tasks
+        for name in names:
+            self.require(name)
         given = _about(boxes, categories)
-        about = (
-            {} if given is None else {name: given for name in names if name in self.tasks and self.tasks[name].needs}
-        )
+        about = {} if given is None else {name: given for name in names if self.tasks[name].needs}
         return self.predict_batch([image], names, about, seed=seed)[0]
 
     def predict_batch(
@@ -223,17 +239,18 @@ class Predictor:
         seed: int = 0,
     ) -> list[Prediction]:
         """Run several tasks on several images. `about` holds, by task, what each image is asked about; see `ask`."""
-        for name in tasks:
+        tasks = _listed(tasks, "tasks")
+        about = about or {}
+        for name in (*tasks, *about):
             self.require(name)
         encoded = self._encoded(images)
-        about = about or {}
         answers: dict[str, list[list[Any]]] = {}
         writers: dict[str, Task[Any]] = {}
         for name in about:
             task = self.tasks[name]
             if task.needs:  # what is given takes the place of what would have been found
-                checked = [task.check_about(image, each) for image, each in zip(encoded, about[name], strict=True)]
-                answers[task.needs[0]] = checked
+                given = zip(encoded, _one_each(encoded, about[name]), strict=True)
+                answers[task.needs[0]] = [task.check_about(image, each) for image, each in given]
         for name in sorted(dict.fromkeys(tasks), key=lambda name: bool(self.tasks[name].needs)):
             task = self.tasks[name]
             key = task.needs[0] if task.needs else name
@@ -250,12 +267,17 @@ class Predictor:
         ]
 
     def require(self, task: str) -> None:
-        """Raise `InputError` if the checkpoint does not know a task."""
+        """Raise `InputError` if the checkpoint does not know a task, or lacks the words that it needs."""
         if task in self.missing:
             raise InputError(f"no installed package provides the task {task}; install the one it was trained with")
-        if task not in self.tasks:
+        if not isinstance(task, str) or task not in self.tasks:
             known = ", ".join(self.tasks) or "no task"
             raise InputError(f"this checkpoint was not trained for {task}; it knows {known}")
+        if self.tasks[task].reads_text and self.model.text is None:
+            raise InputError(
+                f"{task} needs words, but this checkpoint has no text tokenizer; copy {WORD_FILE} or "
+                f"{SENTENCEPIECE_FILE} from the checkpoint that training wrote, or ask for other tasks"
+            )
 
     def configure(self, **settings: Any) -> None:
         """Change settings, such as `num_samples=1` or `num_objects=50`, of every task that has them.
@@ -268,17 +290,44 @@ class Predictor:
                 raise InputError(f"none of this checkpoint's tasks ({', '.join(self.tasks)}) has the setting {key}")
             for name in having:
                 changed = self.tasks[name].with_settings(**{key: value})
-                longest = self.model.decoder.max_seq_len
-                if changed.max_seq_len > longest:
-                    raise InputError(
-                        f"{key}={value} needs sequences of {changed.max_seq_len} tokens, but this checkpoint ends at "
-                        f"{longest}; give a smaller {key}"
-                    )
+                self._check_length(changed, f"{key}={value}", f"give a smaller {key}")
                 self.tasks[name] = changed
 
+    def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
+        """Raise `InputError` if a task, as `source` sets it, needs longer sequences than the model has."""
+        longest = self.model.decoder.max_seq_len
+        if task.max_seq_len > longest:
+            raise InputError(
+                f"{source} needs sequences of {task.max_seq_len} tokens ({task.name}), but this checkpoint ends at "
+                f"{longest}; {remedy}"
+            )
+
+    def _check_ready(self) -> None:
+        """Raise `InputError` where answers would change without a word, or never come."""
+        if any(module.training for module in self.model.modules()):
+            raise InputError(
+                "the model was set to training mode, in which dropout changes answers; call model.eval() before asking"
+            )
+        if os.getpid() != self._process:
+            if self.model.device.type != "cpu":
+                raise InputError(
+                    f"this predictor came through a fork, after which {self.model.device} cannot be used; build one in "
+                    "each worker, such as with gunicorn without preload, or start processes by spawn"
+                )
+            # The parent's threads do not exist in this process; waiting for them would never end.
+            torch.set_num_threads(1)
+            self._process = os.getpid()
+
     def _encoded(self, images: Sequence[EncodedImage | ImageLike]) -> list[EncodedImage]:
-        fresh = [image for image in images if not isinstance(image, EncodedImage)]
-        encoded = iter(self.encode_batch(fresh) if fresh else [])
+        fresh = [image for image in _listed(images, "images") if not isinstance(image, EncodedImage)]
+        width = self.model.decoder.token_embedding.weight.shape[1]
+        expected = (tuple(self.model.config.image_size), width, self.model.encoder.finer_dims)
+        for image in images:
+            if isinstance(image, EncodedImage) and expected != (
+                image.input_size, image.memory.shape[-1], tuple(len(each) for each in image.maps)
+            ):  # fmt: skip
+                raise InputError("an image was encoded by another model; encode it with this predictor")
+        encoded = iter(self.encode_batch(fresh))
         return [image if isinstance(image, EncodedImage) else next(encoded) for image in images]
 
     def _encode_pixels(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
@@ -381,6 +430,30 @@ def _chunks(keys: list[_Key], size: int) -> list[list[_Key]]:
     return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
+def _listed(values: Sequence[Any], what: str) -> Sequence[Any]:
+    """Return a list of `what`. Raises `InputError` for a single one, which would be taken apart."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise InputError(f"expected a list of {what}, got one {type(values).__name__}; put it in a list")
+    return values
+
+
+def _one_each(images: Sequence[EncodedImage], about: Sequence[Any]) -> Sequence[Any]:
+    """Return what images are asked about. Raises `InputError` unless there is one for each image."""
+    if len(_listed(about, "what to ask about, one for each image")) != len(images):
+        raise InputError(f"{len(images)} images were given with {len(about)} things to ask about; give one each")
+    return about
+
+
+def _checked_seed(seed: int) -> int:
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**64:
+        raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
+    return value
+
+
 def _about(
     boxes: Sequence[Instance] | ArrayLike | None, categories: str | Sequence[str] | None
 ) -> list[Boxes | list[Instance]] | None:
@@ -388,15 +461,15 @@ def _about(
     if boxes is None:
         return None
     given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
-    if isinstance(boxes, Sequence) and given and len(given) == len(boxes):
-        return [given]
-    return [Boxes(boxes, categories)]  # type: ignore[arg-type]
+    if given and len(given) != len(boxes):  # type: ignore[arg-type]
+        raise InputError(f"boxes mix {len(given)} instances with others; give instances or numbers")
+    return [given or Boxes(boxes, categories)]  # type: ignore[arg-type]
 
 
 def _generator(request: Request, seed: int) -> torch.Generator:
     """A generator of the request's own, so that what it draws depends on the question and the seed alone."""
     closeup = [] if request.closeup is None else request.closeup.xyxy.view(np.uint64).tolist()
-    entropy = [seed % 2**64, *request.prompt.tolist(), *(request.region or ()), *closeup]
+    entropy = [seed, *request.prompt.tolist(), *(request.region or ()), *closeup]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -405,11 +478,11 @@ def load_pixels(image: ImageLike) -> NDArray[np.uint8]:
     """Return the uint8 pixels (H, W, 3) of an image in any accepted form. Raises `InputError` for all others."""
     if not isinstance(image, Tensor):
         return read_image(image)
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise InputError(f"expected a tensor (3, H, W), got one of shape {tuple(image.shape)}")
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise InputError(f"expected a tensor (3, H, W) with pixels, got one of shape {tuple(image.shape)}")
     values = image.detach().cpu()
     if values.dtype != torch.uint8:
-        if not values.is_floating_point() or values.min() < 0 or values.max() > 1:
+        if not values.is_floating_point() or not ((values >= 0) & (values <= 1)).all():  # NaN is neither
             raise InputError("expected a tensor of uint8, or of floats in [0, 1]")
         values = (values.float() * 255).round().to(torch.uint8)
     return np.ascontiguousarray(values.permute(1, 2, 0).numpy())

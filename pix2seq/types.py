@@ -6,6 +6,7 @@ right edge of the last is `width`. Shapes use N objects and K keypoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,15 +47,20 @@ class Category:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Category:
-        """Read what `to_json` wrote."""
-        return cls(
-            label=value["label"],
-            id=value["id"],
-            name=value["name"],
-            keypoints=tuple(value.get("keypoints", ())),
-            skeleton=tuple((a, b) for a, b in value.get("skeleton", ())),
-            flip_pairs=tuple((a, b) for a, b in value["flip_pairs"]) if "flip_pairs" in value else None,
-        )
+        """Read what `to_json` wrote. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+        label, number, name = value["label"], value["id"], value["name"]
+        keypoints = tuple(value.get("keypoints", ()))
+        skeleton = tuple((a, b) for a, b in value.get("skeleton", ()))
+        flip_pairs = tuple((a, b) for a, b in value["flip_pairs"]) if "flip_pairs" in value else None
+        if type(label) is not int or type(number) is not int or label < 1:
+            raise ValueError(f"a class has label {label!r} and id {number!r}; expected whole numbers, labels from 1")
+        if not all(isinstance(text, str) for text in (name, *keypoints)):
+            raise ValueError(f"the class of label {label} has a name that is no text: {[name, *keypoints]}")
+        if not all(type(i) is int and 0 <= i < len(keypoints) for pair in skeleton for i in pair):
+            raise ValueError(f"the skeleton of {name!r} names other points than its {len(keypoints)} keypoints")
+        if not all(isinstance(text, str) for pair in flip_pairs or () for text in pair):
+            raise ValueError(f"the flip pairs of {name!r} must be names of its keypoints, got {flip_pairs}")
+        return cls(label, number, name, keypoints, skeleton, flip_pairs)
 
 
 def category_key(name: str) -> str:
@@ -97,8 +103,8 @@ class Caption:
     truncated: bool = False  # whether it was cut at the maximum length
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry for NAME.json."""
-        return {"text": self.text, "score": round(self.score, 6)}
+        """Return the entry for NAME.json; JSON has no minus infinity, the score of impossible words."""
+        return {"text": self.text, "score": round(self.score, 6) if math.isfinite(self.score) else None}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
-"""Runs that kill themselves at a chosen point, for test_kill.py; each runs in its own process."""
+"""Commands that kill themselves at a chosen point, for tests; each runs in its own process."""
 
 import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 import pix2seq.data.loader
+import pix2seq.files
 import pix2seq.training.checkpoint
 import pix2seq.training.loop
 from pix2seq.cli import main
 from pix2seq.data.samples import TrainingSet
+from pix2seq.infer.outputs import Outputs
 from pix2seq.predictor import Predictor
 from pix2seq.training.step import TrainingModel
 
@@ -22,13 +25,29 @@ KILL_POINTS = {
     "evaluating": (Predictor, "ask"),
     "saving": (pix2seq.training.checkpoint, "save_file"),
 }
+PREDICTION_POINTS = {
+    "asking": (Predictor, "ask"),
+    "noting in the journal": (Outputs, "_append"),
+    "writing a file": (pix2seq.files, "fsync_file"),
+    "replacing a file": (Path, "replace"),
+}
 
 
 def train(arguments, point=None, call=1, signum=signal.SIGKILL):
     """Run `pix2seq train`, with a signal right after call number `call` at a point. Exits with the command's code."""
+    run(["train", *arguments], None if point is None else KILL_POINTS[point], call, signum)
+
+
+def predict(arguments, point, call):
+    """Run `pix2seq predict`, killed right after call number `call` at a point."""
+    run(["predict", *arguments], PREDICTION_POINTS[point], call, signal.SIGKILL)
+
+
+def run(command, point, call, signum):
+    """Run a command, with a signal right after call number `call` of a function."""
     if point is None:
-        raise SystemExit(main(["train", *arguments]))
-    owner, name = KILL_POINTS[point]
+        raise SystemExit(main(command))
+    owner, name = point
     original = getattr(owner, name)
     calls = 0
 
@@ -41,7 +60,7 @@ def train(arguments, point=None, call=1, signum=signal.SIGKILL):
         return result
 
     with mock.patch.object(owner, name, dying):
-        raise SystemExit(main(["train", *arguments]))
+        raise SystemExit(main(command))
 
 
 def train_with_a_hanging_image(arguments, index):

@@ -43,8 +43,8 @@ def block(items: list[tuple[bytes, bytes]], restart_every: int) -> bytes:
     return bytes(data + struct.pack("<I", len(restarts or [0])))
 
 
-def write_bundle(prefix: Path, tensors: dict, *, num_shards: int = 1, keys_per_block: int = 7) -> None:
-    """Write arrays (or bytes, as a scalar string) as PREFIX.index and shards, assigned to shards in turn."""
+def write_bundle(prefix: Path, tensors: dict, *, num_shards: int = 1, keys_per_block: int = 7) -> dict[bytes, bytes]:
+    """Write arrays (or bytes, as a scalar string) as PREFIX.index and shards, in turn; return the index's entries."""
     entries = {}
     files = [open(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}", "wb") for shard in range(num_shards)]  # noqa: SIM115
     for index, key in enumerate(sorted(tensors)):
@@ -71,6 +71,12 @@ def write_bundle(prefix: Path, tensors: dict, *, num_shards: int = 1, keys_per_b
     for file in files:
         file.close()
     entries[b""] = b"\x08" + varint(num_shards) + b"\x1a\x02\x08\x01"
+    Path(f"{prefix}.index").write_bytes(index_table(entries, keys_per_block))
+    return entries
+
+
+def index_table(entries: dict[bytes, bytes], keys_per_block: int = 7) -> bytes:
+    """Return the content of PREFIX.index: keys and values as a table with the right checksums."""
     items = sorted(entries.items())
     out, index_items = bytearray(), []
 
@@ -84,8 +90,7 @@ def write_bundle(prefix: Path, tensors: dict, *, num_shards: int = 1, keys_per_b
         index_items.append((part[-1][0] + b"~", append(block(part, restart_every=3))))
     meta = append(block([], 1))
     footer = meta + append(block(index_items, 1))
-    out += footer.ljust(40, b"\x00") + struct.pack("<Q", 0xDB4775248B80FB57)
-    Path(f"{prefix}.index").write_bytes(bytes(out))
+    return bytes(out) + footer.ljust(40, b"\x00") + struct.pack("<Q", 0xDB4775248B80FB57)
 
 
 def norm(name, dim):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from pix2seq.data.check import check_dataset
 from pix2seq.data.dataset import find_splits, labels_by_name, open_dataset
 from pix2seq.data.formats.coco import CocoDataset
 from pix2seq.data.formats.voc import VocDataset
-from pix2seq.data.image import image_size, read_image
+from pix2seq.data.image import _strict_loading, image_size, read_image
 from pix2seq.errors import InputError
 from pix2seq.types import Category
 
@@ -158,6 +161,89 @@ def test_a_truncated_image_is_refused_even_if_pillow_would_accept_it(tmp_path, m
     with pytest.raises(InputError, match="damaged"):
         read_image(whole[: len(whole) // 2])
     assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_the_flag_of_pillow_is_restored_whichever_thread_leaves_last(monkeypatch):
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with _strict_loading:
+        with _strict_loading:
+            assert not ImageFile.LOAD_TRUNCATED_IMAGES
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES  # the first thread is still inside
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"])
+def test_eight_formats_are_opened(tmp_path, format):
+    path = tmp_path / "image"
+    Image.new("RGB", (30, 20), (200, 100, 50)).save(path, format)
+    pixels = read_image(path)
+    assert pixels.shape == (20, 30, 3)
+    assert np.abs(pixels.reshape(-1, 3).mean(0) - (200, 100, 50)).max() < 6
+    assert image_size(path) == (30, 20)
+
+
+@pytest.mark.parametrize(
+    "format", ["PPM", "PCX", "TGA", "SGI", "IM", "DDS", "ICO", "ICNS", "JPEG2000", "SPIDER", "EPS"]
+)
+def test_no_other_format_is_opened(tmp_path, format):
+    path = tmp_path / "holiday.jpg"
+    mode = "F" if format == "SPIDER" else "RGB"
+    Image.new(mode, (64, 64)).save(path, format)
+    for read in (read_image, image_size):
+        with pytest.raises(InputError, match="expected JPEG, MPO, PNG, WebP, TIFF, BMP, GIF or AVIF"):
+            read(path)
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    path = tmp_path / "bomb.png"
+    monkeypatch.setattr(Image.Image, "load", lambda *args: pytest.fail("it was decoded"))
+    for side in (13_000, 40_000):  # the second is more than Pillow itself opens
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        rows = chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b""))
+        with pytest.raises(InputError, match=r"limit (is|of) 134217728"):
+            read_image(path)
+
+
+def test_what_is_no_image_is_told_in_a_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for source in (
+        tmp_path / "pipe.png",
+        "/dev/zero",
+        "x" * 5000,
+        "nul\0",
+        "",
+        None,
+        5,
+        [1],
+        {},
+        np.zeros((2, 2, 5), np.uint8),
+    ):
+        with pytest.raises(InputError) as caught:
+            read_image(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path):
+    values = np.full((4, 4), 0.5, np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").tolist() == [[[128] * 3] * 4] * 4
+    for number in (NAN, float("inf")):
+        values[1, 2] = number
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(InputError, match="no finite numbers"):
+            read_image(tmp_path / "a.tif")
+
+
+def test_an_image_that_a_user_opened_is_decoded_as_strictly(tmp_path):
+    content = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(InputError, match="cannot be decoded"):
+        read_image(Image.open(io.BytesIO(content[: len(content) // 2])))
 
 
 # COCO

@@ -1,17 +1,28 @@
 """Asking: batched over everything that is asked, the same whatever else is asked, and old checkpoints open."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 from pix2seq import Pix2Seq, Predictor
+from pix2seq.data.image import read_image
 from pix2seq.errors import InputError
+from pix2seq.model.decoding.generate import GenerationConfig
 from pix2seq.model.pix2seq import Pix2Seq as Model
 from pix2seq.tasks.objects import Boxes
+from pix2seq.tasks.request import EncodedImage
+from pix2seq.types import Instance
 
 OLD = Path(__file__).parent / "fixtures" / "checkpoint-0.1"  # written by 14286fe: four tasks, random weights
 RNG = np.random.default_rng(3)
@@ -156,3 +167,221 @@ def test_objects_can_be_named_in_words(predictor):
         predictor.tasks["detection"].parse_about("person")
     with pytest.raises(InputError, match="2 images were given with 1"):
         predictor.ask("segmentation", IMAGES[:2], [Boxes([], "person")])
+
+
+BOX = [[1, 2, 30, 35]]
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda p: p.encode(None), "expected an image as a path"),
+        (lambda p: p.encode(5), "got int"),
+        (lambda p: p.encode([IMAGES[0]]), "got list"),
+        (lambda p: p.encode(b"no image"), "not a readable image"),
+        (lambda p: p.encode(np.zeros((0, 5, 3), np.uint8)), "no pixels"),
+        (lambda p: p.encode(np.zeros((5, 5, 3))), "expected an array of uint8"),
+        (lambda p: p.encode(torch.zeros(3, 0, 5)), "with pixels"),
+        (lambda p: p.encode(torch.zeros(3, 5)), "with pixels"),
+        (lambda p: p.encode(torch.full((3, 5, 5), float("nan"))), r"floats in \[0, 1\]"),
+        (lambda p: p.encode(torch.full((3, 5, 5), 1.5)), r"floats in \[0, 1\]"),
+        (lambda p: p.encode(torch.zeros(3, 5, 5, dtype=torch.int64)), r"floats in \[0, 1\]"),
+        (lambda p: p.encode_batch("a.jpg"), "expected a list of images, got one str"),
+        (lambda p: p.encode_batch(IMAGES[0]), "got one ndarray"),
+        (lambda p: p.ask("detection", IMAGES[0]), "got one ndarray"),
+        (lambda p: p.ask("detection", p.encode(IMAGES[0])), "got one EncodedImage"),
+        (lambda p: p.ask("telepathy", []), "not trained for telepathy"),
+        (lambda p: p.ask(None, []), "not trained for None"),
+        (lambda p: p.ask("segmentation", IMAGES[:1], "person"), "expected a list of what to ask about"),
+        (lambda p: p.ask("segmentation", IMAGES[:1], [5]), "asked about Boxes or a list of instances"),
+        (lambda p: p.ask("segmentation", IMAGES[:1], [["person"]]), "asked about Boxes or a list of instances"),
+        (lambda p: p.segment(IMAGES[0], [[1, 2, 3]], categories="person"), r"numbers \(N, 4\)"),
+        (lambda p: p.segment(IMAGES[0], [[1, 2, 3, 4], [1]], categories="person"), r"numbers \(N, 4\)"),
+        (lambda p: p.segment(IMAGES[0], "abcd", categories="person"), r"numbers \(N, 4\)"),
+        (lambda p: p.segment(IMAGES[0], [[10**400, 2, 3, 4]], categories="person"), r"numbers \(N, 4\)"),
+        (lambda p: p.segment(IMAGES[0], [[1, 2, float("nan"), 4]], categories="person"), "finite"),
+        (lambda p: p.segment(IMAGES[0], [[5, 5, 1, 1]], categories="person"), "x1 > x0"),
+        (lambda p: p.segment(IMAGES[0], [[500, 5, 510, 9]], categories="person"), "inside the image"),
+        (lambda p: p.segment(IMAGES[0], BOX, categories=3), "categories must be a name"),
+        (lambda p: p.segment(IMAGES[0], BOX, categories=[3]), "categories must be a name"),
+        (lambda p: p.segment(IMAGES[0], BOX, categories=["person"] * 2), "with 2 categories"),
+        (lambda p: p.segment(IMAGES[0], BOX, categories="unicorn"), "unknown category 'unicorn'"),
+        (lambda p: p.segment(IMAGES[0], BOX), "boxes need categories"),
+        (lambda p: p.segment(IMAGES[0], [instance(p), [1, 2, 3, 4]]), "boxes mix 1 instances with others"),
+        (lambda p: p.predict(IMAGES[0], ["telepathy"]), "not trained for telepathy"),
+        (lambda p: p.predict_batch(IMAGES[:1], "detection"), "expected a list of tasks"),
+        (lambda p: p.predict_batch(IMAGES[:1], ["detection"], {"telepathy": [1]}), "not trained for telepathy"),
+        (lambda p: p.predict_batch(IMAGES[:2], ["segmentation"], {"segmentation": [[]]}), "2 images were given with 1"),
+        *[(lambda p, seed=seed: p.detect(IMAGES[0], seed=seed), "seed is") for seed in (2**64, -1, 1.5, None, "1")],
+        (lambda p: p.configure(num_objects=0), "at least 1|from 1"),
+        (lambda p: p.configure(num_objects="many"), "settings of detection cannot be used"),
+        (lambda p: p.configure(top_p=float("nan")), "cannot be used"),
+        (lambda p: Predictor("a folder"), "expected a Pix2Seq, got str"),
+        (lambda p: p.detect(EncodedImage(torch.zeros(4, 16), IMAGES[0], (32, 32))), "encoded by another model"),
+        (lambda p: p.detect(EncodedImage(torch.zeros(4, 8), IMAGES[0], (64, 64))), "encoded by another model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_asked_is_refused_in_a_line(predictor, ask, message):
+    with pytest.raises(InputError, match=message) as caught:
+        ask(predictor)
+    assert "\n" not in str(caught.value)
+
+
+def instance(predictor, **changes):
+    category = predictor.model.categories[0]
+    return Instance(**{"box_xyxy": (1.0, 2.0, 30.0, 35.0), "category": category, "score": 0.5} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"box_xyxy": (float("nan"), 0, 5, 5)}, "finite"),
+        ({"box_xyxy": (0, 0, float("inf"), 5)}, "finite"),
+        ({"box_xyxy": (9, 9, 5, 5)}, "x1 > x0"),
+        ({"box_xyxy": (0, 0, 5)}, r"numbers \(N, 4\)"),
+        ({"box_xyxy": (-90, 0, -5, 5)}, "inside the image"),
+        ({"score": float("nan")}, "scores from 0 to 1"),
+        ({"score": 1.5}, "scores from 0 to 1"),
+    ],
+)
+def test_instances_are_checked_like_boxes(predictor, changes, message):
+    for task in ("segmentation", "keypoint"):
+        with pytest.raises(InputError, match=message):
+            predictor.ask(task, IMAGES[:1], [[instance(predictor), instance(predictor, **changes)]])
+
+
+def test_instances_are_clipped_to_the_image_and_keep_the_rest(predictor):
+    image = predictor.encode(IMAGES[0])  # 60 pixels wide, 40 high
+    given = instance(predictor, box_xyxy=(-5.0, 2.0, 99.0, 99.0), mask_score=0.25)
+    (checked,) = predictor.tasks["segmentation"].check_about(image, [given])
+    assert (checked.box_xyxy, checked.score, checked.mask_score) == ((0, 2, 60, 40), 0.5, 0.25)
+
+
+def test_empty_lists_give_empty_lists(predictor):
+    assert predictor.encode_batch([]) == []
+    assert predictor.ask("detection", []) == predictor.ask("segmentation", [], []) == []
+    assert predictor.predict_batch([], ["detection", "captioning"]) == []
+    assert predictor.predict(IMAGES[0], []).instances == []
+    assert predictor.segment(IMAGES[0], []) == predictor.segment(IMAGES[0], np.zeros((0, 4))) == []
+
+
+def test_a_model_in_training_mode_is_not_asked(predictor):
+    image = predictor.encode(IMAGES[0])
+    before = predictor.detect(image)
+    predictor.model.decoder.train()  # a part is enough
+    for ask in (lambda: predictor.detect(image), lambda: predictor.encode(IMAGES[0])):
+        with pytest.raises(InputError, match=r"training mode.*model\.eval"):
+            ask()
+    predictor.model.eval()
+    assert all(same(a, b) for a, b in zip(predictor.detect(image), before, strict=True))
+
+
+def test_answers_longer_than_the_model_are_refused_when_it_is_opened():
+    model = Pix2Seq.from_pretrained(OLD)
+    model.task_settings["detection"]["max_objects"] = 1000
+    with pytest.raises(InputError, match=r"config.json needs sequences of 5002 tokens.*lower detection.max_objects"):
+        Predictor(model)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.encode(torch.zeros(3, 32, 32)),
+        lambda m: m.encode(torch.zeros(1, 4, 32, 32)),
+        lambda m: m.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.zeros(2, 1, dtype=torch.int64)),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1)),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.tensor([[-1]])),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.tensor([[10**6]])),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.tensor(10)),
+        lambda m: m(torch.zeros(1, 3, 32, 32), torch.full((1, 65), 10)),
+        lambda m: m.generate(torch.zeros(1, 4, 9), torch.tensor([[10]]), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4), torch.tensor([[10]]), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([10]), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10.0]]), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10**6]]), max_new_tokens=5),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=0),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=10**12),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=5, num_samples=0),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=5, temperature=float("nan")),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=5, top_p=0.0),
+        lambda m: m.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=5, top_k=-1),
+        lambda m: m.generate_mixed(torch.zeros(1, 4, 8), [torch.tensor([[10]])], [GenerationConfig(5)]),
+        lambda m: m.generate_mixed(torch.zeros(1, 4, 8), [torch.tensor([10])], [GenerationConfig(64 + 1)]),
+    ],
+)
+def test_the_model_says_what_it_does_not_accept(call):
+    with pytest.raises(ValueError, match=r"must|needs|longer|at least"):
+        call(Pix2Seq.from_pretrained(OLD))
+
+
+def test_the_last_token_of_the_longest_sequence_is_generated():
+    model = Pix2Seq.from_pretrained(OLD)
+    out = model.generate(torch.zeros(1, 4, 8), torch.tensor([[10]]), max_new_tokens=64, eos_id=None)
+    assert out.tokens.shape == (1, 64)
+
+
+def test_eight_threads_answer_as_one_and_leave_the_process_as_it_was(predictor, tmp_path, monkeypatch):
+    paths = []
+    for i, pixels in enumerate(IMAGES * 4):
+        paths.append(tmp_path / f"{i}{('.png', '.tif')[i % 2]}")
+        Image.fromarray(pixels).save(paths[-1])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    filters = list(warnings.filters)
+
+    def answer(path):
+        with pytest.raises(InputError, match="damaged"):
+            read_image(tmp_path / "cut.png")
+        return predictor.predict(path, ["detection", "captioning"]).to_json()
+
+    alone = [answer(path) for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(answer, paths)) == alone
+    assert warnings.filters == filters
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(2)
+from pix2seq import Pix2Seq, Predictor
+predictor = Predictor(Pix2Seq.from_pretrained(sys.argv[1]))
+# Large enough that both threads take part, in the parent and in the child.
+image = (torch.arange(3 * 600 * 600) % 251).to(torch.uint8).view(3, 600, 600)
+large = torch.rand(700, 700)
+(large @ large).sigmoid_()
+expected = [found.to_json() for found in predictor.detect(image)]
+encoded = predictor.encode(image)
+children = []
+for ask in (lambda: predictor.detect(image), lambda: predictor.detect(encoded)):
+    children.append(os.fork())
+    if not children[-1]:
+        found = ask()
+        (large @ large).sigmoid_()
+        os._exit(0 if [each.to_json() for each in found] == expected and torch.get_num_threads() == 1 else 1)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_answers_as_its_parent():
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(OLD)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.communicate(timeout=120)[0] == "[0, 0] 2\n"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_predictor_on_a_gpu_is_refused_after_a_fork(predictor, monkeypatch):
+    monkeypatch.setattr(Pix2Seq, "device", torch.device("cuda"))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(InputError, match="came through a fork"):
+        predictor.encode(IMAGES[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Callable
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine
 from pix2seq.types import ImageRecord
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit; 512 MiB as RGB
+MAX_PIXELS = 2**27  # 134 megapixels, 384 MiB as RGB; more than cameras take
+# What Pillow may open. Left out are formats that start other programs (EPS) or that nobody means by an image file.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # JPEG includes MPO
+FORMAT_NAMES = "JPEG, MPO, PNG, WebP, TIFF, BMP, GIF or AVIF"
 BACKGROUND = (255, 255, 255)  # behind transparent pixels, as in most viewers and browsers
 PAD_VALUE = 0.3  # grey level around images that do not fill the output, as published
 
@@ -29,27 +34,21 @@ _ORIENTATION_TAG = 0x0112
 def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> NDArray[np.uint8]:
     """Read pixels (H, W, 3) from a path, encoded bytes, PIL image or uint8 array.
 
-    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). EXIF orientation is applied unless `upright` is
-    false, transparent pixels are blended with white, 16-bit and float greys are scaled to 8 bits, and an
-    animation gives its first frame. Raises `InputError` for a missing file, anything that is not an image,
-    a truncated image, or one of more than `max_pixels` (checked in the header, before decoding).
+    Files are of one of the `FORMATS`, arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). EXIF orientation is
+    applied unless `upright` is false, transparent pixels are blended with white, 16-bit and float greys are scaled
+    to 8 bits, and an animation gives its first frame. Raises `InputError` for a missing file, anything that is not
+    an image, a truncated image, or one of more than `max_pixels` (checked in the header, before decoding).
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        _check_size(source, "the image", max_pixels)
-        return _to_rgb(source, upright)
+        _check_size(source.size, "the image", max_pixels)
+        return _decode(source, None, "the image", upright)
+    if not isinstance(source, str | Path | bytes):
+        raise InputError(f"expected an image as a path, bytes, PIL image or uint8 array, got {type(source).__name__}")
     name = "the image" if isinstance(source, bytes) else str(source)
     with _open(source, name, max_pixels) as image:
-        try:
-            pixels = _decode_jpeg(image, source)
-            if pixels is not None:
-                return _upright(pixels, _orientation(image) if upright else 1)
-            _load_strictly(image)
-            return _to_rgb(image, upright)
-        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{name} cannot be decoded: {reason}; the file is damaged, replace it") from error
+        return _decode(image, source, name, upright)
 
 
 class SizeMismatchError(InputError):
@@ -83,6 +82,23 @@ def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
     with _open(path, str(path), None) as image:
         width, height = image.size
         return (height, width) if upright and _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def batch_by_pixels(
+    sizes: Sequence[tuple[int, int]], batch_size: int, *, max_pixels: int = MAX_PIXELS
+) -> Iterator[range]:
+    """Split images of these sizes (width, height) into ranges of indices, to be held in memory side by side.
+
+    A range has at most `batch_size` images, and several images only if they have at most `max_pixels` together.
+    """
+    start = pixels = 0
+    for index, (width, height) in enumerate(sizes):
+        pixels += width * height
+        if index > start and (index - start == batch_size or pixels > max_pixels):
+            yield range(start, index)
+            start, pixels = index, width * height
+    if sizes:
+        yield range(start, len(sizes))
 
 
 def warp_image(image: NDArray[np.uint8], affine: Affine, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -123,37 +139,61 @@ def pad_image(pixels: NDArray[np.uint8], corner: tuple[int, int], size: tuple[in
 
 
 def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Image.Image:
+    """Open an image file; its size is read and, with `max_pixels`, checked, its pixels are not read yet."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about sizes, which we check below, and about broken metadata beside intact pixels.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if not isinstance(source, bytes) and not stat.S_ISREG(mode := os.stat(source).st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"  # reading from a pipe could wait forever
+            raise InputError(f"{name} is {kind}; name an image file")
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{name} is a folder; name an image file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not a readable image; expected JPEG, PNG, WebP, TIFF, BMP or GIF") from None
-    except Image.DecompressionBombError:
+        raise InputError(f"{name} is not a readable image; expected {FORMAT_NAMES}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{name} has more pixels than the limit of {max_pixels or MAX_PIXELS}; resize it") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name} cannot be opened: {reason}; expected a readable image file") from error
+    except Exception as error:  # what Pillow raises on damaged headers has no common type
+        raise InputError(f"{name} cannot be opened: {_reason(error)}; expected a readable image file") from error
     if max_pixels is not None:
         try:
-            _check_size(image, name, max_pixels)
+            _check_size(image.size, name, max_pixels)
         except InputError:
             image.close()
             raise
     return image
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that the installed Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise InputError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in total; resize it")
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); replace it")
+
+
+def _decode(image: Image.Image, source: str | Path | bytes | None, name: str, upright: bool) -> NDArray[np.uint8]:
+    """Decode an open image, which came from `source`, to pixels (H, W, 3)."""
+    try:
+        pixels = None if source is None else _decode_jpeg(image, source)
+        if pixels is not None:
+            return _upright(pixels, _orientation(image) if upright else 1)
+        with _strict_loading:
+            image.load()
+        return _to_rgb(image, upright)
+    except Exception as error:  # what Pillow's decoders raise on damaged content has no common type
+        raise InputError(f"{name} cannot be decoded: {_reason(error)}; the file is damaged, replace it") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _decode_jpeg(image: Image.Image, source: str | Path | bytes) -> NDArray[np.uint8] | None:
@@ -186,15 +226,31 @@ def _turbo() -> Callable[[bytes], NDArray[np.uint8]] | None:
     return simplejpeg.decode_jpeg
 
 
-def _load_strictly(image: Image.Image) -> None:
-    # Other libraries set this flag for the whole process; Pillow then accepts truncated images.
-    tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+class _StrictLoading:
+    """While a thread is inside, Pillow refuses truncated images, even if another library made it accept them.
+
+    Pillow's flag belongs to the whole process: the first thread in turns it off, the last one out restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._tolerant = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._tolerant
+
+
+_strict_loading = _StrictLoading()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -237,13 +293,14 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale greys of more than 8 bits: 16 bits by 257, others from their minimum to their maximum."""
     values = np.asarray(image).astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if not np.isfinite(values).all():
+        raise ValueError("some of its pixels are no finite numbers")
+    low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I") and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0 if image.mode.startswith("I;16") or high > 255 else 255.0
     elif image.mode == "F" and low >= 0 and high <= 255:
         low, high = 0.0, 1.0 if high <= 1 else 255.0
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)
+    scaled = (values - low) / max(high - low, 1e-12)
     return Image.fromarray(np.rint(scaled * 255).clip(0, 255).astype(np.uint8))
 
 

@@ -7,7 +7,7 @@ V vocabulary size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pix2seq.errors import InputError
+from pix2seq.files import report_write_errors
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
@@ -137,12 +138,17 @@ class Pix2Seq(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W), floats in [0, 1], as memory (B, N, D).
 
-        H and W must be those of `config.image_size` or divisible by the encoder's stride.
+        H and W must be those of `config.image_size` or divisible by the encoder's stride. Raises `ValueError` for
+        tensors of other shapes or types; the range of the values is not checked.
         """
         return self.encode_with_maps(images)[0]
 
     def encode_with_maps(self, images: Tensor) -> tuple[Tensor, Maps]:
         """Return what `encode` does, and the maps for `look_closer`; none if the encoder makes no closeups."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats (B, 3, H, W) in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
+            )
         stride = self.encoder.stride
         height, width = images.shape[-2:]
         if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
@@ -180,6 +186,9 @@ class Pix2Seq(nn.Module):
 
     def hidden(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return hidden states (B * I, T, D) before the output layer, for losses that need few logits."""
+        if tokens.ndim not in (2, 3) or len(tokens) != len(images):
+            raise ValueError(f"tokens must be (B, T) or (B, I, T) of {len(images)} images, got {tuple(tokens.shape)}")
+        self._check_ids(tokens)
         return self.decoder(tokens.reshape(-1, tokens.shape[-1]), self.encode(images))
 
     def generate(
@@ -194,10 +203,13 @@ class Pix2Seq(nn.Module):
         """Continue prompts (B, P) or (B, I, P) on images (B, 3, H, W) or memory (B, N, D), all in the same way.
 
         `settings` are the fields of `GenerationConfig`: `max_new_tokens`, `temperature`, `top_p`, `grammar` and others.
-        See `pix2seq.model.decoding.generate.generate`.
+        See `pix2seq.model.decoding.generate.generate`. Raises `ValueError` for tensors of other shapes or types, and
+        for settings that are out of range or need longer sequences than the model has.
         """
-        with torch.inference_mode():
-            memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
+        if prompt.ndim not in (2, 3):
+            raise ValueError(f"prompts must be (B, P) or (B, I, P), got {tuple(prompt.shape)}")
+        self._check_generation([prompt.flatten()], [GenerationConfig(**settings)], prompt.shape[-1])
+        memory = self._memory(images_or_memory)
         prompt = prompt.to(memory.device)
         return generate(self.decoder, memory, prompt, num_samples=num_samples, generator=generator, **settings)
 
@@ -214,10 +226,10 @@ class Pix2Seq(nn.Module):
         """Continue prompts (P,) of any lengths and tasks side by side, each by its own config.
 
         Prompt i reads image or memory `memory_index[i]`; by default, all images have the same number of prompts, in
-        the order of images. See `pix2seq.model.decoding.generate.generate_mixed`.
+        the order of images. See `pix2seq.model.decoding.generate.generate_mixed`. Raises `ValueError` as `generate`.
         """
-        with torch.inference_mode():
-            memory = self.encode(images_or_memory) if images_or_memory.ndim == 4 else images_or_memory
+        self._check_generation(prompts, configs)
+        memory = self._memory(images_or_memory)
         return generate_mixed(
             self.decoder,
             memory,
@@ -228,16 +240,45 @@ class Pix2Seq(nn.Module):
             generator=generator,
         )
 
+    def _memory(self, images_or_memory: Tensor) -> Tensor:
+        """Return memory (B, N, D) as it is, or that of images (B, 3, H, W)."""
+        width = self.decoder.token_embedding.weight.shape[1]
+        if images_or_memory.ndim == 3 and images_or_memory.shape[-1] != width:
+            raise ValueError(f"memory must be (B, N, {width}), got shape {tuple(images_or_memory.shape)}")
+        with torch.inference_mode():
+            return images_or_memory if images_or_memory.ndim == 3 else self.encode(images_or_memory)
+
+    def _check_generation(
+        self, prompts: Sequence[Tensor], configs: Sequence[GenerationConfig], length: int | None = None
+    ) -> None:
+        """Raise `ValueError` if prompts, of `length` tokens if given, or their continuations do not fit the model."""
+        for prompt in prompts:
+            if prompt.ndim != 1 or not len(prompt):
+                raise ValueError(f"a prompt needs at least one token, got shape {tuple(prompt.shape)}")
+        if prompts:
+            self._check_ids(torch.cat(list(prompts)))
+        for prompt, config in zip(prompts, configs, strict=False):  # their number is checked later
+            # The last token is not read.
+            self.decoder.check_length((len(prompt) if length is None else length) + config.max_new_tokens - 1)
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        size = self.config.vocab.size
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be ids, got {tokens.dtype}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise ValueError(f"ids must lie in 0 to {size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors and the text tokenizer, if any; create the folder if needed.
 
         Floating-point weights are stored as `dtype`; a model that is loaded has float32 again. Raises `InputError` if
-        one is too large for it.
+        one is too large for it, the disk is full or the folder cannot be written to.
         """
         weights = {name: as_stored(name, tensor, dtype) for name, tensor in self.state_dict().items()}
-        write_checkpoint(Path(folder), self.config_json(), weights)
-        if self.text is not None:
-            self.text.save(Path(folder))
+        with report_write_errors(Path(folder), "saving a model", then="save it again"):
+            write_checkpoint(Path(folder), self.config_json(), weights)
+            if self.text is not None:
+                self.text.save(Path(folder))
 
     def config_json(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -252,30 +293,62 @@ class Pix2Seq(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Pix2Seq:
         """Load a model from a folder with config.json and model.safetensors, in evaluation mode on the CPU.
 
-        Raises `InputError` if a file is missing or damaged, or if the weights do not fit the config.
+        Raises `InputError` if a file is missing or damaged, if a value is out of range, or if the weights do not fit
+        the config or are not finite. Nothing of the folder is executed.
         """
         folder = Path(folder)
         config, categories, task_settings = read_config(folder)
         text = load_text_tokenizer(folder) if has_text_tokenizer(folder) else None
+        if text is not None and text.size > config.vocab.num_text:
+            raise InputError(
+                f"the text tokenizer in {folder} has {text.size} ids, but the vocabulary in {CONFIG_FILE} holds "
+                f"{config.vocab.num_text}; use the files of one checkpoint"
+            )
+        weights = read_weights(folder / WEIGHTS_FILE)
+        _check_fit(config, weights, folder)
         model = build_model(config, categories, text, load_pretrained=False)
         model.task_settings = task_settings
-        weights = read_weights(folder / WEIGHTS_FILE)
-        expected = model.state_dict()
-        problems = [f"{name} missing" for name in sorted(expected.keys() - weights.keys())]
-        problems += [f"{name} unknown" for name in sorted(weights.keys() - expected.keys())]
-        problems += [
-            f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & weights.keys())
-            if weights[name].shape != expected[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise InputError(
-                f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}; "
-                "use the two files of one checkpoint"
-            )
         model.load_state_dict(weights)
+        broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"{folder / WEIGHTS_FILE} holds numbers that are not finite in {broken[0]} and {len(broken) - 1} other "
+                "tensors; use an earlier checkpoint"
+            )
         return model.eval()
+
+
+def _check_fit(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise `InputError` unless the weights are those of the model that the config describes.
+
+    The model is built without data, so that no number in the config decides about memory before it fits the weights.
+    """
+    encoder = config.encoder
+    own_layers = encoder.num_layers + encoder.stem_blocks if encoder.name in ("vit", "resnet") else 0
+    try:
+        if config.decoder.num_layers + own_layers > len(weights):  # building as many would take minutes
+            raise ValueError(f"{config.decoder.num_layers} + {own_layers} layers for {len(weights)} tensors")
+        with torch.device("meta"):
+            expected = build_model(config, load_pretrained=False).state_dict()
+    except Exception as error:  # timm's hundreds of models, and torch, refuse bad sizes each in their own way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{folder / CONFIG_FILE} describes no model that can be built: {reason}; use a folder that training wrote"
+        ) from error
+    problems = [f"{name} missing" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"{name} unknown" for name in sorted(weights.keys() - expected.keys())]
+    for name in sorted(expected.keys() & weights.keys()):
+        found, wanted = weights[name], expected[name]
+        if found.shape != wanted.shape:
+            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        elif found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
+            problems.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}; "
+            "use the two files of one checkpoint"
+        )
 
 
 def build_model(

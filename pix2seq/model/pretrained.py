@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pix2seq.errors import InputError
-from pix2seq.files import find_damage
+from pix2seq.files import find_damage, fsync_file, read_json, write_atomically
 from pix2seq.model.config import ModelConfig
 from pix2seq.types import Category
 
@@ -38,13 +38,16 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises `InputError` if there is none with intact weights. `load_checkpoint` checks the training state.
     """
-    folder = existing_folder(path)
-    if (folder / CONFIG_FILE).is_file():
-        damage = find_damage(folder, ignore=STATE_FILES)
-        if damage is not None:
-            raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
-        return folder
-    newest = newest_checkpoint(path, weights_only=True)
+    try:
+        folder = existing_folder(path)
+        if (folder / CONFIG_FILE).is_file():
+            damage = find_damage(folder, ignore=STATE_FILES)
+            if damage is not None:
+                raise InputError(f"checkpoint {path} is damaged: {damage}; give another one")
+            return folder
+        newest = newest_checkpoint(path, weights_only=True)
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}); give another one") from None
     if newest is None:
         reason = f"holds neither {CONFIG_FILE} nor checkpoints/step-*"
         if not path.is_dir():
@@ -78,27 +81,41 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[str, dict[str, Any]]]:
-    """Read model settings, categories and task settings from config.json. Raises `InputError` if it is unreadable."""
+    """Read model settings, categories and task settings from config.json.
+
+    Raises `InputError` if it is unreadable, of a newer format, or has a value that is out of range.
+    """
     path = folder / CONFIG_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("format", FORMAT) > FORMAT:
-            raise InputError(
-                f"{path} has format {content['format']}, this release reads up to {FORMAT}; install a newer pix2seq"
-            )
+        content = read_json(path)
+        stored = content.get("format", FORMAT)
+        if type(stored) is not int or stored < 1:
+            raise ValueError(f"format is {stored!r}; expected a whole number from 1")
+        if stored > FORMAT:
+            raise InputError(f"{path} has format {stored}, this release reads up to {FORMAT}; install a newer pix2seq")
+        tasks = content.get("tasks", {})
+        if not isinstance(tasks, dict) or not all(isinstance(settings, dict) for settings in tasks.values()):
+            raise ValueError("tasks is no mapping of names to settings")
+        if not isinstance(content["categories"], list):
+            raise ValueError("categories is no list")
+        if "${" in json.dumps([content["model"], tasks]):  # OmegaConf would put in variables of the environment
+            raise ValueError("its settings hold ${...}, which a checkpoint cannot refer to")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content["model"]))
+        assert isinstance(config, ModelConfig)
         categories = tuple(Category.from_json(entry) for entry in content["categories"])
+        labels = [category.label for category in categories]
+        if len(set(labels)) < len(labels) or max(labels, default=0) > config.vocab.max_label:
+            raise ValueError(f"its classes need distinct labels from 1 to {config.vocab.max_label}, got {labels}")
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not a checkpoint: it has no {CONFIG_FILE}; give a folder that training or convert wrote"
         ) from None
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OmegaConfBaseException) as error:
+        reason = f"{error} is missing" if type(error) is KeyError else str(error).partition("\n")[0]
         raise InputError(f"{path} is not a valid model config: {reason}; use a folder that training wrote") from error
-    assert isinstance(config, ModelConfig)
-    return config, categories, content.get("tasks", {})
+    return config, categories, tasks
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -123,15 +140,24 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write the two files that `Pix2Seq.from_pretrained` reads; `config` comes from `Pix2Seq.config_json`."""
+    """Write the two files that `Pix2Seq.from_pretrained` reads; `config` comes from `Pix2Seq.config_json`.
+
+    Files that they replace stay whole until the new ones are complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # safetensors creates files that only their owner can read.
-    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
+    partial = folder / ".partial-weights"  # no name that a check of the folder would take for weights
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+        fsync_file(partial)
+        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        # safetensors creates files that only their owner can read.
+        partial.chmod((folder / CONFIG_FILE).stat().st_mode)
+        partial.replace(folder / WEIGHTS_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def existing_folder(folder: Path) -> Path:
     """Return a checkpoint's folder, or the previous one that an interrupted save left behind."""
-    old = folder.with_name(f".old-{folder.name}")
+    old = folder.parent / f".old-{folder.name}"
     return old if not folder.exists() and old.exists() else folder

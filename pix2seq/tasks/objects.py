@@ -196,10 +196,25 @@ class ObjectTask(Task[Config]):
         """Bring `Boxes`, or instances of any model, to instances of this model's classes, clipped to the image."""
         if isinstance(about, Boxes):
             return self._instances(image.size, about)
-        return [replace(instance, category=self._category(instance.category.name)) for instance in about]
+        if not isinstance(about, Sequence) or not all(isinstance(each, Instance) for each in about):
+            raise InputError(f"{self.name} is asked about Boxes or a list of instances, got {type(about).__name__}")
+        boxes = Boxes(
+            [each.box_xyxy for each in about],
+            [each.category.name for each in about],
+            [each.score for each in about],
+        )
+        checked = self._instances(image.size, boxes)
+        return [
+            replace(each, box_xyxy=known.box_xyxy, category=known.category)
+            for each, known in zip(about, checked, strict=True)
+        ]
 
     def _instances(self, size: tuple[int, int], boxes: Boxes) -> list[Instance]:
-        corners = np.asarray(boxes.xyxy, np.float64)
+        try:
+            corners = np.asarray(boxes.xyxy, np.float64)
+            scores = np.ones(len(corners)) if boxes.scores is None else np.asarray(boxes.scores, np.float64)
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # ragged, no numbers, a tensor on a GPU
+            raise InputError("boxes must be numbers (N, 4) as x0, y0, x1, y1, and their scores numbers (N,)") from None
         if not corners.size:
             return []
         if corners.ndim != 2 or corners.shape[1] != 4 or not np.isfinite(corners).all():
@@ -207,15 +222,19 @@ class ObjectTask(Task[Config]):
         corners = np.clip(corners, 0, np.tile(size, 2))
         if not (corners[:, 2:] > corners[:, :2]).all():
             raise InputError("boxes must have x1 > x0 and y1 > y0, in pixels and inside the image")
+        if scores.shape != (len(corners),) or not ((scores >= 0) & (scores <= 1)).all():
+            raise InputError(f"{len(corners)} boxes need as many scores from 0 to 1, got {boxes.scores}")
         if boxes.categories is None and len(self.categories) > 1:
             raise InputError("boxes need categories: one name for all of them, or one for each")
         names = next(iter(self.categories.values())).name if boxes.categories is None else boxes.categories
-        listed = [names] * len(corners) if isinstance(names, str) else list(names)
+        listed = [names] * len(corners) if isinstance(names, str) else names
+        if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+            raise InputError(f"categories must be a name for all boxes, or a list with one for each, got {names!r}")
         if len(listed) != len(corners):
             raise InputError(f"{len(corners)} boxes were given with {len(listed)} categories; give one for each")
         return [
-            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self._category(name), score)
-            for b, name, score in zip(corners, listed, boxes.scores or [1.0] * len(corners), strict=True)
+            Instance((float(b[0]), float(b[1]), float(b[2]), float(b[3])), self._category(name), float(score))
+            for b, name, score in zip(corners, listed, scores, strict=True)
         ]
 
     def _category(self, name: str) -> Category:

@@ -191,25 +191,26 @@ class Task(ABC, Generic[Config]):
     @classmethod
     def from_model(cls, model: Pix2Seq) -> Self:
         """Return the task as a checkpoint's config.json describes it."""
-        structure = OmegaConf.structured(cls.config_type)
-        try:
-            config = OmegaConf.to_object(OmegaConf.merge(structure, model.task_settings[cls.name]))
-        except (OmegaConfBaseException, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"this checkpoint's settings of {cls.name} cannot be used: {reason}") from None
-        return cls(config, model.config.vocab, model.categories, model.text)  # type: ignore[arg-type]
+        config = cls._changed(cls.config_type, model.task_settings[cls.name], "this checkpoint's settings")
+        return cls(config, model.config.vocab, model.categories, model.text)
 
     def settings(self) -> dict[str, Any]:
         """Return what a checkpoint must remember, for `from_model`."""
         return asdict(self.config)
 
     def with_settings(self, **changes: Any) -> Self:
-        """Return the same task with other settings. Raises `InputError` for a value outside its range."""
-        try:
-            config = replace(self.config, **changes)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        """Return the same task with other settings. Raises `InputError` if one has a wrong type or range."""
+        config = self._changed(self.config, changes, "settings")
         return type(self)(config, self.vocab, tuple(self.categories.values()), self.text)
+
+    @classmethod
+    def _changed(cls, config: TaskConfig | type[TaskConfig], changes: Mapping[str, Any], whose: str) -> Any:
+        """Return a config, or the defaults of its type, with `changes` of the right types and ranges."""
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
+        except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{whose} of {cls.name} cannot be used: {reason}") from None
 
 
 def numbered_categories(vocab: Vocab) -> tuple[Category, ...]:

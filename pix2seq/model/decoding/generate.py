@@ -10,6 +10,7 @@ already generate. Column c of a row is the c-th token after the first step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,11 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):  # NaN is none of these
+            raise ValueError(
+                f"sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1], got temperature={self.temperature}, "
+                f"top_k={self.top_k}, top_p={self.top_p}"
+            )
 
     def is_scored(self, step: int) -> bool:
         """Return whether a step, counted from 0, is scored."""
