@@ -1,11 +1,13 @@
 """The stream of micro-batches: the same with and without workers, and no worker that dies, hangs or stays."""
 
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from itertools import islice
 
 import cv2
@@ -16,6 +18,23 @@ from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """Break a test that hangs after a minute, also inside a destructor, which swallows exceptions."""
+    late = []
+
+    def on_alarm(signum, frame):
+        late.append(traceback.format_stack(frame))
+        raise TimeoutError("the test took a minute")
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert not late, "".join(late[0])
 
 
 class Numbers:
@@ -163,6 +182,22 @@ def test_an_error_comes_after_the_batches_before_it_however_late_they_are(kind):
     assert next(stream).image_ids == {"numbers": tuple(first)}
     with pytest.raises(kind, match="a bad image"):
         next(stream)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers inherit a patch by fork only")
+def test_a_worker_killed_with_the_lock_of_the_loader_does_not_hang_the_run(monkeypatch):
+    real = multiprocessing.synchronize.Event.is_set
+
+    def slow(self):  # workers look at an event of the loader before each batch
+        if multiprocessing.parent_process() is not None:
+            with self._cond:
+                time.sleep(1000)
+        return real(self)
+
+    monkeypatch.setattr(multiprocessing.synchronize.Event, "is_set", slow)
+    with pytest.raises(InputError, match="no batch came"):
+        take(1, num_workers=2, timeout=1.5)
     assert not multiprocessing.active_children()
 
 

@@ -144,7 +144,7 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
     # PyTorch's handler raises in the main thread when a worker dies, even while it writes a checkpoint.
     child_handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     with _block_signals(), _single_opencv_thread():
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
     if child_handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, child_handler)
     workers = [child for child in multiprocessing.active_children() if child not in before]
@@ -158,6 +158,11 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
         _kill(workers)  # a worker may hang
         raise
     finally:
+        if any(worker.exitcode for worker in workers):
+            _kill(workers)
+            # A worker that was killed while it looked at this event keeps the lock of the event. The loader sets the
+            # event when it ends, and would wait for that lock forever.
+            iterator._workers_done_event = threading.Event()
         del iterator  # gives the workers a few seconds to end
         _kill(workers)
         atexit.unregister(at_exit)
