@@ -14,6 +14,7 @@ from pix2seq.files import read_regular
 MAX_BYTES = 1 << 17  # of a file of settings
 MAX_VALUES = 10_000  # in it, where a value counts as often as aliases repeat it
 MAX_DEPTH = 20
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,16 +50,16 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_size(node)
+        _check(node)
         return _number(loader.construct_document(node))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except (yaml.YAMLError, LookupError) as error:  # `!!bool x` and `!!int ""` are lookups that fail in PyYAML
+        raise ValueError(" ".join(str(error).split()) or "a value does not fit its tag") from None
 
 
-def _check_size(node: yaml.Node) -> None:
-    """Raise `ValueError` if a node holds too many values where its aliases are written out, or is nested too deeply."""
+def _check(node: yaml.Node) -> None:
+    """Raise `ValueError` for a node of too many values where aliases are written out, too deep, or of another tag."""
     pending, count = [(node, 1)], 0
     while pending:
         node, depth = pending.pop()
@@ -68,6 +69,8 @@ def _check_size(node: yaml.Node) -> None:
                 f"it has more than {MAX_VALUES} values, where aliases count each time, or is nested more than "
                 f"{MAX_DEPTH} deep"
             )
+        if node.tag not in TAGS:
+            raise ValueError(f"the tag {node.tag} is not one of a setting")
         for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
             pending += [(part, depth + 1) for part in (entry if isinstance(entry, tuple) else (entry,))]
 

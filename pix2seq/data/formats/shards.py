@@ -360,7 +360,7 @@ def _fetch(location: str, name: str, max_bytes: int) -> bytes:
                 return content
         except (OSError, HTTPException) as error:  # URLError is an OSError
             reason: Exception = error
-            if 400 <= getattr(error, "code", 0) < 500:  # another attempt would not help
+            if 300 <= getattr(error, "code", 0) < 500:  # another attempt would not help
                 break
         if attempt + 1 < _ATTEMPTS:
             time.sleep(2.0**attempt)
