@@ -24,14 +24,14 @@ from pix2seq.types import Category
 
 # What changes neither weights nor data, or, as `steps`, is how one goes on. Data are compared by content.
 TAKEN = {
-    *("out", "data", "val_data", "train_split", "val_split", "max_bad_share"),
+    *("data", "val_data", "train_split", "val_split", "max_bad_share"),
     *("steps", "num_workers", "worker_timeout", "max_skipped", "checkpoint_every", "keep_checkpoints"),
     *("eval_every", "eval_images", "eval_batch_size", "best_metric", "log_every", "trackers"),
     *("device", "num_processes", "parallel", "activation_checkpointing", "cuda_graphs", "compile"),
 }
 FIXED = {"model", "tasks", "optimizer", "freeze"}
-# Settings that a run completes from its data; `check_data` compares what became of them.
-COMPLETED = ("model.vocab.num_text", "model.vocab.size", "model.vocab.other_tasks")
+# Where the run lies, and settings that a run completes from its data: `check_data` compares what became of them.
+NOT_COMPARED = ("out", "model.vocab.num_text", "model.vocab.size", "model.vocab.other_tasks")
 MAX_SHOWN = 5  # differences in a message; the rest are counted
 
 
@@ -72,7 +72,7 @@ def check_settings(config: TrainConfig, checkpoint: Path, *, accept: bool) -> li
         before = given | {"tasks": list(read_config(checkpoint)[2])}
     else:
         before = _settings(type(config)(tasks=config.tasks)) | recorded  # a setting that is newer had its default
-    changes = [change for change in _differences(before, given) if not change.name.startswith(COMPLETED)]
+    changes = [change for change in _differences(before, given) if not _is_part_of(change.name, NOT_COMPARED)]
     _refuse([change for change in changes if change.setting in FIXED], checkpoint)
     _ask([change for change in changes if change.setting not in TAKEN], checkpoint, accept=accept)
     return changes
@@ -136,6 +136,10 @@ def _listed(changes: Sequence[Change]) -> str:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     old, new = _flat(before), _flat(now)
     return [Change(name, old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+def _is_part_of(name: str, settings: Sequence[str]) -> bool:
+    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
 def _classes(categories: Sequence[Category]) -> dict[str, str]:
