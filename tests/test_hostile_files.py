@@ -13,14 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import official_format
 import pytest
+import test_convert
 
-from pix2seq.convert.official_config import read_official_config
+from pix2seq.convert.official_config import model_config, read_official_config
 from pix2seq.convert.tf_bundle import TensorBundle
 from pix2seq.data.formats import shards
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.data.formats.shards import CONTENTS, ShardIndex, read_shard
 from pix2seq.errors import InputError
 from pix2seq.files import find_damage, write_manifest
+from pix2seq.training.config import config_file
+from pix2seq.training.yaml_file import read_yaml
 
 
 @pytest.fixture
@@ -443,3 +446,109 @@ def test_a_number_of_thousands_of_digits_and_a_pipe_are_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="a device or a pipe"):
         list(stream_json(tmp_path / "pipe", ["images"]))
+
+
+# Mutations of whole files
+
+SEPARATORS = (
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b'"',
+    b",",
+    b":",
+    b"-",
+    b"\0",
+    b"\xff",
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"9" * 30,
+    b"true",
+)
+
+
+def mutate(content, rng):
+    """Change, insert, remove or repeat some bytes."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(content) + 1)
+        stop = min(start + rng.choice([0, 1, 4, 20]), len(content))
+        new = rng.choice([b"", bytes([rng.randrange(256)]), rng.choice(SEPARATORS), bytes(content[start:stop]) * 2])
+        content[start:stop] = new
+    return bytes(content)
+
+
+def parsers(folder):
+    """Return by name an intact file and a function that reads its mutations."""
+    path = folder / "file.json"
+
+    def written(read):
+        def call(content):
+            path.write_bytes(content)
+            read()
+
+        return call
+
+    def manifest_of(content):
+        (folder / "manifest.json").write_bytes(content)
+        damage = find_damage(folder)
+        if damage is not None:
+            raise InputError(damage)
+
+    def shard_of(content):
+        entry = shards.Shard("file.tar", 1, len(content), sha256(content).hexdigest())
+        (folder / "file.tar").write_bytes(content)
+        read_shard(str(folder), entry)
+
+    write_split(folder, tar_of(intact()))
+    index = (folder / "train.json").read_bytes()
+    write_manifest(folder)
+    coco = json.dumps({"images": [{"id": 1, "width": 4}], "annotations": [{"bbox": [1, 2.5, 3, 4], "a": "\u00e9"}]})
+
+    def index_of(content):
+        (folder / "train.json").write_bytes(content)
+        ShardIndex.read(folder, "train")
+
+    def official():
+        model_config(read_official_config(path))
+
+    return {
+        "manifest": ((folder / "manifest.json").read_bytes(), manifest_of),
+        "index": (index, index_of),
+        "label": (json.dumps(LABEL).encode(), lambda label: shard_of(tar_of([intact()[0], ("000000000.json", label)]))),
+        "tar": (tar_of(intact()), shard_of),
+        "coco": (coco.encode(), written(lambda: list(stream_json(path, ["images", "annotations"], chunk_chars=16)))),
+        "official": (json.dumps({"model": test_convert.MODEL}).encode(), written(official)),
+        "yaml": (config_file("demo.yaml").read_bytes(), written(lambda: read_yaml(path))),
+    }
+
+
+def check_parser(folder, name, seeds):
+    content, read = parsers(folder)[name]
+    read(content)
+    refused = 0
+    for seed in seeds:
+        started = time.process_time()
+        try:
+            read(mutate(content, random.Random(seed)))
+        except InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            refused += 1
+        assert time.process_time() - started < 5
+    return refused
+
+
+PARSERS = ("manifest", "index", "label", "tar", "coco", "official", "yaml")
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_mutations_of_a_file_are_read_or_refused_in_one_line(tmp_path, name):
+    assert check_parser(tmp_path, name, range(100)) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARSERS)
+def test_ten_thousand_mutations_of_a_file(tmp_path, name):
+    assert check_parser(tmp_path, name, range(1000, 11_000)) > 1000

@@ -7,12 +7,13 @@ import pytest
 from packaging.utils import canonicalize_name
 from test_packaging import pinned
 
-# As whole terms of a licence, by its SPDX name or in the words of older metadata.
+# As whole terms of a licence, by its SPDX name or in the words of older metadata. Of MPL, only changes of its own files
+# have to be published.
 ALLOWED = re.compile(
     r"(0BSD|BSD|FreeBSD|(the )?(2-|3-)?(clause )?BSD( license)?|BSD-[23]-Clause(-[A-Za-z]+)?|MIT( license)?"
     r"|MIT-CMU|HPND|Apache( Software License|[- ]2\.0( License)?)|LLVM-exception|ISC( License)?( \(ISCL\))?|Zlib"
-    r"|CC0-1\.0|BSL-1\.0|Unlicense|PSF-2\.0|Python-2\.0|Python Software Foundation License|CNRI-Python|Unicode-3\.0|NCSA"
-    r"|MPL-2\.0|Mozilla Public License 2\.0 \(MPL 2\.0\))",  # changes of its files are shared, programs with it are not
+    r"|CC0-1\.0|BSL-1\.0|Unlicense|PSF-2\.0|Python-2\.0|Python Software Foundation License|CNRI-Python|Unicode-3\.0"
+    r"|NCSA|MPL-2\.0|Mozilla Public License 2\.0 \(MPL 2\.0\))",
     re.IGNORECASE,
 )
 # CUDA's libraries, which come with PyTorch for Linux: free to use and to pass on with a program.

@@ -35,6 +35,15 @@ def read_official_config(name: str | Path) -> dict[str, Any]:
 
 def model_config(official: Mapping[str, Any]) -> ModelConfig:
     """Return the model that an official config describes. Raises `InputError` if it is not supported."""
+    try:
+        return _model_config(official)
+    except InputError:
+        raise
+    except ValueError as error:  # a setting is out of the range of a model
+        raise InputError(f"config describes a model that cannot be built: {error}") from None
+
+
+def _model_config(official: Mapping[str, Any]) -> ModelConfig:
     section = _Section(official["model"])
     if section.text("name", "encoder_ar_decoder") != "encoder_ar_decoder":
         raise InputError(f"config describes the model {official['model']['name']!r}; expected encoder_ar_decoder")
