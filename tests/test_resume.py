@@ -154,7 +154,15 @@ def test_other_validation_data_are_taken_on_request(run, data, tmp_path, capsys)
     path.write_text(json.dumps(content))
     assert train(other, run, "steps=5") == 2
     assert "validation data of detection=2 images" in one_line(capsys)
+    mark_best(run, run / "checkpoints/step-00000004", "AP", 2.0)
     assert train(other, run, "steps=5", "--accept-changes") == 0
+    # Values of other validation data, or of more images, do not compare.
+    assert read_best(run / "aside-001")["value"] == 2.0
+    assert read_best(run)["checkpoint"] == "step-00000005"
+    mark_best(run, run / "checkpoints/step-00000005", "AP", 2.0)
+    assert train(other, run, "steps=6", "eval_images=1") == 0
+    assert names(run / "aside-002") == ["best"]
+    assert read_best(run)["checkpoint"] == "step-00000006"
 
 
 def test_other_classes_are_named(run, data, tmp_path, capsys):

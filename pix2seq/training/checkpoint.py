@@ -254,11 +254,12 @@ def read_position(folder: Path) -> dict[str, Any]:
     return position
 
 
-def set_aside(out: Path, resumed: Path | None, step: int) -> Path | None:
+def set_aside(out: Path, resumed: Path | None, step: int, *, best_too: bool = False) -> Path | None:
     """Move what is newer than `step` in a run that goes on from checkpoint `resumed`, or starts, to OUT/aside-NUMBER.
 
-    That folder is a run like any other. If `resumed` is not one of OUT, all checkpoints and the log are moved. Returns
-    the folder, or None if there was nothing to move. The best goes first: if the process dies in between, no later run
+    That folder is a run like any other. If `resumed` is not one of OUT, all checkpoints and the log are moved; with
+    `best_too`, the best is moved in any case. Returns the folder, or None if there was nothing to move. The best goes
+    first: if the process dies in between, no later run
     compares with it, and the others are neither lost nor mixed with new ones.
     """
     checkpoints = out / "checkpoints"
@@ -266,7 +267,7 @@ def set_aside(out: Path, resumed: Path | None, step: int) -> Path | None:
     moved = [folder for folder in list_checkpoints(out) if not ours or _step_of(folder.name) > step]
     best = existing_folder(checkpoints / BEST)
     content = read_best(out)
-    if best.is_dir() and (not ours or content is None or _step_of(str(content["checkpoint"])) > step):
+    if best.is_dir() and (best_too or not ours or content is None or _step_of(str(content["checkpoint"])) > step):
         moved.insert(0, best)
     if not moved:
         return None

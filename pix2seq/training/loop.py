@@ -44,7 +44,7 @@ from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.recorded_step import BUCKET, RecordedStep
-from pix2seq.training.resume import Change, check_data, check_settings, keep_settings, run_record
+from pix2seq.training.resume import Change, check_data, check_settings, is_measured_anew, keep_settings, run_record
 from pix2seq.training.run_lock import run_lock
 from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
@@ -68,24 +68,23 @@ def run(config: TrainConfig, *, resume: str = "never", accept_changes: bool = Fa
         config = with_init_model(config)
         changes: list[Change] = []
         if resumed is not None:
-            done = ranks.on_first(lambda: int(read_position(resumed)["step"]))
+            done = ranks.on_first(partial(read_position, resumed))["step"]
             if done > config.steps:
                 if ranks.first:
                     print(
                         f"{resumed} is past the last step already: step {done} of {config.steps}; raise steps to go on"
                     )
                 return resumed
-            changes = ranks.on_first(lambda: check_settings(config, resumed, accept=accept_changes))
+            changes = ranks.on_first(partial(check_settings, config, resumed, accept=accept_changes))
         recipe = prepare(config, resumed=resumed)
-        record = ranks.on_first(lambda: run_record(config, recipe))
+        record = ranks.on_first(partial(run_record, config, recipe))
         if resumed is not None:
-            checked = ranks.on_first(lambda: check_data(config, recipe, record, resumed, accept=accept_changes))
-            changes = [*changes, *checked]
+            changes += ranks.on_first(partial(check_data, config, recipe, record, resumed, accept=accept_changes))
         trainer = _Trainer(config, recipe, ranks)
         trainer.state.record = record
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
-        ranks.on_first(lambda: _take_over(out, trainer.state, config, resumed))
+        ranks.on_first(partial(_take_over, out, trainer.state, config, resumed, changes))
         with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
             report.changed(trainer.state.step, changes)
             trainer.train(report, stop)
@@ -107,11 +106,13 @@ def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
     return newest_checkpoint(out) if resume == "auto" else find_checkpoint(Path(resume))
 
 
-def _take_over(out: Path, state: RunState, config: TrainConfig, resumed: Path | None) -> None:
-    """Set aside what other settings or a later part of the run left in its folder, before the first write."""
-    aside = set_aside(out, resumed, state.step)
+def _take_over(
+    out: Path, state: RunState, config: TrainConfig, resumed: Path | None, changes: Sequence[Change]
+) -> None:
+    """Set aside what the run does not go on from, and keep its settings, before the first write."""
+    aside = set_aside(out, resumed, state.step, best_too=is_measured_anew(changes))
     if aside is not None:
-        print(f"checkpoints of {out} that are not before step {state.step} of this run are in {aside} now", flush=True)
+        print(f"checkpoints of {out} that the run does not go on from were set aside in {aside}", flush=True)
     keep_settings(replace(config, model=state.model.config), out, state.step)
 
 

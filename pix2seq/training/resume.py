@@ -98,6 +98,11 @@ def check_data(
     return changes
 
 
+def is_measured_anew(changes: Sequence[Change]) -> bool:
+    """Return whether metrics no longer compare with those of the run before, and so neither does its best."""
+    return any(change.name == "eval_images" or change.name.startswith("validation data") for change in changes)
+
+
 def keep_settings(config: TrainConfig, out: Path, step: int) -> None:
     """Write the settings to OUT/config.yaml. If it has others, keep those as OUT/config-until-step-STEP.yaml."""
     path, text = out / "config.yaml", config_yaml(config)
