@@ -33,7 +33,7 @@ def fingerprint(data: Dataset | ShardIndex) -> str:
             name = os.path.relpath(image.path, data.root)
             digest.update(f"{image.id} {image.width} {image.height} {name}\n".encode(errors="surrogateescape"))
         for name in _ARRAYS:
-            values = np.ascontiguousarray(getattr(data.annotations, name))
+            values = np.asarray(getattr(data.annotations, name))
             digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
-            digest.update(memoryview(values).cast("B") if values.size else b"")
+            digest.update(np.ascontiguousarray(values).reshape(-1).data)
     return f"{len(data)} images, sha256 {digest.hexdigest()[:16]}"

@@ -248,7 +248,7 @@ def read_position(folder: Path) -> dict[str, Any]:
     if not isinstance(position, dict) or not all(isinstance(position.get(name, {}), dict) for name in RECORD):
         raise InputError(f"cannot resume from {folder}: {POSITION_FILE} holds no mapping; give another checkpoint")
     for name, kinds in (("step", (int,)), ("seconds", (int, float))):
-        value = position.get(name)
+        value: Any = position.get(name)
         if type(value) not in kinds or not math.isfinite(value) or (name == "step" and value < 0):
             raise InputError(f"cannot resume from {folder}: {POSITION_FILE} has {name}={value!r}; give another one")
     return position
