@@ -313,7 +313,11 @@ WRONG_LABELS = {
     "iscrowd": [[[]]],
     "annotation_ids": [["a"]],
     "segmentations": [[], [[[1, 1]]], [[[1, 1, 2, 2, 3, NAN]]], ["x"], [{"size": [6, 8]}]]
-    + [[{"size": [6, 8], "counts": [6, 1 << 40]}], [{"size": [6, 9], "counts": [54]}]],
+    + [
+        [{"size": [6, 8], "counts": [6, 41]}],
+        [{"size": [6, 8], "counts": [6, 1 << 40]}],
+        [{"size": [6, 9], "counts": [54]}],
+    ],
     "keypoints": [[[[1, 2, 7]]], [[[1, NAN, 1]]]],
     "num_keypoints": [2, "1"],
     "captions": [[3], 3],
