@@ -9,7 +9,7 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo demo-train test test-slow lint bench lock clean
+.PHONY: help setup demo demo-train test test-slow lint bench lock audit clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -52,9 +52,13 @@ lint: .venv/ready ## ruff, its formatter and mypy
 bench: .venv/ready ## AP against minutes and images on the generated shapes, about 20 minutes
 	$(PY) benchmarks/learning.py
 
-lock: ## write requirements.txt from pyproject.toml; needs uv; LOCK=--upgrade moves every pin
-	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --quiet $(LOCK) \
+lock: ## write requirements.txt, with hashes, from pyproject.toml; needs uv; LOCK=--upgrade moves every pin
+	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --generate-hashes --quiet $(LOCK) \
 		--custom-compile-command 'make lock' --output-file requirements.txt
+
+audit: .venv/ready ## licences of all packages, and known vulnerabilities of the locked ones; needs uv and the network
+	$(PY) -m pytest -m "" tests/test_licences.py
+	uvx pip-audit@2.10.1 --strict --requirement requirements.txt --require-hashes --disable-pip
 
 clean: ## remove .venv, caches and build leftovers; keeps demo/ and runs/
 	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist pix2seq.egg-info
@@ -85,4 +89,4 @@ endif
 	fi; \
 	if [ -n "$$uv" ]; then install="uv pip install --compile-bytecode --python $(PY)"; \
 	else install="$(PY) -m pip install --disable-pip-version-check"; fi; \
-	$$install -r requirements.txt && $$install --no-deps --no-build-isolation -e . && pwd -P > .venv/ready
+	$$install --require-hashes -r requirements.txt && $$install --no-deps --no-build-isolation -e . && pwd -P > .venv/ready

@@ -107,6 +107,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help=help_task)
     parser.add_argument("--config", help="YAML file of settings, see configs/")
     parser.add_argument("--resume", default="never", help="never, auto (newest checkpoint of the run) or a checkpoint")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on with other settings, such as lr, than the run started with"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:
@@ -115,7 +118,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         from pix2seq.training.loop import run as train
 
         config = load_config(args.config, args.settings, **fixed)
-        checkpoint = train(config, resume=args.resume)
+        checkpoint = train(config, resume=args.resume, accept_changes=args.accept_changes)
         if _rank() == 0:
             print(f"checkpoint: {checkpoint}")
 

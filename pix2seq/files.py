@@ -21,6 +21,25 @@ from pix2seq.errors import InputError
 DISK_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1  # of manifest.json
+MAX_SHOWN = 5  # files in a message; the rest are counted
+
+
+def read_regular(path: Path, *, max_bytes: int | None = None) -> bytes:
+    """Read a file. Raises `OSError` if it is a device or a pipe, which may have no end, or larger than `max_bytes`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {max_bytes}")
+    return path.read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises `ValueError` for every text that has none, however deeply nested."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def output_folder(path: Path) -> Path:
@@ -150,23 +169,25 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, *, ignore: tuple[str, ...] = (), quick: bool = False) -> str | None:
-    """Return in a few words what is wrong with the files of a folder, or None if they are intact.
+    """Return in a few words what is wrong with each damaged file of a folder, or None if all are intact.
 
     `ignore` names files and folders in it that are not checked. `quick` reads a file only if its size or
     modification time differs from the manifest. A folder without a manifest, from an older run or another tool,
-    is checked by the headers of its safetensors files.
+    is checked by the headers of its safetensors files. Only files inside the folder are read.
     """
     path = folder / MANIFEST_FILE
-    if not path.exists():
-        return _broken_safetensors(folder, ignore)
     try:
-        files = json.loads(path.read_bytes())["files"]
-        for name, expected in files.items():
-            if name.split("/")[0] not in ignore and (problem := _difference(folder / name, expected, quick=quick)):
-                return f"{name} {problem}"
+        if path.exists():
+            files = read_json(path)["files"]
+            checked = {name: entry for name, entry in files.items() if name.split("/")[0] not in ignore}
+            problems = [(name, _difference(folder, name, entry, quick=quick)) for name, entry in checked.items()]
+        else:
+            problems = _unreadable_safetensors(folder, ignore)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
-    return None
+    damaged = [f"{name} {problem}" for name, problem in problems if problem is not None]
+    more = f", and {len(damaged) - MAX_SHOWN} more" if len(damaged) > MAX_SHOWN else ""
+    return ", ".join(damaged[:MAX_SHOWN]) + more or None
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:
@@ -176,9 +197,14 @@ def _errno(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def _difference(path: Path, expected: dict[str, int | str], *, quick: bool) -> str | None:
+def _difference(folder: Path, name: str, expected: dict[str, int | str], *, quick: bool) -> str | None:
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name:
+        return "lies outside the folder"  # a manifest is data from elsewhere, and may name any file of the machine
+    path = folder / name
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a file"
         if status.st_size != expected["bytes"]:
             return f"has {status.st_size} bytes, expected {expected['bytes']}"
         if quick and status.st_mtime_ns == expected["mtime_ns"]:
@@ -190,15 +216,18 @@ def _difference(path: Path, expected: dict[str, int | str], *, quick: bool) -> s
         return f"cannot be read ({error.strerror})"
 
 
-def _broken_safetensors(folder: Path, ignore: tuple[str, ...]) -> str | None:
+def _unreadable_safetensors(folder: Path, ignore: tuple[str, ...]) -> list[tuple[str, str | None]]:
+    problems: list[tuple[str, str | None]] = []
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in ignore:
             try:
+                if not path.is_file():
+                    raise OSError("it is not a file")
                 with safe_open(path, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                return f"{path.name} cannot be read ({str(error).splitlines()[0]})"
-    return None
+                problems.append((path.name, f"cannot be read ({str(error).splitlines()[0]})"))
+    return problems
 
 
 def _sha256(path: Path) -> str:

@@ -63,6 +63,13 @@ def run(command, point, call, signum):
         raise SystemExit(main(command))
 
 
+def train_for(arguments, seconds):
+    """Run `pix2seq train`, and let the kernel end the process at any instruction after `seconds` of its time."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    raise SystemExit(main(["train", *arguments]))
+
+
 def train_with_a_hanging_image(arguments, index):
     """Run `pix2seq train` on a training set that never returns image number `index`."""
     # A forked worker inherits the patch below; this process was started by a fork server, whose method it would take.

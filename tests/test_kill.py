@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 
@@ -98,6 +99,26 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(
     files, log = outcome(tmp_path / "run")
     assert log == undisturbed[1]
     assert files == undisturbed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_twenty_deaths_at_random_instructions_change_nothing(process, shapes, undisturbed, tmp_path, num_workers):
+    """Runs die until 20 have died; each that comes to its end, however often it died before, has the same result."""
+    rng = random.Random(num_workers)
+    deaths = finished = 0
+    while deaths < 20 or not finished:
+        out = tmp_path / f"run-{finished}"
+        options = arguments(shapes, out, f"num_workers={num_workers}", "checkpoint_every=1")
+        code = exit_code(process(target=dying.train_for, args=(options, rng.uniform(0.05, 2.0))))
+        assert code in (0, -signal.SIGPROF)
+        if code == 0:
+            files, log = outcome(out)
+            assert log == undisturbed[1]
+            assert files == undisturbed[0]
+            finished += 1
+        deaths += code != 0
+    print(f"{deaths} deaths, {finished} finished runs")
 
 
 @pytest.mark.parametrize("point", dying.KILL_POINTS)

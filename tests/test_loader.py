@@ -1,11 +1,14 @@
 """The stream of micro-batches: the same with and without workers, and no worker that dies, hangs or stays."""
 
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from itertools import islice
 
 import cv2
@@ -16,6 +19,23 @@ from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """Break a test that hangs after a minute, also inside a destructor, which swallows exceptions."""
+    late = []
+
+    def on_alarm(signum, frame):
+        late.append(traceback.format_stack(frame))
+        raise TimeoutError("the test took a minute")
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert not late, "".join(late[0])
 
 
 class Numbers:
@@ -166,6 +186,22 @@ def test_an_error_comes_after_the_batches_before_it_however_late_they_are(kind):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers inherit a patch by fork only")
+def test_a_worker_killed_with_the_lock_of_the_loader_does_not_hang_the_run(monkeypatch):
+    real = multiprocessing.synchronize.Event.is_set
+
+    def slow(self):  # workers look at an event of the loader before each batch
+        if multiprocessing.parent_process() is not None:
+            with self._cond:
+                time.sleep(1000)
+        return real(self)
+
+    monkeypatch.setattr(multiprocessing.synchronize.Event, "is_set", slow)
+    with pytest.raises(InputError, match="no batch came"):
+        take(1, num_workers=2, timeout=1.5)
+    assert not multiprocessing.active_children()
+
+
 def test_without_workers_the_error_is_the_same():
     with pytest.raises(InputError, match=r"^image 7 is bad; replace it$"):
         take(10, Numbers(refuse), batch_size=2)
@@ -180,6 +216,17 @@ def test_a_death_between_two_batches_is_reported_at_the_next():
     time.sleep(0.2)  # a handler of SIGCHLD would raise here
     with pytest.raises(InputError, match="SIGKILL"):
         list(islice(stream, 100))
+
+
+def test_more_workers_than_cores_are_told_and_far_more_are_refused_before_any_starts(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    with pytest.raises(InputError, match=r"num_workers=33 are too many for 2 cores; use at most 32"):
+        batches([(Numbers(), 4)], num_workers=33)
+    with pytest.warns(UserWarning, match=r"num_workers=3 are more than the 2 cores"):
+        assert len(take(1, num_workers=3)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(1, num_workers=2)
 
 
 SCRIPT = """

@@ -5,6 +5,7 @@ import configparser
 import email
 import importlib.metadata
 import itertools
+import re
 import runpy
 import shutil
 import subprocess
@@ -72,14 +73,26 @@ def test_the_wheel_has_metadata_licence_and_command(wheel: zipfile.ZipFile) -> N
     assert dict(scripts["console_scripts"]) == {"pix2seq": "pix2seq.cli:main"}
 
 
+def locked_lines() -> list[str]:
+    """The requirements in the lock, each with its hashes."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("\\\n", "")
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
 def pinned() -> list[Requirement]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return [Requirement(line.split(" --hash=")[0]) for line in locked_lines()]
 
 
 def test_every_line_of_the_lock_is_an_exact_version() -> None:
     loose = [str(pin) for pin in pinned() if pin.url or [spec.operator for spec in pin.specifier] != ["=="]]
     assert loose == []
+
+
+def test_every_line_of_the_lock_has_hashes_and_setup_asks_for_them() -> None:
+    assert [
+        line for line in locked_lines() if not re.fullmatch(r"[^ ]+( ; .*?)?( --hash=sha256:[0-9a-f]{64})+", line)
+    ] == []
+    assert "--require-hashes -r requirements.txt" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("sys_platform", ["linux", "darwin", "win32"])

@@ -42,6 +42,10 @@ def convert_checkpoint(
     settings = model_config(official)
     tokenizer = None
     if text_model is not None:
+        if not Path(text_model).is_file():
+            raise InputError(
+                f"{text_model} is not a file; give the sentencepiece model the checkpoint was trained with"
+            )
         tokenizer = SentencePieceTokenizer.from_file(Path(text_model))
         if tokenizer.size > settings.vocab.num_text:
             raise InputError(
@@ -151,7 +155,11 @@ def _skeleton(config: ModelConfig) -> Pix2Seq:
 
 def _check_out(out: Path) -> None:
     ours = {CONFIG_FILE, WEIGHTS_FILE, SENTENCEPIECE_FILE}
-    if out.is_file() or out.is_symlink() or (out.is_dir() and {file.name for file in out.iterdir()} - ours):
+    if (
+        (out.exists() and not out.is_dir())
+        or out.is_symlink()
+        or (out.is_dir() and {file.name for file in out.iterdir()} - ours)
+    ):
         raise InputError(f"{out} exists and is not a converted checkpoint; give a new folder as --out")
 
 

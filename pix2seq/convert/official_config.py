@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pix2seq.convert.presets import PRESETS, preset_config
 from pix2seq.errors import InputError, unknown_name
+from pix2seq.files import read_json
 from pix2seq.model.config import DecoderConfig, EncoderConfig, MemoryConfig, ModelConfig
 from pix2seq.vocab import Vocab
 
@@ -25,11 +25,9 @@ def read_official_config(name: str | Path) -> dict[str, Any]:
     if not path.is_file() and path.suffix != ".json":
         raise unknown_name("config", str(name), sorted(PRESETS))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise InputError(f"config {path} does not exist; give a JSON file or one of {', '.join(PRESETS)}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"config {path} is not JSON ({error}); give the official config as JSON") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"config {path} has no section `model`; give the official config as JSON, or a preset")
     return content
@@ -41,7 +39,7 @@ def model_config(official: Mapping[str, Any]) -> ModelConfig:
         return _model_config(official)
     except InputError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # a setting is out of the range of a model
         raise InputError(f"config describes a model that cannot be built: {error}") from None
 
 

@@ -10,6 +10,7 @@ Reference: tensorflow, `core/util/tensor_bundle/tensor_bundle.cc`, `core/protobu
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
+from pix2seq.files import read_regular
 
 FOOTER_SIZE = 48
 TABLE_MAGIC = 0xDB4775248B80FB57
 BLOCK_TRAILER_SIZE = 5  # compression, checksum
 CHUNK = 16 << 20  # bytes per read
+MAX_SHARDS = 100_000  # the names of shards have five digits
+MAX_DIMENSIONS = 8  # of a tensor
+MAX_SHOWN = 5  # files in a message; the rest are counted
 STRING = 7
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_, 19: np.float16}
 
@@ -55,7 +60,7 @@ class TensorBundle:
     def __init__(self, prefix: Path) -> None:
         self.index_path = prefix.with_name(prefix.name + ".index")
         try:
-            data = self.index_path.read_bytes()
+            data = read_regular(self.index_path)
         except FileNotFoundError:
             raise InputError(
                 f"{self.index_path} does not exist; give a checkpoint as PREFIX, where PREFIX.index and "
@@ -67,7 +72,7 @@ class TensorBundle:
             table = dict(_read_table(data))
             num_shards = _read_header(table.pop("", b""))
             self.entries = {name: _read_entry(value) for name, value in table.items()}
-        except (_Damaged, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+        except (_Damaged, IndexError, struct.error, ValueError) as error:
             raise InputError(
                 f"{self.index_path} is damaged or not a TensorFlow 2 checkpoint index ({error}); copy it again"
             ) from None
@@ -83,7 +88,7 @@ class TensorBundle:
             raise InputError(f"{name} in {self.index_path} has TensorFlow dtype {entry.dtype}, which is not supported")
         data = b"".join(self._chunks(name, entry))
         dtype = np.dtype(DTYPES[entry.dtype]).newbyteorder("<")
-        if len(data) != dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64)):
+        if len(data) != dtype.itemsize * math.prod(entry.shape):
             raise InputError(f"{name} in {self.index_path} has {len(data)} bytes, wrong for its shape {entry.shape}")
         return np.frombuffer(data, dtype).reshape(entry.shape)
 
@@ -115,10 +120,10 @@ class TensorBundle:
             data = file.read(entry.size)
         try:
             position, lengths = 0, []
-            for _ in range(int(np.prod(entry.shape, dtype=np.int64))):
+            for _ in range(math.prod(entry.shape)):
                 length, position = _varint(data, position)
                 lengths.append(length)
-        except IndexError:
+        except (IndexError, _Damaged):
             raise self._damaged(name, entry) from None
         checksum = 0
         for length in lengths:
@@ -145,13 +150,15 @@ class TensorBundle:
             if entry.shard not in ends:
                 raise InputError(f"{self.index_path} puts {name} in shard {entry.shard}, but has {len(ends)} shards")
             ends[entry.shard] = max(ends[entry.shard], entry.offset + entry.size)
+        problems = []
         for path, end in zip(self.shards, ends.values(), strict=True):
-            try:
-                size = path.stat().st_size
-            except OSError:
-                raise InputError(f"{path} does not exist or cannot be read; copy it beside {self.index_path}") from None
-            if size != end:
-                raise InputError(f"{path} has {size} bytes, but its index expects {end}; copy the file again")
+            if not path.is_file():
+                problems.append(f"{path} does not exist or cannot be read")
+            elif (size := path.stat().st_size) != end:
+                problems.append(f"{path} has {size} bytes, but its index expects {end}")
+        if problems:
+            more = f", and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+            raise InputError(f"{', '.join(problems[:MAX_SHOWN])}{more}; copy the files again, beside {self.index_path}")
 
 
 def _mask(checksum: int) -> int:
@@ -207,11 +214,15 @@ def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
         raise _Damaged("a block is compressed")
     num_restarts = struct.unpack("<I", contents[-4:])[0]
     end = size - 4 - 4 * num_restarts
+    if end < 0:
+        raise _Damaged("a block has more restarts than bytes")
     position, key = 0, b""
     while position < end:
         shared, position = _varint(contents, position)
         added, position = _varint(contents, position)
         length, position = _varint(contents, position)
+        if shared > len(key) or position + added + length > end:
+            raise _Damaged("an entry ends beyond its block")
         key = key[:shared] + contents[position : position + added]
         position += added
         yield key, contents[position : position + length]
@@ -231,6 +242,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             length, position = _varint(message, position)
             value = message[position : position + length]
             position += length
+            if position > len(message):
+                raise _Damaged("a field ends beyond its message")
         elif kind == 5:
             value = struct.unpack("<I", message[position : position + 4])[0]
             position += 4
@@ -242,24 +255,42 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         yield tag >> 3, value
 
 
+def _integers(message: bytes, *numbers: int) -> list[int]:
+    """Return the integer fields of these numbers, the last of each; one that is left out is 0."""
+    found = dict.fromkeys(numbers, 0)
+    for number, value in _fields(message):
+        if number in found:
+            if not isinstance(value, int):
+                raise _Damaged(f"field {number} holds bytes instead of a number")
+            found[number] = value
+    return list(found.values())
+
+
+def _messages(message: bytes, number: int) -> Iterator[bytes]:
+    """Yield the fields of this number, which hold messages of their own."""
+    for found, value in _fields(message):
+        if found == number:
+            if not isinstance(value, bytes):
+                raise _Damaged(f"field {number} holds a number instead of a message")
+            yield value
+
+
 def _read_header(value: bytes) -> int:
     """Return the number of shards from a `BundleHeaderProto`."""
-    header = dict(_fields(value))
-    if header.get(2, 0) != 0:
+    num_shards, endianness = _integers(value, 1, 2)
+    if endianness != 0:
         raise _Damaged("it was written on a big-endian machine")
-    if header.get(1, 0) < 1:
-        raise _Damaged("it has no header")
-    return header[1]
+    if not 1 <= num_shards <= MAX_SHARDS:
+        raise _Damaged(f"its header names {num_shards} shards")
+    return num_shards
 
 
 def _read_entry(value: bytes) -> Entry:
     """Parse a `BundleEntryProto`."""
-    fields = dict(_fields(value))
-    if 7 in fields:
+    if any(number == 7 for number, _ in _fields(value)):
         raise _Damaged("a tensor is stored in slices")
-    shape = tuple(
-        next((size for number, size in _fields(dim) if number == 1), 0)
-        for number, dim in _fields(fields.get(2, b""))
-        if number == 2
-    )
-    return Entry(fields.get(1, 0), shape, fields.get(3, 0), fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
+    dtype, shard, offset, size, checksum = _integers(value, 1, 3, 4, 5, 6)
+    shape = tuple(_integers(dim, 1)[0] for dims in _messages(value, 2) for dim in _messages(dims, 2))
+    if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= 1 << 31 or max(offset, size) >= 1 << 62:
+        raise _Damaged(f"a tensor has the shape {shape}, {size} bytes at {offset}")
+    return Entry(dtype, shape, shard, offset, size, checksum)

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from pix2seq.errors import InputError
 from pix2seq.examples import Batch, Sample, collate
 
 WORKER_TIMEOUT = 300.0  # seconds
+WORKERS_PER_CORE = 16  # many readers of a slow network folder may be of use, and hundreds are a mistake
 _PREFETCH = 4  # micro-batches that each worker prepares ahead
 _POLL = 1.0  # seconds between checks that the workers are alive
 
@@ -58,9 +60,10 @@ def batches(
     skipped. The ranks together get the batches of a single process, for any `num_workers`. From shards, the order
     depends on ranks x workers, so a run resumes exactly only if both are unchanged. The workers end with the iterator
     and with the process that made it; they ignore SIGINT and SIGTERM, because that process may have a checkpoint to
-    save. `bucket` is that of `collate`. Raises `InputError` if data cannot be used, if a worker dies, or if no batch
-    arrives for `timeout` seconds.
+    save. `bucket` is that of `collate`. Raises `InputError` if data cannot be used, if a worker dies, if no batch
+    arrives for `timeout` seconds, or if there are more than `WORKERS_PER_CORE` workers a core.
     """
+    _check_num_workers(num_workers)
     loader = DataLoader(
         _Batches(
             sources, start=start, num_workers=max(num_workers, 1), rank=rank, world_size=world_size, bucket=bucket
@@ -77,6 +80,21 @@ def batches(
     if not num_workers:
         return map(_raise_error, loader)
     return _from_workers(loader, timeout)
+
+
+def _check_num_workers(num_workers: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > WORKERS_PER_CORE * cores:
+        raise InputError(
+            f"num_workers={num_workers} are too many for {cores} cores; use at most {WORKERS_PER_CORE * cores}, and "
+            f"about {cores} if the data lie on this machine"
+        )
+    if num_workers > cores:
+        warnings.warn(
+            f"num_workers={num_workers} are more than the {cores} cores of this process; they take memory, and help "
+            "only with a slow disk or network",
+            stacklevel=3,
+        )
 
 
 class _Batches(IterableDataset["Batch | InputError"]):
@@ -144,7 +162,7 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
     # PyTorch's handler raises in the main thread when a worker dies, even while it writes a checkpoint.
     child_handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     with _block_signals(), _single_opencv_thread():
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
     if child_handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, child_handler)
     workers = [child for child in multiprocessing.active_children() if child not in before]
@@ -158,6 +176,11 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
         _kill(workers)  # a worker may hang
         raise
     finally:
+        if any(worker.exitcode for worker in workers):
+            _kill(workers)
+            # A worker that was killed while it looked at this event keeps the lock of the event. The loader sets the
+            # event when it ends, and would wait for that lock forever.
+            iterator._workers_done_event = threading.Event()
         del iterator  # gives the workers a few seconds to end
         _kill(workers)
         atexit.unregister(at_exit)

@@ -2,11 +2,14 @@
 
 OUT/checkpoints/step-00001000/
     config.json, model.safetensors     for `from_pretrained` (averaged weights, if the run averages them)
-    state.safetensors, state.json      raw weights and optimiser state; the position in the run. There is no random
-                                       state, because every draw is a function of seed, step and sample
+    state.safetensors, state.json      raw weights and optimiser state; the position, settings and data of the run.
+                                       There is no random state, because every draw is a function of seed, step and
+                                       sample
     state/                             replaces state.safetensors if weights are sharded: one file per rank
     manifest.json                      sizes and sha256 of all files
 OUT/checkpoints/best/                  the checkpoint with the best metric, and best.json with its value
+
+OUT/aside-001/                         what the run had after an older checkpoint that it went on from
 
 A folder is written under a temporary name and renamed when every byte is on the disk. An older folder of the
 same name is renamed to .old-NAME first, and is found there if the run dies in between.
@@ -18,10 +21,11 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ from pix2seq.files import (
     fsync_files,
     fsync_folder,
     list_files,
+    read_json,
     report_write_errors,
     write_manifest,
 )
@@ -65,6 +70,7 @@ from pix2seq.training.optimizer import MuonAdamW
 
 BEST = "best"
 BEST_FILE = "best.json"
+RECORD = ("settings", "data")  # what state.json has of `RunState.record`
 SPARE_BYTES = 1 << 20  # for the JSON files and the text tokenizer beside the tensors
 
 
@@ -79,6 +85,7 @@ class RunState:
     seconds: float = 0.0  # of training so far, without evaluation and saving
     skipped: int = 0  # steps without an update, because the loss or gradient was not finite
     one_thread: bool | None = None  # on the CPU, of a busy machine; None until `ThreadTrial` has chosen
+    record: Mapping[str, Any] = field(default_factory=dict)  # settings and data for state.json; see `training.resume`
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Snapshot:
 
     weights: Mapping[str, Tensor]  # full tensors of model.safetensors; averaged, if the run averages them
     tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME
-    position: Mapping[str, float | None]  # of state.json: the numbers of `RunState`
+    position: Mapping[str, Any]  # of state.json: the numbers and the record of `RunState`
 
     @property
     def sharded(self) -> bool:
@@ -134,6 +141,7 @@ def save_checkpoint(state: RunState, out: Path, *, keep: int, ranks: Ranks | Non
             if not snapshot.sharded:
                 save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, partial / STATE_FILE)
             (partial / POSITION_FILE).write_text(json.dumps(snapshot.position) + "\n", encoding="utf-8")
+            _share_mode(partial)
             write_manifest(partial)
             _put_in_place(partial, folder)
             _rotate(out, folder, keep)
@@ -168,7 +176,8 @@ def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
-    position = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped, "one_thread": state.one_thread}
+    position: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
+    position |= {"one_thread": state.one_thread, **state.record}
     averages = {}
     for name, tensor in (raw if state.ema is None else state.ema.weights).items():
         gathered = full_tensor(tensor)
@@ -223,6 +232,63 @@ def read_best(out: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_position(folder: Path) -> dict[str, Any]:
+    """Return the content of state.json: `step`, `seconds`, and what `RunState.record` was.
+
+    Raises `InputError` if there is none, as in a checkpoint that was converted, or if it has no step.
+    """
+    path = folder / POSITION_FILE
+    try:
+        position = read_json(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"cannot resume from {folder}: it has no {POSITION_FILE}, so no training state; start a new run with "
+            "init=CHECKPOINT"
+        ) from None
+    if not isinstance(position, dict) or not all(isinstance(position.get(name, {}), dict) for name in RECORD):
+        raise InputError(f"cannot resume from {folder}: {POSITION_FILE} holds no mapping; give another checkpoint")
+    for name, kinds in (("step", (int,)), ("seconds", (int, float))):
+        value: Any = position.get(name)
+        if type(value) not in kinds or not math.isfinite(value) or (name == "step" and value < 0):
+            raise InputError(f"cannot resume from {folder}: {POSITION_FILE} has {name}={value!r}; give another one")
+    return position
+
+
+def set_aside(out: Path, resumed: Path | None, step: int, *, best_too: bool = False) -> Path | None:
+    """Move what is newer than `step` in a run that goes on from checkpoint `resumed`, or starts, to OUT/aside-NUMBER.
+
+    That folder is a run like any other. If `resumed` is not one of OUT, all checkpoints and the log are moved; with
+    `best_too`, the best is moved in any case. Returns the folder, or None if there was nothing to move. The best goes
+    first: if the process dies in between, no later run
+    compares with it, and the others are neither lost nor mixed with new ones.
+    """
+    checkpoints = out / "checkpoints"
+    ours = resumed is None or resumed.resolve().parent == checkpoints.resolve()
+    moved = [folder for folder in list_checkpoints(out) if not ours or _step_of(folder.name) > step]
+    best = existing_folder(checkpoints / BEST)
+    content = read_best(out)
+    if best.is_dir() and (best_too or not ours or content is None or _step_of(str(content["checkpoint"])) > step):
+        moved.insert(0, best)
+    if not moved:
+        return None
+    number = 1
+    while (aside := out / f"aside-{number:03d}").exists():
+        number += 1
+    with report_write_errors(out, f"setting newer checkpoints aside in {aside.name}"):
+        (aside / "checkpoints").mkdir(parents=True)
+        for path in (out / "config.yaml", out / "log.jsonl"):
+            if path.exists():
+                shutil.copy2(path, aside / path.name)
+        fsync_files(aside)
+        if not ours:
+            (out / "log.jsonl").unlink(missing_ok=True)
+        for folder in moved:
+            folder.rename(aside / "checkpoints" / folder.name)
+        fsync_folder(aside / "checkpoints")
+        fsync_folder(checkpoints)
+    return aside
+
+
 def load_checkpoint(state: RunState, folder: Path) -> None:
     """Restore a run to the state that `save_checkpoint` wrote; every rank must call this.
 
@@ -232,14 +298,16 @@ def load_checkpoint(state: RunState, folder: Path) -> None:
     if damage is not None:
         raise InputError(f"checkpoint {folder} is damaged: {damage}; give another one, or use --resume auto")
     try:
-        position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
+        position = read_position(folder)
         if (folder / SHARDS_FOLDER).is_dir():
             tensors = _empty_tensors(state, stored_shapes(folder / SHARDS_FOLDER))
             load_shards(tensors, folder / SHARDS_FOLDER)
         else:
             tensors = load_file(folder / STATE_FILE)
-        snapshot = Snapshot(load_file(folder / WEIGHTS_FILE), tensors, dict(position))
+        snapshot = Snapshot(load_file(folder / WEIGHTS_FILE), tensors, position)
         _restore(state, snapshot)
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(
             f"cannot resume from {folder}: {str(error).splitlines()[0]}; use the settings the run "
@@ -262,8 +330,7 @@ def _empty_tensors(state: RunState, shapes: Mapping[str, torch.Size]) -> dict[st
 def _restore(state: RunState, snapshot: Snapshot) -> None:
     """Restore a run from a snapshot; each rank takes its own shards."""
     position = snapshot.position
-    step, seconds = int(_number(position["step"])), _number(position["seconds"])
-    skipped = int(_number(position.get("skipped", 0)))
+    step, seconds, skipped = int(position["step"]), position["seconds"], int(position.get("skipped", 0))
     stored = _with_prefix("optimizer/", snapshot.tensors)
     muon = any(key.endswith("/momentum_buffer") for key in stored)
     if stored and muon != isinstance(state.optimizer, MuonAdamW):
@@ -304,6 +371,19 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(name: str) -> int:
+    """Return the step of a checkpoint by the name of its folder."""
+    found = re.fullmatch(r"(?:\.old-)?step-(\d+)", name)
+    return int(found[1]) if found else -1
+
+
+def _share_mode(folder: Path) -> None:
+    """Give all files the mode of state.json; safetensors creates files that only their owner can read."""
+    mode = (folder / POSITION_FILE).stat().st_mode
+    for path in list_files(folder):
+        path.chmod(mode)
 
 
 def _remove_leftovers(checkpoints: Path) -> None:
@@ -347,12 +427,6 @@ def _not_finite(snapshot: Snapshot) -> str | None:
     device = next(iter(floats.values())).device
     finite = torch.stack([local_tensor(tensor).isfinite().all().to(device) for tensor in floats.values()])
     return next((name for name, good in zip(floats, finite.tolist(), strict=True) if not good), None)
-
-
-def _number(value: float | None) -> float:
-    if not isinstance(value, int | float):
-        raise ValueError(f"{POSITION_FILE} holds {value!r} instead of a number")
-    return value
 
 
 def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

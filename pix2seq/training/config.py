@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -33,8 +32,9 @@ from pix2seq.settings import (
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.optimizer import OptimizerName, ScheduleConfig
+from pix2seq.training.yaml_file import parse_yaml, read_yaml
 
-SETTINGS_FILE = "config.yaml"  # in the folder of a run, by `save_config`
+SETTINGS_FILE = "config.yaml"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), **fixed:
         if not separator or not key:
             raise InputError(f"setting {override!r} is not of the form key=value")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"the value of setting {override!r} cannot be read as YAML; quote it") from None
-        sources.append(_nested(key, _number(parsed)))
+            parsed = parse_yaml(value)
+        except ValueError:
+            raise InputError(f"the value of setting {override[:200]!r} cannot be read as YAML; quote it") from None
+        sources.append(_nested(key, parsed))
     sources.append(fixed)
     schema = _schema(sources)
     merged = OmegaConf.structured(schema)
@@ -201,44 +201,15 @@ def config_file(name: str) -> Path:
     return Path(str(resources.files("pix2seq.configs").joinpath(name)))
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the mapping of a YAML file. Raises `InputError` if there is none."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"config {path} does not exist; see the folder configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"config {path} holds a {type(content).__name__}, expected key: value lines")
-    return {key: _number(value) for key, value in content.items()}
-
-
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved settings as YAML, for `load_config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
+def config_yaml(config: TrainConfig) -> str:
+    """Return the resolved settings as YAML, for `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
     """Turn `a.b.c` and a value into nested mappings."""
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value
-
-
-def _number(value: Any) -> Any:
-    """Convert numbers such as 1e-4, which YAML 1.1 reads as strings."""
-    if isinstance(value, dict):
-        return {key: _number(entry) for key, entry in value.items()}
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() and value[0] in "0123456789.+-" else value
-        except ValueError:
-            return value
     return value
 
 

@@ -18,6 +18,7 @@ from pix2seq.training.config import TrainConfig
 from pix2seq.training.distributed import Ranks
 from pix2seq.training.memory import memory_mb
 from pix2seq.training.recipe import Recipe
+from pix2seq.training.resume import Change
 from pix2seq.training.step import StepResult
 from pix2seq.training.trackers import make_trackers
 
@@ -83,6 +84,12 @@ class Report:
         """Report a step with a non-finite loss or gradient; `fields` describe it."""
         if self._log is not None:
             self._log.event(step, "skipped", **fields)
+
+    def changed(self, step: int, changes: Sequence[Change]) -> None:
+        """Report what differs from step `step` on from the run as it was."""
+        if self._log is not None and changes:
+            self._log.event(step, "changed", settings={change.name: [change.before, change.now] for change in changes})
+            tqdm.write(f"from step {step}: {', '.join(map(str, changes))}")
 
     def _progress(self, state: RunState) -> dict[str, float | None]:
         return {"images": state.step * self.images_per_step, "minutes": state.seconds / 60}

@@ -25,8 +25,16 @@ from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import find_checkpoint, list_checkpoints, newest_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
-from pix2seq.training.checkpoint import RunState, is_best, load_checkpoint, mark_best, save_checkpoint
-from pix2seq.training.config import SETTINGS_FILE, TrainConfig, save_config
+from pix2seq.training.checkpoint import (
+    RunState,
+    is_best,
+    load_checkpoint,
+    mark_best,
+    read_position,
+    save_checkpoint,
+    set_aside,
+)
+from pix2seq.training.config import TrainConfig
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
 from pix2seq.training.ema import Ema
 from pix2seq.training.initialize import initialize_from, with_init_model
@@ -36,6 +44,7 @@ from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from pix2seq.training.recipe import Recipe, prepare
 from pix2seq.training.recorded_step import BUCKET, RecordedStep
+from pix2seq.training.resume import Change, check_data, check_settings, is_measured_anew, keep_settings, run_record
 from pix2seq.training.run_lock import run_lock
 from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
@@ -44,10 +53,11 @@ from pix2seq.training.threads import ThreadTrial
 STEPS_BEHIND = 2  # steps whose outcome a GPU may still compute while the next ones are prepared
 
 
-def run(config: TrainConfig, *, resume: str = "never") -> Path:
+def run(config: TrainConfig, *, resume: str = "never", accept_changes: bool = False) -> Path:
     """Train with `config`, alone or as one of the processes that torchrun started; return the last checkpoint.
 
-    `resume` is `never`, `auto` (the newest checkpoint of the run, if there is one) or a checkpoint.
+    `resume` is `never`, `auto` (the newest checkpoint of the run, if there is one) or a checkpoint. Settings that
+    would change what a resumed run computes are refused unless `accept_changes`; see `training.resume`.
     Raises `InputError` if data, settings or checkpoints cannot be used, and `Stopped` after SIGTERM, with
     everything saved.
     """
@@ -56,14 +66,30 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         ranks = stack.enter_context(join_ranks(config.device, config.num_processes))
         resumed = ranks.on_first(lambda: _enter(stack, out, resume))
         config = with_init_model(config)
+        changes: list[Change] = []
+        if resumed is not None:
+            done = ranks.on_first(partial(read_position, resumed))["step"]
+            if done > config.steps:
+                if ranks.first:
+                    print(
+                        f"{resumed} is past the last step already: step {done} of {config.steps}; raise steps to go on"
+                    )
+                return resumed
+            changes = ranks.on_first(partial(check_settings, config, resumed, accept=accept_changes))
         recipe = prepare(config, resumed=resumed)
+        record = ranks.on_first(partial(run_record, config, recipe))
+        if resumed is not None:
+            changes += ranks.on_first(partial(check_data, config, recipe, record, resumed, accept=accept_changes))
         trainer = _Trainer(config, recipe, ranks)
+        trainer.state.record = record
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
-        ranks.on_first(lambda: save_config(replace(config, model=trainer.state.model.config), out / SETTINGS_FILE))
+        ranks.on_first(partial(_take_over, out, trainer.state, config, resumed, changes))
         with Report(config, recipe, trainer.state, ranks) as report, StopRequest() as stop:
+            report.changed(trainer.state.step, changes)
             trainer.train(report, stop)
-        return ranks.on_first(lambda: list_checkpoints(out)[-1])
+        # A finished run from another folder has nothing to save here.
+        return ranks.on_first(lambda: [*filter(None, [resumed]), *list_checkpoints(out)][-1])
 
 
 def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
@@ -78,6 +104,16 @@ def _enter(stack: ExitStack, out: Path, resume: str) -> Path | None:
     if resume == "never" or (resume == "auto" and not done):
         return None
     return newest_checkpoint(out) if resume == "auto" else find_checkpoint(Path(resume))
+
+
+def _take_over(
+    out: Path, state: RunState, config: TrainConfig, resumed: Path | None, changes: Sequence[Change]
+) -> None:
+    """Set aside what the run does not go on from, and keep its settings, before the first write."""
+    aside = set_aside(out, resumed, state.step, best_too=is_measured_anew(changes))
+    if aside is not None:
+        print(f"checkpoints of {out} that the run does not go on from were set aside in {aside}", flush=True)
+    keep_settings(replace(config, model=state.model.config), out, state.step)
 
 
 class _Trainer:
@@ -129,7 +165,7 @@ class _Trainer:
         while True:
             if self._evaluation_is_due(report):
                 self._evaluate(report, stop)
-            if state.step == config.steps:
+            if state.step >= config.steps:
                 return
             started = time.perf_counter()
             micro_batches: list[Batch] = []
@@ -255,14 +291,16 @@ class _Trainer:
         parts = ranks.gather(measured)
         seconds = time.perf_counter() - started
 
-        def score() -> dict[str, float | None]:
-            result = EvalResult.of(merge_measured(parts), num_images=num_images, seconds=seconds)
-            report.evaluation(self.state, result)
-            return result.metrics
+        results: list[EvalResult] = []
 
-        metrics = ranks.on_first(score)
+        def score() -> dict[str, float | None]:
+            results.append(EvalResult.of(merge_measured(parts), num_images=num_images, seconds=seconds))
+            return results[0].metrics
+
+        self._keep_if_best(ranks.on_first(score))
+        # A run that dies before this line evaluates again, and so keeps its best.
+        ranks.on_first(lambda: report.evaluation(self.state, results[0]))
         report.evaluated = self.state.step
-        self._keep_if_best(metrics)
 
     def _averaged_model(self) -> Predictor:
         """Return a copy of the model with the averaged weights."""

@@ -38,6 +38,7 @@ class Recipe:
     """Tasks with their data, and the vocabulary they share."""
 
     samples: tuple[Samples, ...]  # each for one task, or for tasks that share images
+    train_data: dict[str, Dataset | ShardIndex]  # training split by task
     val_data: dict[str, Dataset]  # validation split by task
     categories: tuple[Category, ...]
     text: TextTokenizer | None
@@ -122,7 +123,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             ClassMap(dataset.categories, categories)  # training cannot teach what only validation has
-    return Recipe(tuple(samples), val_data, categories, text, vocab, features)
+    return Recipe(tuple(samples), train_data, val_data, categories, text, vocab, features)
 
 
 def _warn_of_unflipped(samples: Sequence[Samples]) -> None:

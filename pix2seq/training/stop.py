@@ -18,7 +18,7 @@ class StopRequest:
     """Record whether this process was asked to stop while the context is active.
 
     A scheduler's SIGTERM may come at any time. During an optimiser step or a save it is only recorded;
-    inside `interruptible` it raises `Interrupted` at once.
+    inside `interruptible` it raises `Interrupted` at once. From then on Ctrl-C is ignored: the state is being saved.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,17 @@ class StopRequest:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._previous_int = signal.getsignal(signal.SIGINT)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._main:
             signal.signal(signal.SIGTERM, self._previous)
+            signal.signal(signal.SIGINT, self._previous_int)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self._interruptible:
             self._interruptible = False  # a second signal must not interrupt the exit
             raise Interrupted

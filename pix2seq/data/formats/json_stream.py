@@ -25,6 +25,8 @@ def stream_json(path: Path, lists: Collection[str], *, chunk_chars: int = CHUNK_
     occurs twice; earlier entries have been yielded by then.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder, a device or a pipe")
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _members(_Scanner(path, file, chunk_chars), set(lists))
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -112,6 +114,8 @@ class _Scanner:
                 if not cut or not self._read_on():
                     raise self.error(error.msg, error.pos) from None
                 continue
+            except ValueError as error:  # a whole number of more digits than Python converts
+                raise self.error(str(error).partition(":")[0], self.position) from None
             # It may be the first half of a number: the rest in the window may be only `.` or `e+`.
             cut = len(self.window) - end <= 2 and not self.window[end:].strip(".eE+-")
             if cut and self.window[end - 1] not in '}]"' and self._read_on():

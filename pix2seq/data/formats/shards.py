@@ -16,18 +16,18 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage, IncompleteRead
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pix2seq.data.annotations import contents
@@ -35,11 +35,13 @@ from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
-from pix2seq.files import write_atomically
+from pix2seq.files import output_folder, parse_json, read_regular, report_write_errors, write_atomically
+from pix2seq.geometry.polygons import run_lengths
 from pix2seq.types import Category, ImageRecord, MaskAnnotation, Target
 
 FORMAT = 2
 CONTENTS = ("object", "mask", "labelled keypoint", "caption")  # values of `Task.learns_from`
+MAX_INDEX_BYTES = 1 << 30
 _ATTEMPTS = 4  # requests to a server that does not answer, with doubling waits between them
 _TIMEOUT = 60.0  # seconds without a byte from the server
 
@@ -75,30 +77,60 @@ class ShardIndex:
 
     def captions(self) -> list[str]:
         """Read all captions, in order. Raises `InputError` if their file has changed since it was written."""
-        captions: list[str] = json.loads(_fetch_verified(self.location, self.captions_file))
+        name = f"{self.location}/{self.captions_file.name}"
+        try:
+            captions = parse_json(_fetch_verified(self.location, self.captions_file))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{name} holds no captions ({error}); write the shards again") from None
+        if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+            raise InputError(f"{name} holds no list of captions; write the shards again")
         return captions
 
     @classmethod
     def read(cls, location: str | Path, split: str) -> ShardIndex:
         """Read the index of a split in a folder or at an http(s) address. Raises `InputError` if it cannot be used."""
         name = f"{split}.json"
+        content = _fetch(str(location), name, MAX_INDEX_BYTES)
         try:
-            content = json.loads(_fetch(str(location), name))
-            if content["format"] != FORMAT:
-                raise InputError(f"{location}/{name} has format {content['format']}, expected {FORMAT}; write it again")
-            shards = tuple(Shard(**shard) for shard in content["shards"])
-            categories = tuple(Category.from_json(category) for category in content["categories"])
-            captions_file = Shard(**content["captions_file"])
+            index = parse_json(content)
+            if index["format"] != FORMAT:
+                raise InputError(f"{location}/{name} has format {index['format']!r}, expected {FORMAT}; write it again")
+            shards = tuple(Shard(**shard) for shard in index["shards"])
+            categories = tuple(Category.from_json(category) for category in index["categories"])
+            captions_file = Shard(**index["captions_file"])
+            _check_index(shards, captions_file, categories)
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{location}/{name} is not an index of shards ({error!r}); write it again") from None
-        for shard in (*shards, captions_file):
-            # Names are untrusted data, so they must not lead out of the folder or to another server.
-            is_tar = shard.name.endswith(".tar") and shard.num_samples >= 1 and set(shard.num_with) == set(CONTENTS)
-            if shard.name != os.path.basename(shard.name) or not (is_tar or shard is captions_file):
-                raise InputError(f"{location}/{name} has an invalid entry for the file {shard.name!r}; write it again")
         return cls(str(location), split, categories, shards, captions_file)
+
+
+def _check_index(shards: Sequence[Shard], captions_file: Shard, categories: Sequence[Category]) -> None:
+    """Raise `ValueError` for an entry that `write_shards` would not write: an index is data from elsewhere.
+
+    A name must not lead out of the folder or to another server, and numbers decide about memory.
+    """
+    for shard in (*shards, captions_file):
+        name, is_tar = shard.name, shard is not captions_file
+        numbers = (shard.num_samples, shard.num_bytes, *shard.num_with.values())
+        if not isinstance(name, str) or not name or name != os.path.basename(name) or "\\" in name or name[0] == ".":
+            raise ValueError(f"invalid entry for the file {name!r}")
+        if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(shard.sha256, str):
+            raise ValueError(f"invalid entry for the file {name!r}: {asdict(shard)}")
+        if is_tar and not (
+            name.endswith(".tar")
+            and 1 <= shard.num_samples <= shard.num_bytes // tarfile.BLOCKSIZE
+            and set(shard.num_with) == set(CONTENTS)
+            and max(shard.num_with.values()) <= shard.num_samples
+        ):
+            raise ValueError(f"invalid entry for the file {name!r}: {asdict(shard)}")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("invalid entry: two shards have one name")
+    if len({category.label for category in categories}) < len(categories):
+        raise ValueError("two classes have one label")
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,7 @@ class ShardStream:
                 order = np.random.default_rng((self.seed, epoch, some[0])).permutation(size)
                 for i in order[skip:].tolist():
                     number, image, target = samples[i]
-                    yield ShardSample(epoch, number, image, _target_from_json(json.loads(target)))
+                    yield ShardSample(epoch, number, image, target)
                 del samples  # free the memory before the next shards are read
                 skip = 0
             epoch += 1
@@ -171,9 +203,9 @@ class ShardStream:
     def _size(self, shard: Shard) -> int:
         return shard.num_samples if self.learns_from is None else shard.num_with[self.learns_from]
 
-    def _read(self, shard: Shard) -> Iterator[tuple[int, bytes, bytes]]:
+    def _read(self, shard: Shard) -> Iterator[tuple[int, bytes, Target]]:
         for number, image, target in read_shard(self.index.location, shard):
-            if self.learns_from is None or self.learns_from in contents(_target_from_json(json.loads(target))):
+            if self.learns_from is None or self.learns_from in contents(target):
                 yield number, image, target
 
 
@@ -192,8 +224,7 @@ def write_shards(
     `max_bad_share` (0 to 1) of them, are bad.
     """
     webdataset = _webdataset()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(Path(folder))
     path = folder / f"{dataset.split}.json"
     if path.exists():
         raise InputError(f"{path} exists already; remove it and its shards, or name another folder")
@@ -235,7 +266,7 @@ def write_shards(
         "shards": [asdict(shard) for shard in shards],
         "captions_file": asdict(captions_file),
     }
-    write_atomically(path, json.dumps(index, indent=1))
+    _write(path, json.dumps(index, indent=1))
     return ShardIndex(str(folder), dataset.split, dataset.categories, tuple(shards), captions_file)
 
 
@@ -250,26 +281,48 @@ def is_address(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
-def read_shard(location: str, shard: Shard) -> list[tuple[int, bytes, bytes]]:
-    """Read the number, the image and the JSON of each sample, in file order.
+def read_shard(location: str, shard: Shard) -> list[tuple[int, bytes, Target]]:
+    """Read the number, the image and the annotations of each sample, in file order.
 
-    Raises `InputError` if the file has changed since it was written.
+    Raises `InputError` if the file has changed since it was written, or is not one that `write_shards` wrote.
     """
-    webdataset = _webdataset()
     content = _fetch_verified(location, shard)
-    files = webdataset.tariterators.tar_file_expander([{"url": shard.name, "stream": io.BytesIO(content)}])
-    samples = []
-    for sample in webdataset.tariterators.group_by_keys(files):
-        label = sample["json"]
-        (image,) = (value for key, value in sample.items() if not key.startswith("__") and key != "json")
-        samples.append((int(sample["__key__"]), image, label))
-    assert len(samples) == shard.num_samples  # its sha256 was checked
+    try:
+        samples = [(number, image, _target_from_json(parse_json(label))) for number, image, label in _read_tar(content)]
+        if len(samples) != shard.num_samples:
+            raise ValueError(f"it has {len(samples)} samples, expected {shard.num_samples}")
+    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{location}/{shard.name} is not a shard ({reason}); write the shards again") from None
     return samples
 
 
+def _read_tar(content: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield number, image and label of each sample of an uncompressed tar file: two members of one key."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            # A sparse member of a few bytes may claim to be of any size.
+            if not member.isreg() or member.issparse() or not 0 <= member.size <= len(content):
+                raise ValueError(f"its member {member.name!r} is no plain file")
+            file = tar.extractfile(member)
+            assert file is not None  # it is a plain file
+            found.setdefault(key, {})["json" if suffix == "json" else "image"] = file.read()
+    for key, files in found.items():
+        if not key.isdecimal() or set(files) != {"json", "image"}:
+            raise ValueError(f"its sample {key!r} is not an image with a label")
+        yield int(key), files["image"], files["json"]
+
+
 def _write_part(path: Path, content: bytes, num_samples: int, num_with: dict[str, int]) -> Shard:
-    write_atomically(path, content)
+    _write(path, content)
     return Shard(path.name, num_samples, len(content), hashlib.sha256(content).hexdigest(), num_with)
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    with report_write_errors(path, "writing shards", num_bytes=len(content), then="run the command again"):
+        write_atomically(path, content)
 
 
 def _webdataset() -> Any:
@@ -281,7 +334,7 @@ def _webdataset() -> Any:
 
 
 def _fetch_verified(location: str, shard: Shard) -> bytes:
-    content = _fetch(location, shard.name)
+    content = _fetch(location, shard.name, shard.num_bytes)
     if len(content) != shard.num_bytes or hashlib.sha256(content).hexdigest() != shard.sha256:
         raise InputError(
             f"{location}/{shard.name} is damaged: its {len(content)} bytes differ from the {shard.num_bytes} "
@@ -290,25 +343,39 @@ def _fetch_verified(location: str, shard: Shard) -> bytes:
     return content
 
 
-def _fetch(location: str, name: str) -> bytes:
+def _fetch(location: str, name: str, max_bytes: int) -> bytes:
+    """Return the content of a file; of a file on a server that is longer than `max_bytes`, one byte more than these."""
     if not is_address(location):
         try:
-            return (Path(location) / name).read_bytes()
+            return read_regular(Path(location) / name)
         except OSError as error:
             raise InputError(f"{location}/{name} cannot be read: {error.strerror}; expected shards there") from None
     address = f"{location.rstrip('/')}/{name}"
     for attempt in range(_ATTEMPTS):
         try:
-            with urlopen(address, timeout=_TIMEOUT) as response:
-                content: bytes = response.read()
+            with build_opener(_Redirect).open(address, timeout=_TIMEOUT) as response:
+                content: bytes = response.read(max_bytes + 1)
+                if response.length and len(content) <= max_bytes:
+                    raise IncompleteRead(content, response.length)
                 return content
         except (OSError, HTTPException) as error:  # URLError is an OSError
             reason: Exception = error
-            if 400 <= getattr(error, "code", 0) < 500:  # another attempt would not help
+            if 300 <= getattr(error, "code", 0) < 500:  # another attempt would not help
                 break
         if attempt + 1 < _ATTEMPTS:
             time.sleep(2.0**attempt)
     raise InputError(f"{address} cannot be read: {reason}; expected shards there")
+
+
+class _Redirect(HTTPRedirectHandler):
+    """Follows redirects to http and https only, and never from https to http."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        if not newurl.startswith(("https://", f"{req.type}://")):
+            raise InputError(f"{req.full_url} leads to {newurl}, which is not read; give an http(s) address of shards")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _target_to_json(target: Target, root: Path) -> dict[str, Any]:
@@ -332,28 +399,49 @@ def _target_to_json(target: Target, root: Path) -> dict[str, Any]:
 
 
 def _target_from_json(value: dict[str, Any]) -> Target:
-    image = ImageRecord(value["image_id"], Path(value["file_name"]), value["width"], value["height"])
-    return Target(
-        image=image,
-        boxes_xyxy=np.array(value["boxes_xyxy"], np.float32).reshape(-1, 4),
-        labels=np.array(value["labels"], np.int64),
-        areas=np.array(value["areas"], np.float32),
-        iscrowd=np.array(value["iscrowd"], np.bool_),
-        annotation_ids=np.array(value["annotation_ids"], np.int64),
-        segmentations=tuple(_mask_from_json(segmentation) for segmentation in value["segmentations"]),
-        keypoints=np.array(value["keypoints"], np.float32).reshape(len(value["labels"]), value["num_keypoints"], 3),
+    """Read what `_target_to_json` wrote. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+    number, width, height = value["image_id"], value["width"], value["height"]
+    if any(type(side) is not int for side in (number, width, height)) or min(width, height) < 1:
+        raise ValueError(f"image {number!r} has width {width!r} and height {height!r}")
+    labels = np.array(value["labels"], np.int64)
+    count, num_keypoints = len(labels), value["num_keypoints"]
+    target = Target(
+        image=ImageRecord(number, Path(value["file_name"]), width, height),
+        boxes_xyxy=np.array(value["boxes_xyxy"], np.float32).reshape(count, 4),
+        labels=labels.reshape(count),
+        areas=np.array(value["areas"], np.float32).reshape(count),
+        iscrowd=np.array(value["iscrowd"], np.bool_).reshape(count),
+        annotation_ids=np.array(value["annotation_ids"], np.int64).reshape(count),
+        segmentations=tuple(_mask_from_json(entry, width, height) for entry in value["segmentations"]),
+        keypoints=np.array(value["keypoints"], np.float32).reshape(count, num_keypoints, 3),
         captions=tuple(value["captions"]),
         attributes=tuple(value.get("attributes", ())),
     )
+    x0, y0, x1, y1 = target.boxes_xyxy.T
+    if not ((x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)).all():
+        raise ValueError(f"image {number} has a box that does not lie in it")
+    if labels.min(initial=1) < 1 or len(target.segmentations) != count or not np.isfinite(target.areas).all():
+        raise ValueError(f"image {number} has an object without label, mask or area")
+    if not (np.isfinite(target.keypoints).all() and np.isin(target.keypoints[..., 2], (0, 1, 2)).all()):
+        raise ValueError(f"image {number} has a keypoint that is not x, y and 0, 1 or 2")
+    if not all(isinstance(text, str) for text in target.captions):
+        raise ValueError(f"image {number} has a caption that is no text")
+    return target
 
 
 def _mask_to_json(segmentation: MaskAnnotation | None) -> Any:
     return [ring.ravel().tolist() for ring in segmentation] if isinstance(segmentation, list) else segmentation
 
 
-def _mask_from_json(value: Any) -> MaskAnnotation | None:
-    return [_ring(numbers) for numbers in value] if isinstance(value, list) else value
-
-
-def _ring(numbers: list[float]) -> NDArray[np.float32]:
-    return np.array(numbers, np.float32).reshape(-1, 2)
+def _mask_from_json(value: Any, width: int, height: int) -> MaskAnnotation | None:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        rings = [np.array(numbers, np.float32).reshape(-1, 2) for numbers in value]
+        if not rings or min(map(len, rings)) < 3 or not all(np.isfinite(ring).all() for ring in rings):
+            raise ValueError("a mask has a ring that is not three or more points")
+        return rings
+    lengths = run_lengths(value["counts"])
+    if value["size"] != [height, width] or lengths is None or lengths.sum() != height * width:
+        raise ValueError("a mask is an RLE that does not fill its image")
+    return {"size": [height, width], "counts": value["counts"]}
