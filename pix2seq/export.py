@@ -19,8 +19,8 @@ from pix2seq.files import output_folder, report_write_errors
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import WEIGHTS_FILE, find_checkpoint
 from pix2seq.training.config import SETTINGS_FILE
-from pix2seq.training.yaml_file import read_yaml
 from pix2seq.training.log import LOG_FILE
+from pix2seq.training.yaml_file import read_yaml
 
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.yaml"
