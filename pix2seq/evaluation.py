@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pix2seq.data.dataset import Dataset, labels_by_name
+from pix2seq.data.dataset import labels_by_name
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
 from pix2seq.metrics.metric import Metric, Scores

@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 
 from pix2seq.data.check import check_dataset
 from pix2seq.data.dataset import open_dataset
-from pix2seq.data.formats.voc import VocDataset
+from pix2seq.data.formats.voc import read_voc
 from pix2seq.data.image import image_size, read_image, read_record_image
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
@@ -598,5 +598,5 @@ def test_mostly_bad_voc_objects_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"11 of 21 objects"):
         open_dataset(root, "train")
     assert not check_dataset(root).usable
-    assert len(VocDataset.read(root, "train", max_bad_share=1).objects) == 10
-    assert math.isclose(VocDataset.read(root, "train", max_bad_share=1).objects["area"].sum(), 2000)
+    assert len(read_voc(root, "train", max_bad_share=1).objects) == 10
+    assert math.isclose(read_voc(root, "train", max_bad_share=1).objects["area"].sum(), 2000)

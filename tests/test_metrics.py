@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.metrics.coco_ap import average_precision
 from pix2seq.types import Category, ImageRecord, Instance, Target
 
@@ -58,7 +58,7 @@ def jittered(dataset, rng):
 
 def test_all_twelve_numbers_equal_pycocotools(shared):
     root = shared / "data/coco_mini"
-    dataset = CocoDataset.read(root, "val")
+    dataset = read_coco(root, "val")
     predictions = jittered(dataset, np.random.default_rng(0))
     results = [
         {

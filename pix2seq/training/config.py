@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -38,6 +38,14 @@ COUNTS = (
 )  # settings that must be at least 1
 
 
+class Source(NamedTuple):
+    """Where a split is."""
+
+    location: str  # data folder, or folder or address of shards
+    split: str
+    annotations: str | None  # COCO file, if the rules for names must not choose
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run depends on; saved beside its checkpoints and enough to repeat it.
@@ -47,6 +55,9 @@ class TrainConfig:
 
     data: Any = None  # data folder, folder or http address of shards, or a mapping of task names to these
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
+    annotations: Any = None  # COCO file of the training split where several could be, or a mapping of tasks to these
+    val_annotations: Any = None  # the same for the validation split
+    val_fraction: float = 0.1  # share of the training images, drawn by seed, that validate where there is no val_split
     share_images: bool = False  # an image teaches all tasks of its folder that do not crop; else each draws its own
     shard_mix: int = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/train"  # folder of checkpoints and logs
@@ -116,6 +127,8 @@ class TrainConfig:
             raise ValueError(f"shard_mix must be at least 1, got {self.shard_mix}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie in [0, 1], got {self.max_bad_share}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
         if not self.worker_timeout > 0:
             raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}")
         if not self.lr > 0:
@@ -142,13 +155,18 @@ class TrainConfig:
         if not folder:
             raise InputError(
                 f"no data was given for {task}; add data=FOLDER, or data.{task}=FOLDER where tasks differ, with a "
-                "COCO or Pascal VOC data set"
+                "COCO, Pascal VOC or YOLO data set"
             )
         return str(folder)
 
-    def val_data_of(self, task: str) -> str:
-        """Return the folder of a task's validation split."""
-        return str(_of_task(self.val_data, task) or self.data_of(task))
+    def train_source(self, task: str) -> Source:
+        """Return where a task's training split is."""
+        return Source(self.data_of(task), self.train_split, _of_task(self.annotations, task))
+
+    def val_source(self, task: str) -> Source:
+        """Return where a task's validation split is."""
+        folder = str(_of_task(self.val_data, task) or self.data_of(task))
+        return Source(folder, self.val_split, _of_task(self.val_annotations, task))
 
 
 def _of_task(setting: Any, task: str) -> Any:

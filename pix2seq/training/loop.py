@@ -34,7 +34,7 @@ from pix2seq.training.log import LOG_FILE, Report
 from pix2seq.training.memory import keep_freed_memory
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from pix2seq.training.recipe import Recipe, prepare
+from pix2seq.training.recipe import Recipe, check_val_images, prepare
 from pix2seq.training.recorded_step import BUCKET, RecordedStep
 from pix2seq.training.run_lock import run_lock
 from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
@@ -57,6 +57,8 @@ def run(config: TrainConfig, *, resume: str = "never") -> Path:
         resumed = ranks.on_first(lambda: _enter(stack, out, resume))
         config = with_init_model(config)
         recipe = prepare(config, resumed=resumed)
+        if resumed is None:
+            ranks.on_first(lambda: check_val_images(config, recipe))
         trainer = _Trainer(config, recipe, ranks)
         if resumed is not None:
             load_checkpoint(trainer.state, resumed)
