@@ -260,9 +260,11 @@ def test_duplicates_missing_files_and_missing_sizes_are_defects(tmp_path):
     root = write_coco(tmp_path, [box([1, 1, 5, 5]), box([1, 1, 5, 5]), box([1, 1, 5, 5], id=3, image_id=3)], images)
     (root / "train/gone.png").unlink()
     dataset = read_coco(root, "train")
-    assert [(i.id, i.width, i.height) for i in dataset.images] == [(1, 40, 30), (2, 40, 30)]
+    assert [(i.id, i.width, i.height) for i in dataset.images] == [(2, 40, 30)]
+    assert len(dataset.objects) == 0  # nobody knows which of the two files image 1 is
     assert sorted(dataset.defects["defect"]) == [
-        "duplicate annotation id", "duplicate image id", "missing image file", "no width and height",
+        "duplicate annotation id", "image id of two files", "image id of two files", "missing image file",
+        "no width and height",
     ]  # fmt: skip
 
 

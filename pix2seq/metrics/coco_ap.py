@@ -31,6 +31,7 @@ _IOU_TYPES: dict[Kind, Literal["bbox", "segm", "keypoints"]] = {"box": "bbox", "
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 _NUM_COCO_KEYPOINTS = 17
+_IGNORED_AREA = 1e11  # beyond all ranges of COCO's sizes: pycocotools ignores such an object, but finds it by IoU
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ApResult(Scores):
 
     per_class: pd.DataFrame  # category, num_ground_truth, num_detections, AP, AP50
     num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
+    num_ignored: int = 0  # objects that are neither found nor missed: difficult ones, and those without a mask
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -48,7 +50,12 @@ class ApResult(Scores):
             {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
             for row in self.per_class.to_dict(orient="records")
         ]
-        return {"metrics": self.metrics, "per_class": rows, "num_dropped": self.num_dropped}
+        return {
+            "metrics": self.metrics,
+            "per_class": rows,
+            "num_dropped": self.num_dropped,
+            "num_ignored": self.num_ignored,
+        }
 
     def text(self) -> str:
         """A table for the terminal."""
@@ -61,6 +68,8 @@ class ApResult(Scores):
             for name, num_truths, num_found, ap, ap50 in seen.itertuples(index=False)
         ]
         lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
+        if self.num_ignored:
+            lines.append(f"{self.num_ignored} objects ignored: difficult, or without a mask")
         return "\n".join(lines)
 
 
@@ -98,7 +107,8 @@ def average_precision(
 
     Classes are matched by name. With ground truth and no detections everything is 0; without ground
     truth everything is None. Crowd regions are ignored as COCO does: what lies in them is neither
-    right nor wrong.
+    right nor wrong. Difficult objects are ignored as VOC does: each may be found once, by IoU. So are objects without
+    a mask, by their box, where masks are scored.
     """
     ids = {category.name: position for position, category in enumerate(categories, start=1)}
     id_of_label = {category.label: ids[category.name] for category in categories}
@@ -116,7 +126,7 @@ def average_precision(
                 detections.append(entry | {"image_id": image_id})
 
     names = _KEYPOINT_METRICS if kind == "keypoint" else _METRICS
-    counted = [a for a in annotations if not a["iscrowd"] and (kind != "keypoint" or a["num_keypoints"])]
+    counted = [a for a in annotations if _is_counted(a) and (kind != "keypoint" or a["num_keypoints"])]
     scored = (
         _evaluate(list(known_images.values()), annotations, detections, ids, kind) if counted and detections else None
     )
@@ -129,12 +139,18 @@ def average_precision(
             for letter, low, high in (("s", 0, 32**2), ("m", 32**2, 96**2), ("l", 96**2, 1e10)):
                 if not any(low <= a["area"] <= high for a in counted):
                     metrics |= {name: None for name in metrics if name in (f"AP{letter}", f"AR{letter}")}
-    return ApResult(metrics, _per_class(scored, ids, counted, detections), dropped)
+    ignored = sum(not a["iscrowd"] and not _is_counted(a) for a in annotations)
+    return ApResult(metrics, _per_class(scored, ids, counted, detections), dropped, ignored)
+
+
+def _is_counted(annotation: Mapping[str, Any]) -> bool:
+    return not annotation["iscrowd"] and annotation["area"] != _IGNORED_AREA
 
 
 def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: Kind) -> list[dict[str, Any]]:
     annotations: list[dict[str, Any]] = []
     for target in targets:
+        difficult = np.zeros(len(target.labels), np.bool_) if target.difficult is None else target.difficult
         for i in range(len(target.labels)):
             x0, y0, x1, y1 = map(float, target.boxes_xyxy[i])
             points = target.keypoints[i]
@@ -143,14 +159,16 @@ def _ground_truth(targets: Sequence[Target], id_of_label: dict[int, int], kind: 
                 "image_id": target.image.id,
                 "category_id": id_of_label[int(target.labels[i])],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(target.areas[i]),
-                "iscrowd": int(target.iscrowd[i]),
+                "area": _IGNORED_AREA if difficult[i] else float(target.areas[i]),
+                "iscrowd": int(target.iscrowd[i] and not difficult[i]),
                 "num_keypoints": int((points[:, 2] > 0).sum()),
             }
             if kind == "mask":
                 entry["segmentation"] = _run_lengths(target.segmentations[i], target.image.width, target.image.height)
                 if entry["segmentation"] is None:
-                    continue
+                    sides = [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])]
+                    entry["segmentation"] = _run_lengths(sides, target.image.width, target.image.height)
+                    entry["area"] = _IGNORED_AREA
             if kind == "keypoint":
                 entry["keypoints"] = points.ravel().astype(float).tolist()
             annotations.append(entry)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from pix2seq.data.annotations import Annotations, ImageTable, select_images
 from pix2seq.data.defects import MAX_COORD, Defects, defect_frame, label_categories, refuse_bad_share
@@ -49,9 +50,9 @@ class Dataset:
         """Return the annotations of image `index`, in the data set's own labels."""
         return self.annotations.target(index, self.images[index])
 
-    def select(self, split: str, indices: Sequence[int]) -> Dataset:
+    def select(self, split: str, indices: ArrayLike) -> Dataset:
         """Return a split of some images, given in ascending order, under a name of its own."""
-        images, annotations = select_images(self.images, self.annotations, np.array(indices, np.int64))
+        images, annotations = select_images(self.images, self.annotations, np.asarray(indices, np.int64))
         return replace(self, split=split, images=images, annotations=annotations)
 
 

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from pix2seq.data.defects import MAX_BAD_SHARE, MAX_COORD
@@ -214,12 +215,13 @@ class _Reader:
             corners = [_number(entry, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
             written = " ".join(f"{corner:g}" for corner in corners)
             objects.as_written[len(objects), "bbox"] = f"{name}: {written}"
-            fields = {
+            fields: dict[str, Any] = {
                 "id": annotation_id,
                 "image_id": image_id,
                 "category_id": self.builder.add_category(NEW, category),
+                "bbox": _xywh(*corners),
+                "difficult": _text(entry, "difficult"),
             }
-            fields |= {"bbox": _xywh(*corners), "difficult": _text(entry, "difficult")}
             objects.add(fields, name)
         return index
 
@@ -241,16 +243,17 @@ def _parse(path: Path) -> ElementTree.Element:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if b"<!ENTITY" in content.replace(b"\0", b""):  # also in UTF-16; entities can expand without bound
-        raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
     declared = _ENCODING.match(content.removeprefix(b"\xef\xbb\xbf"))
     try:
         if declared:  # Python knows more encodings than the parser
             encoding = declared[1].decode("ascii")
             text = content.decode("utf-8-sig" if encoding.lower() == "utf-8" else encoding)
-            tree = ElementTree.fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text, flags=re.DOTALL))
-        else:
-            tree = ElementTree.fromstring(content)
+            content = re.sub(r"^\s*<\?xml.*?\?>", "", text, flags=re.DOTALL).encode("utf-8")
+        if b"<!ENTITY" in content.replace(b"\0", b""):  # also in UTF-16; entities can expand without bound
+            raise InputError(f"{path} defines XML entities, which annotations do not need; remove them")
+        tree = ElementTree.fromstring(content)
+    except InputError:
+        raise
     except (UnicodeError, LookupError) as error:
         raise InputError(f"{path} is not in the encoding that it names ({error}); save it in UTF-8") from None
     except (ElementTree.ParseError, ValueError) as error:
