@@ -305,5 +305,7 @@ def _check_image(record: ImageRecord) -> Defect | None:
 
 
 def _name(row: Any) -> str:
+    if row.image is None and row.annotation_id is None:  # a defect of the files or the classes
+        return str(row.detail)
     detail = f" ({row.detail})" if row.detail else ""
     return describe(row.image, row.annotation_id) + detail

@@ -123,9 +123,7 @@ def refuse_bad_share(what: str, defects: Sequence[Defect], total: int, *, where:
 
 
 def describe(image: Any, annotation: Any) -> str:
-    """Name an annotation, or an image if `annotation` is None, by the ids in the data set; "all" if both are None."""
-    if image is None and annotation is None:
-        return "all"
+    """Name an annotation, or an image if `annotation` is None, by the ids in the data set."""
     return f"image {image}" + ("" if annotation is None else f" annotation {annotation}")
 
 

@@ -153,7 +153,7 @@ class DatasetBuilder:
         by_index = [categories[ids.index(known.number)] for known in self._categories]
         entries = ((image_id, path, width, height) for path, (_, image_id, width, height) in self._images.items())
         images = ImageTable.build(self.root, entries)
-        annotations, of_objects, num_objects = check_objects(self.objects, images, by_index)
+        annotations, of_objects, num_objects = check_objects(self.objects, images, by_index, where=self.where)
         refuse_bad_share("annotations", of_objects, num_objects + self.num_left_out, **limit)
         captions, of_captions = check_captions(self.captions, images)
         refuse_bad_share("captions", of_captions, len(self.captions), **limit)

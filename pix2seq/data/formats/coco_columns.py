@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,12 +213,13 @@ class CaptionColumns:
 
 
 def check_objects(
-    columns: ObjectColumns, images: ImageTable, categories: Sequence[Category]
+    columns: ObjectColumns, images: ImageTable, categories: Sequence[Category], *, where: Path
 ) -> tuple[Annotations, list[Defect], int]:
     """Return the usable annotations (without captions), the defects, and the number of annotations read.
 
     All rows must be linked, to indices in `images` and `categories`. Annotations of an image that was LEFT_OUT are not
-    used; this does not count as a defect. Raises `InputError` if the boxes are shares of their images.
+    used; this does not count as a defect. Raises `InputError`, which names `where` they are from, if most boxes are
+    shares of their images.
     """
     row_defects = list(columns.defects)
     image_index, category_index = columns.image_index, columns.category_index
@@ -234,7 +236,7 @@ def check_objects(
     for row in np.flatnonzero(fresh & (image_index >= 0) & (category_index < 0)).tolist():
         row_defects.append((row, _OWNER, "unknown category id", "dropped", written(row, "category_id", category_ids)))
     known = fresh & (image_index >= 0) & (category_index >= 0)
-    _refuse_shares(_float64(columns.boxes).reshape(-1, 4)[known])
+    _refuse_shares(_float64(columns.boxes).reshape(-1, 4)[known], where)
 
     rings = _valid_rings(columns, row_defects)
     rles = _valid_rles(columns, images, image_index, known, row_defects)
@@ -361,14 +363,15 @@ def _unique(ids: NDArray[np.int64], num_instances: int, rows: NDArray[np.int64])
     return np.where(again, ids.max(initial=0) + np.cumsum(again), ids)
 
 
-def _refuse_shares(xywh: NDArray[np.float64]) -> None:
-    """Raise `InputError` if boxes (N, 4) are shares of their images, 0 to 1, in place of pixels."""
+def _refuse_shares(xywh: NDArray[np.float64], where: Path) -> None:
+    """Raise `InputError` if most boxes (N, 4) are shares of their images, 0 to 1, in place of pixels."""
     boxes = xywh[(xywh[:, 2:] > 0).all(axis=1)]
-    if len(boxes) and (boxes <= 1).all() and (boxes >= 0).all():
-        example = ", ".join(f"{value:g}" for value in boxes[0])
+    shares = boxes[((boxes >= 0) & (boxes <= 1)).all(axis=1)]
+    if len(shares) > len(boxes) / 2:
+        example = ", ".join(f"{value:g}" for value in shares[0])
         raise InputError(
-            f"all boxes are normalised, shares of the image from 0 to 1 (the first is {example}); expected pixels: "
-            "multiply x and width by the image's width, y and height by its height"
+            f"{where}: {len(shares)} of {len(boxes)} boxes are normalised, shares of the image from 0 to 1 (the first "
+            f"is {example}); expected pixels: multiply x and width by the image's width, y and height by its height"
         )
 
 

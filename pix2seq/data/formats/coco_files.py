@@ -108,6 +108,7 @@ def _pick(candidates: Sequence[_Candidate], split: str, among: Sequence[_Candida
         of_kind = [c for c in candidates if c.kind == kind]
         if of_kind:
             files[kind] = of_kind[0].path
+    among = sorted(among, key=lambda c: KINDS.index(c.kind))
     left_out = dict.fromkeys(c.path for c in among if c.path not in files.values())
     return CocoFiles(files, split, tuple(left_out))
 
