@@ -467,6 +467,13 @@ def test_xml_of_any_root_namespace_and_declared_encoding_is_read(tmp_path, optio
     assert dataset.target(0).difficult.tolist() == [False, True]
 
 
+def test_names_of_xml_files_may_have_dots_and_capital_extensions(tmp_path):
+    root = voc(tmp_path, ["v1.2_a", "b"], listed=["v1.2_a", "B.JPG"])
+    (root / "Annotations/b.xml").rename(root / "Annotations/b.XML")
+    (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/Train.txt")
+    assert sorted(greys(open_dataset(root, "train")).values()) == [1, 2]
+
+
 def test_voc_splits_may_be_folders(tmp_path):
     for split, grey in (("train", 20), ("valid", 40)):
         paint(tmp_path / split / "a.jpg", grey)
@@ -550,6 +557,10 @@ def test_the_check_refuses_where_there_is_nothing_to_learn(tmp_path, annotations
     assert said in capsys.readouterr().out
     write(tmp_path / f"{TEXTS}train.json", [image(5, "a.png")], [{"id": 1, "image_id": 5, "caption": "a cat"}])
     assert main(["data", "check", str(tmp_path)]) == 0
+    (tmp_path / "train/a.png").write_bytes(b"junk")
+    (report,) = check_dataset(tmp_path).splits
+    assert "0 usable images" in report.refusal
+    assert "train/a.png is not a readable image" in report.refusal
 
 
 def test_the_check_refuses_a_validation_split_with_a_bad_image_and_names_unseen_classes(tmp_path):

@@ -250,12 +250,14 @@ def find_bad_images(images: Sequence[ImageRecord], *, name: str) -> list[Defect]
 
 def refuse_skipped(dataset: Dataset, defects: Sequence[Defect]) -> str | None:
     """Return why a data set cannot be evaluated on, None if no image has one of the `defects` that stop it."""
+    count = sum(row[3] == SKIPPED for row in defects)
+    return f"{count} images of split {dataset.split!r} cannot be evaluated: {_list_skipped(defects)}" if count else None
+
+
+def _list_skipped(defects: Sequence[Defect]) -> str:
     skipped = [row[4] for row in defects if row[3] == SKIPPED]
-    if not skipped:
-        return None
     more = f"; and {len(skipped) - NUM_LISTED} more" if len(skipped) > NUM_LISTED else ""
-    listed = "; ".join(skipped[:NUM_LISTED]) + more
-    return f"{len(skipped)} images of split {dataset.split!r} cannot be evaluated: {listed}"
+    return "; ".join(skipped[:NUM_LISTED]) + more
 
 
 def _check_split(path: Path, split: str, annotations: str | Path | None, max_bad_share: float) -> SplitReport:
@@ -274,6 +276,8 @@ def _check_split(path: Path, split: str, annotations: str | Path | None, max_bad
         refusal = refusal or str(error)
     if refusal is None and split in words_for(TRAIN):
         refusal = _nothing_to_learn(dataset.select(split, usable))
+        if refusal is not None and skipped:
+            refusal += f"; {_list_skipped(rows)}"
     elif refusal is None and split in words_for(VAL):
         refusal = refuse_skipped(dataset, rows)
     return SplitReport(split, dataset, usable, defects, refusal)

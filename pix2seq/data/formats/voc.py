@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -40,23 +41,23 @@ def read_voc(root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHA
     objects, and more than `max_bad_share` (0 to 1) of them, had to be dropped.
     """
     root = Path(root)
-    folder, names = _xml_files(root)
+    folder, files = _xml_files(root)
     # Ids and classes come from all files, so they are the same in every split.
-    parsed = {name: _parse(folder / f"{name}.xml") for name in names}
+    parsed = {name: _parse(path) for name, path in files.items()}
     builder = DatasetBuilder(root, split, where=folder, max_bad_share=max_bad_share)
     spellings = sorted({_text(o, "name") for tree in parsed.values() for o in tree.iter("object")} - {""})
     if not spellings:
         raise InputError(f"{folder} has no objects; expected <object> with <name> and <bndbox>")
     for name in spellings:
         builder.add_category(NEW, name)
-    _Reader(builder, folder, parsed).read(_names_of(root, split, names))
+    _Reader(builder, folder, parsed).read(_names_of(root, split, list(files)))
     return builder.build()
 
 
 def is_voc(root: Path) -> bool:
     """Return whether a folder has annotations like Pascal VOC: XML files with objects."""
-    folder, names = _xml_files(root)
-    return bool(names) and (folder != root or any(_has_boxes(root / f"{name}.xml") for name in names[:_NUM_TRIED]))
+    folder, files = _xml_files(root)
+    return bool(files) and (folder != root or any(map(_has_boxes, islice(files.values(), _NUM_TRIED))))
 
 
 def find_voc_splits(root: Path) -> list[str]:
@@ -65,21 +66,17 @@ def find_voc_splits(root: Path) -> list[str]:
     if lists:
         # Class-specific lists such as `aeroplane_train` are not splits.
         return sorted(name for name in lists if "_" not in name) or sorted(lists)
-    return _folder_splits(_xml_files(root)[1]) or [WORDS[0][0]]
+    return _folder_splits(list(_xml_files(root)[1])) or [WORDS[0][0]]
 
 
-def _xml_files(root: Path) -> tuple[Path, list[str]]:
-    """Return the folder of XML files, and the paths of these below it, without extension and sorted."""
+def _xml_files(root: Path) -> tuple[Path, dict[str, Path]]:
+    """Return the folder of XML files, and these by their paths below it without extension, sorted."""
     folders = [path for path in sorted(root.iterdir()) if path.name.lower() == "annotations" and path.is_dir()]
     for folder in [*folders, root]:
-        names = sorted(
-            path.relative_to(folder).with_suffix("").as_posix()
-            for path in folder.rglob("*")
-            if path.suffix.lower() == ".xml" and not path.name.startswith(".")
-        )
-        if names:
-            return folder, names
-    return root, []
+        paths = [p for p in folder.rglob("*") if p.suffix.lower() == ".xml" and not p.name.startswith(".")]
+        if paths:
+            return folder, dict(sorted((p.relative_to(folder).with_suffix("").as_posix(), p) for p in paths))
+    return root, {}
 
 
 def _lists(root: Path) -> dict[str, Path]:
@@ -102,7 +99,8 @@ def _folder_splits(names: Sequence[str]) -> list[str]:
 def _names_of(root: Path, split: str, names: Sequence[str]) -> list[str]:
     """Return the names of a split: of XML files, or as its list has them where there is none."""
     lists = _lists(root)
-    path = next((lists[word] for word in words_for(split) if word in lists), lists.get(split))
+    of_word = {name.lower(): path for name, path in lists.items()}
+    path = next((of_word[word] for word in words_for(split) if word in of_word), None)
     if path is not None:
         return _read_list(path, names)
     splits = _folder_splits(names)
