@@ -62,7 +62,7 @@ def read_and_check(root):
     (report,) = check_dataset(root, "train").splits
     of_check = report.defects.to_numpy().tolist()
     assert of_check[: len(dataset.defects)] == dataset.defects.to_numpy().tolist()
-    assert len(report.objects) == len(dataset.objects)
+    assert len(report.dataset.objects) == len(dataset.objects)
     json.dumps(report.to_json())
     assert_usable(dataset)
     return dataset

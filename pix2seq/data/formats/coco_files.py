@@ -24,7 +24,6 @@ from pix2seq.data.splits import WORDS, is_known, words_for
 from pix2seq.errors import InputError
 
 KINDS = ("instances", "person_keypoints", "captions")
-_KIND_WORDS = {"keypoint": "person_keypoints", "caption": "captions"}
 _OTHERS = ("panoptic", "stuff", "image_info")  # COCO's files of other tasks
 _NOISE = r"person_keypoints?|keypoints?|captions?|instances?|annotations?|labels?|coco"
 _HEAD_BYTES = 300
@@ -126,7 +125,7 @@ def _candidates(root: Path, split: str = "") -> Iterator[_Candidate]:
 
 def _candidate(path: Path, split: str, place: int) -> _Candidate:
     stem = path.stem.lower()
-    kind = next((kind for word, kind in _KIND_WORDS.items() if word in stem), KINDS[0])
+    kind = next((kind for kind in KINDS[1:] if kind.rpartition("_")[2].rstrip("s") in stem), KINDS[0])
     variant = re.sub(_NOISE, "", stem).strip("-_. ") or stem
     name = _split_in(variant, split.lower())
     if not name and place == 2:
