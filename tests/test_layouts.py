@@ -77,7 +77,7 @@ RIGHT = {
     "masks": (["images/train/a.png", "train_masks/a.png"], ["a.png"], [1]),
     "only another folder": (["train/a.png", "train_old/b.png", "valid/b.png"], ["a.png", "b.png"], [1, 0]),
     "not in images": (["train/a.png", "images/b.png", "b.png"], ["a.png", "b.png"], [1, 0]),
-    "no folder of the split": (["a.png", "val/b.png", "test-images/b.png"], ["a.png", "b.png"], [1, 0]),
+    "no folder of the split": (["a.png", "val/b.png"], ["a.png", "b.png"], [1, 0]),
     "deeper": (["train/x/a.png", "train/y/b.png", "images/b.png"], ["a.png", "b.png"], [1, 2]),
     "two deeper": (["train/x/a.png", "train/y/a.png", "train/b.png"], ["a.png", "b.png"], [0, 3]),
     "direct before deeper": (["images/x/a.png", "images/a.png"], ["a.png"], [2]),
