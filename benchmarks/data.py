@@ -53,7 +53,8 @@ import pix2seq.data.transforms as transforms_module
 from pix2seq.cli import run_guarded
 from pix2seq.data.annotations import ImageTable, box_annotations
 from pix2seq.data.defects import defect_frame
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.builder import Dataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.samples import TrainingSet
@@ -131,7 +132,7 @@ def timed(task: Any, seconds: dict[str, float]) -> Iterator[None]:
         (transforms_module, "pad_image", "affine"),
         (transforms_module, "color_jitter", "photometry"),
         (training_set_module, "transform_target", "sequences"),
-        (CocoDataset, "target", "sequences"),
+        (Dataset, "target", "sequences"),
         (type(task), "examples", "sequences"),
     ]
 
@@ -170,7 +171,7 @@ def one_turn(samples: TrainingSet, count: int, batch_size: int) -> dict[str, flo
 
 
 def measure_samples(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    dataset = CocoDataset.read(root, "train")
+    dataset = read_coco(root, "train")
     text = Captioning.make_text_tokenizer(CaptioningConfig(), list(dataset.annotations.all_captions()))
     vocab = Vocab().with_text(text.size)
     turbo = image_module._turbo()
@@ -196,7 +197,7 @@ def measure_samples(root: Path, args: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
-def large_dataset(root: Path, num_images: int) -> CocoDataset:
+def large_dataset(root: Path, num_images: int) -> Dataset:
     """Make a data set with boxes only, and the same few image files over and over."""
     names = sorted(f"train/{path.name}" for path in (root / "train").iterdir())
     images = ImageTable.build(root, ((i, names[i % len(names)], WIDTH, HEIGHT) for i in range(num_images)))
@@ -216,7 +217,7 @@ def large_dataset(root: Path, num_images: int) -> CocoDataset:
         ids=np.arange(count),
     )
     categories = (Category(1, 1, "person"), Category(2, 2, "thing"))
-    return CocoDataset(root, "train", categories, images, defect_frame([]), annotations)
+    return Dataset(root, "train", categories, images, defect_frame([]), annotations)
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
@@ -298,7 +299,7 @@ def measure_reading(root: Path, num_images: int) -> dict[str, Any]:
     gc.collect()
     before = memory()
     started = time.process_time()
-    dataset = CocoDataset.read(root, "large")
+    dataset = read_coco(root, "large")
     seconds = time.process_time() - started
     assert len(dataset.annotations) == num_images * BOXES
     after = memory()

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pix2seq.cli import main, run_guarded
-from pix2seq.data.formats.coco import CocoDataset, find_files
+from pix2seq.data.formats.coco import read_coco
+from pix2seq.data.formats.coco_files import find_files
 from pix2seq.errors import InputError
 from pix2seq.tasks import BUILT_IN
 from pix2seq.training.config import config_file
@@ -29,8 +30,9 @@ SHOWN = ("AP50", "segmentation/true_boxes/AP50", "keypoint/true_boxes/AP50", "ca
 
 def write_subset(source: Path, out: Path, num_images: int) -> None:
     """Write the first `num_images` training images with a person's keypoints as both splits of a new COCO folder."""
-    files = find_files(source, "train")
-    dataset = CocoDataset.read(source, "train")
+    found = find_files(source, "train")
+    assert found is not None
+    dataset = read_coco(source, "train")
     chosen: dict[int, Path] = {}
     for index, image in enumerate(dataset.images):
         if ((dataset.target(index).keypoints[..., 2] > 0).sum(axis=-1) > MIN_POINTS).any():
@@ -42,7 +44,7 @@ def write_subset(source: Path, out: Path, num_images: int) -> None:
         (out / split).mkdir()
         for path in chosen.values():
             shutil.copy(path, out / split)
-        for kind, file in files.items():
+        for kind, file in found.files.items():
             content = json.loads(file.read_bytes().decode("utf-8-sig"))
             content["images"] = [image for image in content["images"] if image["id"] in chosen]
             content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]

@@ -68,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 def _main(argv: Sequence[str]) -> int:
     parser = _Parser(prog="pix2seq", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    add_train(commands.add_parser("train", help="train a model on a COCO or Pascal VOC folder"))
+    add_train(commands.add_parser("train", help="train a model on a COCO, Pascal VOC or YOLO folder"))
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
     add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
@@ -128,9 +128,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Add the options of evaluation."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
-    parser.add_argument("--data", required=True, type=Path, help="COCO or Pascal VOC folder")
+    parser.add_argument("--data", required=True, type=Path, help="COCO, Pascal VOC or YOLO folder")
     _add_task(parser)
     parser.add_argument("--split", default="val")
+    _add_annotations(parser)
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
@@ -148,7 +149,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
             check_output(args.out, inputs=[args.data, args.checkpoint], overwrite=args.overwrite)
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
         predictor.configure(**_settings(args))
-        dataset = open_dataset(args.data, args.split)
+        dataset = open_dataset(args.data, args.split, annotations=args.annotations)
         result = evaluate(
             predictor,
             dataset,
@@ -286,13 +287,17 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     """Add the options of the data check."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", help="one split; all that are found by default")
+    _add_annotations(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--images", action="store_true", help="with --json: also every image with its annotations")
 
     def run(args: argparse.Namespace) -> int:
         from pix2seq.data.check import check_dataset
 
-        report = check_dataset(args.folder, args.split)
-        print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
+        if args.images and not args.json:
+            raise InputError("--images lists images in JSON; add --json")
+        report = check_dataset(args.folder, args.split, annotations=args.annotations)
+        print(json.dumps(report.to_json(with_images=args.images), indent=2) if args.json else report.text())
         return 0 if report.usable else 2
 
     parser.set_defaults(run=run)
@@ -399,6 +404,10 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
             show_demo(args.out, **given)
 
     parser.set_defaults(run=run)
+
+
+def _add_annotations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO file of the split, if several could be")
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pix2seq.data.dataset import Dataset, open_dataset
+from pix2seq.data.dataset import open_dataset
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.drawing import tile

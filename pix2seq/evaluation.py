@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pix2seq.data.dataset import ClassMap, Dataset
+from pix2seq.data.dataset import ClassMap, needed_categories
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import batch_by_pixels, read_record_image
 from pix2seq.errors import InputError
 from pix2seq.files import output_file, read_json, report_write_errors, write_atomically
@@ -138,7 +139,10 @@ def measure(
     if not len(dataset):
         raise InputError(f"{dataset.root} has no image in split {dataset.split!r} to evaluate on")
     uses_classes = any(predictor.tasks[name].uses_classes for name in tasks)
-    classes = ClassMap(dataset.categories, predictor.model.categories) if uses_classes else None
+    classes: ClassMap | None = None
+    if uses_classes:
+        known = predictor.model.categories
+        classes = ClassMap(needed_categories(dataset, known), known)
     categories = dataset.categories if classes is None else classes.categories
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pix2seq.data.dataset import open_dataset
-from pix2seq.data.formats.coco import find_files
+from pix2seq.data.formats.coco_files import find_files
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder, report_write_errors
 from pix2seq.model.pix2seq import Pix2Seq
@@ -89,8 +89,9 @@ def describe_data(folder: Path, split: str) -> str:
     """Describe a split of a data set in a phrase: how many images, and what its files say of where they come from."""
     dataset = open_dataset(folder, split)
     words = [f"{len(dataset)} images of split {split}"]
-    for path in list(find_files(folder, split).values())[:1]:
-        info = json.loads(path.read_text(encoding="utf-8-sig")).get("info")
+    files = find_files(folder, split)
+    if files is not None:
+        info = json.loads(files.first.read_text(encoding="utf-8-sig")).get("info")
         if isinstance(info, dict):
             words += [str(info["description"])] if info.get("description") else []
             words += [f"written by `{info['command']}`"] if info.get("command") else []

@@ -7,6 +7,7 @@ right edge of the last is `width`. Shapes use N objects and K keypoints.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ class Category:
 
 
 def category_key(name: str) -> str:
-    """Return the key by which class names are compared: case and outer spaces aside."""
-    return name.strip().lower()
+    """Return the key by which class names are compared: case, Unicode form and spaces around them aside."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ class Target:
     boxes_xyxy: NDArray[np.float32]  # (N, 4) in pixels, x1 > x0 and y1 > y0, inside the image
     labels: NDArray[np.int64]  # (N,) `Category.label`
     areas: NDArray[np.float32]  # (N,) mask area in square pixels, or the box area if there is no mask
-    iscrowd: NDArray[np.bool_]  # (N,)
+    iscrowd: NDArray[np.bool_]  # (N,) neither trained on nor scored: crowds, and what VOC calls difficult
     annotation_ids: NDArray[np.int64]  # (N,)
     segmentations: tuple[MaskAnnotation | None, ...]  # N entries
     keypoints: NDArray[np.float32]  # (N, K, 3) x, y and COCO visibility 0, 1 or 2; K is 0 without keypoints
     captions: tuple[str, ...] = ()
     attributes: tuple[Mapping[str, str], ...] = ()  # N entries of `ATTRIBUTES`, or none if no object has any
+    difficult: NDArray[np.bool_] | None = None  # (N,) which of `iscrowd` are one object each; None: none
 
 
 @dataclass(frozen=True)

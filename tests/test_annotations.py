@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 from pix2seq.data.annotations import gather, offsets
 from pix2seq.data.defects import BOX_DEFECTS, clip_boxes
 from pix2seq.data.formats import json_stream
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.errors import InputError
 from pix2seq.geometry.polygons import rle_to_mask, run_lengths
@@ -32,7 +32,7 @@ def test_targets_of_coco_mini_equal_the_json(shared, split):
         for kind in ("instances", "person_keypoints", "captions")
     }
     people = {a["id"]: a["keypoints"] for a in files["person_keypoints"]["annotations"]}
-    dataset = CocoDataset.read(root, split)
+    dataset = read_coco(root, split)
     assert [i.id for i in dataset.images] == [i["id"] for i in files["captions"]["images"]]
     assert [c.id for c in dataset.categories] == sorted(c["id"] for c in files["instances"]["categories"])
     seen = 0
@@ -85,19 +85,19 @@ def write_boxes(root, num_images, each):
 
 
 def test_a_box_takes_few_bytes_and_no_python_object(tmp_path):
-    dataset = CocoDataset.read(write_boxes(tmp_path, 50, 100), "train")
+    dataset = read_coco(write_boxes(tmp_path, 50, 100), "train")
     annotations = dataset.annotations
     assert len(annotations) == 5000
     assert annotations.num_bytes / len(annotations) < 34
     # Arrays hold no Python objects, so the collector tracks few, and workers change no reference counts in them.
     before = len(gc.get_objects())
-    many = CocoDataset.read(write_boxes(tmp_path / "more", 500, 100), "train")
+    many = read_coco(write_boxes(tmp_path / "more", 500, 100), "train")
     assert len(gc.get_objects()) - before < 500
     assert len(many.annotations) == 50_000
 
 
 def test_changing_a_target_does_not_change_the_data_set(shared):
-    dataset = CocoDataset.read(shared / "data/coco_mini", "val")
+    dataset = read_coco(shared / "data/coco_mini", "val")
     target = dataset.target(0)
     for array in (target.boxes_xyxy, target.labels, target.areas, target.keypoints, target.segmentations[0][0]):
         array[:] = -1
@@ -110,7 +110,7 @@ def test_changing_a_target_does_not_change_the_data_set(shared):
 
 
 def test_the_table_of_images_is_a_sequence(tmp_path):
-    images = CocoDataset.read(write_boxes(tmp_path, 5, 1), "train").images
+    images = read_coco(write_boxes(tmp_path, 5, 1), "train").images
     assert [i.id for i in images] == [0, 1, 2, 3, 4]
     assert images[-1] == images[4]
     assert images[1:3] == [images[1], images[2]]
@@ -120,7 +120,7 @@ def test_the_table_of_images_is_a_sequence(tmp_path):
 
 
 def test_a_spawned_worker_maps_the_arrays_and_other_pickles_contain_them(tmp_path):
-    dataset = CocoDataset.read(write_boxes(tmp_path, 20, 50), "train")
+    dataset = read_coco(write_boxes(tmp_path, 20, 50), "train")
     whole = pickle.dumps(dataset)
     assert len(whole) > dataset.annotations.num_bytes
     np.testing.assert_array_equal(pickle.loads(whole).annotations.boxes_xyxy, dataset.annotations.boxes_xyxy)
@@ -147,7 +147,7 @@ def test_a_spawned_worker_maps_the_arrays_and_other_pickles_contain_them(tmp_pat
 
 
 def test_a_spawned_worker_reads_the_same_targets(tmp_path, monkeypatch):
-    dataset = CocoDataset.read(write_boxes(tmp_path / "data", 4, 3), "train")
+    dataset = read_coco(write_boxes(tmp_path / "data", 4, 3), "train")
     (tmp_path / "worker_of_this_test.py").write_text(
         "def run(dataset, queue):\n    queue.put([dataset.target(i).boxes_xyxy.tolist() for i in range(4)])\n"
     )

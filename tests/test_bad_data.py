@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 
 from pix2seq.data.check import check_dataset
 from pix2seq.data.dataset import open_dataset
-from pix2seq.data.formats.voc import VocDataset
+from pix2seq.data.formats.voc import read_voc
 from pix2seq.data.image import image_size, read_image, read_record_image
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.transforms import AugmentConfig
@@ -62,7 +62,7 @@ def read_and_check(root):
     (report,) = check_dataset(root, "train").splits
     of_check = report.defects.to_numpy().tolist()
     assert of_check[: len(dataset.defects)] == dataset.defects.to_numpy().tolist()
-    assert len(report.objects) == len(dataset.objects)
+    assert len(report.dataset.objects) == len(dataset.objects)
     json.dumps(report.to_json())
     assert_usable(dataset)
     return dataset
@@ -90,14 +90,15 @@ def assert_usable(dataset):
 
 CASES = [
     ({"id": value}, "no annotation id", "one was given")
-    for value in (None, "1", [1], {"a": 1}, True, 1.5, INF, NAN, HUGE_INT)
+    for value in (None, "", [1], {"a": 1}, True, 1.5, INF, NAN, HUGE_INT)
 ]
 CASES += [
-    ({"image_id": value}, "unknown image id", "dropped") for value in (9, None, "1", [1], {"a": 1}, True, INF, HUGE_INT)
+    ({"image_id": value}, "unknown image id", "dropped")
+    for value in (9, None, "9", "a", [1], {"a": 1}, True, INF, HUGE_INT)
 ]
 CASES += [
     ({"category_id": value}, "unknown category id", "dropped")
-    for value in (9, None, "7", [1], True, INF, NAN, HUGE_INT)
+    for value in (9, None, "9", "cat", [1], True, INF, NAN, HUGE_INT)
 ]
 CASES += [
     ({"bbox": value}, NOT_FOUR, "dropped")
@@ -135,7 +136,7 @@ CASES += [
 ]
 CASES += [
     ({"segmentation": rle([600, 600], size)}, BAD_RLE, "mask left out")
-    for size in ((40, 30), (30,), (30, 41), ("30", 40), (0, 0))
+    for size in ((40, 30), (30,), (30, 41), ("x", 40), (0, 0))
 ]
 CASES += [({"segmentation": value}, BAD_RLE, "mask left out") for value in ({}, {"counts": [1200]}, {"size": [30, 40]})]
 CASES += [
@@ -160,7 +161,10 @@ def test_each_defect_of_an_annotation_has_its_policy(tmp_path, fields, defect, a
         assert not target.keypoints[1].any()
 
 
-@pytest.mark.parametrize("area", [0, -5, NAN, INF, HUGE_INT, "3", [1], None])
+CASES += [({"iscrowd": value}, "iscrowd is neither 0 nor 1", "read as 0") for value in (2, -1, "maybe", [0], NAN)]
+
+
+@pytest.mark.parametrize("area", [0, -5, NAN, INF, HUGE_INT, "x", "nan", [1], None])
 def test_an_unusable_area_is_replaced_by_that_of_the_box(tmp_path, area):
     target = read_and_check(write_coco(tmp_path, [annotation(area=area)])).target(0)
     assert target.areas.tolist() == [25]
@@ -178,7 +182,7 @@ def test_valid_rles_are_returned_as_written(tmp_path):
     [
         (5, "image without id or file_name", "dropped"),
         ({}, "image without id or file_name", "dropped"),
-        (IMAGE | {"id": "2"}, "image without id or file_name", "dropped"),
+        (IMAGE | {"id": ""}, "image without id or file_name", "dropped"),
         (IMAGE | {"id": [2]}, "image without id or file_name", "dropped"),
         (IMAGE | {"id": HUGE_INT}, "image without id or file_name", "dropped"),
         (IMAGE | {"id": 2, "file_name": None}, "image without id or file_name", "dropped"),
@@ -191,8 +195,8 @@ def test_valid_rles_are_returned_as_written(tmp_path):
         (IMAGE | {"id": 2, "file_name": "../outside.png"}, "missing image file", "dropped"),
         (IMAGE | {"id": 2, "file_name": "junk.png", "width": None}, "unreadable image", "dropped"),
         *[
-            (IMAGE | {"id": 2, "width": width}, "no width and height", "read from the file")
-            for width in (0, -4, NAN, INF, HUGE_INT, 1e9, "40", None, 0.5)
+            (IMAGE | {"id": 2, "file_name": "b.png", "width": width}, "no width and height", "read from the file")
+            for width in (0, -4, NAN, INF, HUGE_INT, 1e9, "x", None, 0.5)
         ],
     ],
     ids=lambda value: str(value)[:60],
@@ -202,6 +206,7 @@ def test_each_defect_of_an_image_has_its_policy(tmp_path, image, defect, action)
     Image.new("RGB", (40, 30)).save(tmp_path / "outside.png")
     (root / "train/junk.png").write_bytes(b"junk")
     (root / "train/folder.png").mkdir()
+    shutil.copy(root / "train/a.png", root / "train/b.png")
     dataset = read_and_check(root)
     of_images = dataset.defects[dataset.defects["annotation_id"].isna()]
     assert of_images[["defect", "action"]].to_numpy().tolist() == [[defect, action]]
@@ -349,9 +354,9 @@ def test_boxes_of_a_tool_that_ignored_exif_fit_the_pixels_as_stored(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([1], "category without an integer id and a name"),
-        ([{"id": 7}], "category without an integer id and a name"),
-        ([{"id": "7", "name": "cat"}], "category without an integer id and a name"),
+        ([1], "category without an id and a name"),
+        ([{"id": 7}], "category without an id and a name"),
+        ([{"id": [7], "name": "cat"}], "category without an id and a name"),
         (
             [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}],
             "category id 7 to 'dog', but 'cat' has it already",
@@ -440,7 +445,10 @@ def test_half_of_a_data_set_or_a_few_entries_may_be_bad(tmp_path):
 
 def test_mostly_missing_images_are_refused_and_their_annotations_are_not_counted_twice(tmp_path):
     lost = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(10, 30)]
-    here = [IMAGE | {"id": i} for i in range(30, 50)]
+    here = [IMAGE | {"id": i, "file_name": f"{i}.png"} for i in range(30, 50)]
+    (tmp_path / "train").mkdir()
+    for image in here:
+        Image.new("RGB", (40, 30)).save(tmp_path / "train" / image["file_name"])
     annotations = [annotation(id=i, image_id=10 + i % 20) for i in range(100)]
     dataset = read_and_check(write_coco(tmp_path, annotations, lost + here))
     assert len(dataset) == 20
@@ -451,8 +459,8 @@ def test_mostly_missing_images_are_refused_and_their_annotations_are_not_counted
 
 
 def test_a_data_set_of_only_unusable_images_is_refused(tmp_path):
-    root = write_coco(tmp_path, [], [IMAGE | {"id": "one"}])
-    with pytest.raises(InputError, match=r"none of the 1 images .* image one: image without id or file_name"):
+    root = write_coco(tmp_path, [], [IMAGE | {"id": [1]}])
+    with pytest.raises(InputError, match=r"none of the 1 images .* image \[1\]: image without id or file_name"):
         open_dataset(root, "train")
 
 
@@ -572,7 +580,9 @@ def test_voc_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         (text[:80].encode(), "not readable XML"),
         (b"", "not readable XML"),
         (b'<?xml version="1.0" encoding="nonsense"?>' + text.encode(), "unknown encoding"),
-        (b'<?xml version="1.0" encoding="shift_jis"?>' + text.encode(), "not readable XML"),
+        (b'<?xml version="1.0" encoding="ascii"?>' + text.replace("cat", "\u00e4").encode(), "not in the encoding"),
+        (text.replace("cat", "\u00e4").encode("latin-1"), "not in UTF-8"),
+        (b'<?xml version="1.0" encoding="utf-7"?>' + (bomb + text).encode("utf-7"), "XML entities"),
         ((bomb + text).encode(), "XML entities"),
         ((bomb + text).encode("utf-16"), "XML entities"),
     ):
@@ -595,8 +605,8 @@ def test_a_voc_object_without_a_name_is_dropped(tmp_path):
 def test_mostly_bad_voc_objects_are_refused(tmp_path):
     objects = [voc_object((5, 5, 5, 9))] * 11 + [voc_object((1, 1, 20, 10))] * 10
     root = write_voc(tmp_path, objects)
-    with pytest.raises(InputError, match=r"11 of 21 objects"):
+    with pytest.raises(InputError, match=r"11 of 21 annotations"):
         open_dataset(root, "train")
     assert not check_dataset(root).usable
-    assert len(VocDataset.read(root, "train", max_bad_share=1).objects) == 10
-    assert math.isclose(VocDataset.read(root, "train", max_bad_share=1).objects["area"].sum(), 2000)
+    assert len(read_voc(root, "train", max_bad_share=1).objects) == 10
+    assert math.isclose(read_voc(root, "train", max_bad_share=1).objects["area"].sum(), 2000)

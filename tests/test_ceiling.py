@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.transforms import transform_target
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.geometry.polygons import rasterize, rle_to_mask
@@ -24,7 +24,7 @@ BY_OBJECT = ("boxes_xyxy", "labels", "areas", "iscrowd", "annotation_ids", "segm
 
 @pytest.fixture(scope="module")
 def dataset(shared):
-    return CocoDataset.read(shared / "data" / "coco_mini", "val")
+    return read_coco(shared / "data" / "coco_mini", "val")
 
 
 def written(tokens):

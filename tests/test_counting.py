@@ -16,7 +16,7 @@ from PIL import Image
 import pix2seq.tasks
 from pix2seq import Pix2Seq, Predictor, register_task
 from pix2seq.cli import main
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
 from pix2seq.tasks import get_task, task_names
@@ -117,7 +117,7 @@ def test_two_processes_count_what_one_counts(run, data, tmp_path, installed):
     assert metrics["counting/accuracy"] == pytest.approx(lines[-1]["counting/accuracy"], abs=1e-5)
     # Every class is asked about in every image.
     predictor = Predictor.from_pretrained(run, device="cpu", bf16=True)
-    dataset, right, asked = CocoDataset.read(data, "val"), 0, 0
+    dataset, right, asked = read_coco(data, "val"), 0, 0
     for index in range(len(dataset)):
         target = dataset.target(index)
         (counts,) = predictor.ask("counting", [target.image.path])
@@ -159,7 +159,7 @@ def test_its_sequences_can_be_seen(data, tmp_path, installed, capsys):
 
 def test_its_sequences_say_what_is_there(data, installed):
     task = get_task("counting")(get_task("counting").config_type(), Vocab(other_tasks={"counting": 18}), ())
-    dataset = CocoDataset.read(data, "train")
+    dataset = read_coco(data, "train")
     task = type(task)(task.config, task.vocab, dataset.categories)
     for index in range(len(dataset)):
         target = dataset.target(index)

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.metrics.coco_ap import average_precision
 from pix2seq.types import Category, ImageRecord, Instance, Target
 
@@ -58,7 +58,7 @@ def jittered(dataset, rng):
 
 def test_all_twelve_numbers_equal_pycocotools(shared):
     root = shared / "data/coco_mini"
-    dataset = CocoDataset.read(root, "val")
+    dataset = read_coco(root, "val")
     predictions = jittered(dataset, np.random.default_rng(0))
     results = [
         {
@@ -155,6 +155,35 @@ def test_what_lies_in_a_crowd_is_neither_right_nor_wrong():
     assert result.metrics["AP"] == 1.0
     only_crowd = average_precision([target_of([BOX], crowd=[True])], [CAT], {1: [found(BOX)]})
     assert only_crowd.metrics["AP"] is None
+
+
+def test_a_difficult_object_is_ignored_once_and_by_its_iou():
+    target = target_of([BOX, (100, 100, 190, 190)], crowd=[False, True])
+    object.__setattr__(target, "difficult", np.array([False, True]))
+    exact, part = found((100, 100, 190, 190), 0.9), found((110, 110, 130, 130), 0.8)
+    result = average_precision([target], [CAT], {1: [found(BOX, 0.5), exact]})
+    assert result.metrics["AP"] == 1.0
+    assert result.num_ignored == result.to_json()["num_ignored"] == 1
+    assert result.per_class["num_ground_truth"].tolist() == [1]
+    # A part of the object, and a second detection of it, are wrong: one right of two, found second.
+    for wrong in ([part], [exact, found((100, 100, 190, 190), 0.8)]):
+        assert average_precision([target], [CAT], {1: [found(BOX, 0.5), *wrong]}).metrics["AP50"] == 0.5
+    only = target_of([BOX], crowd=[True])
+    object.__setattr__(only, "difficult", np.array([True]))
+    assert average_precision([only], [CAT], {1: [found(BOX)]}).metrics["AP"] is None
+
+
+def test_an_object_without_a_mask_is_ignored_for_mask_ap_and_counted():
+    ring = np.array([[10, 10], [60, 10], [60, 60], [10, 60]], np.float32)
+    target = target_of([BOX, (100, 100, 190, 190)])
+    object.__setattr__(target, "segmentations", ([ring], None))
+    inside = np.array([[100, 100], [190, 100], [190, 190], [100, 190]], np.float32)
+    answers = {1: [found(BOX, 0.5, polygons=[ring]), found((100, 100, 190, 190), 0.9, polygons=[inside])]}
+    result = average_precision([target], [CAT], answers, kind="mask")
+    assert result.metrics["AP"] == 1.0
+    assert result.num_ignored == 1
+    assert "1 objects ignored" in result.text()
+    assert average_precision([target], [CAT], answers).num_ignored == 0
 
 
 def test_unusable_detections_are_dropped_and_counted():

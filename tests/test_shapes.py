@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.shapes import contact_sheet, write_shapes
 from pix2seq.data.shapes.captions import captions, location, noun, phrase
 from pix2seq.data.shapes.figures import POLYGONS
@@ -264,4 +264,4 @@ def test_existing_folders_are_kept_and_numbers_are_checked(folder, tmp_path):
 def test_a_contact_sheet_has_the_given_width(folder):
     sheet = contact_sheet(folder, rows=2, columns=3, width=600)
     assert sheet.width == 600
-    assert len(CocoDataset.read(folder, "val")) == 20
+    assert len(read_coco(folder, "val")) == 20

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 from pix2seq import Predictor
 from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
 from pix2seq.data.dataset import open_dataset, unite_categories
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.transforms import AugmentConfig, transform_target
@@ -58,7 +58,7 @@ SIZE = (64, 64)
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks") / "shapes"
     write_shapes(folder, num_train=24, num_val=6, size=64, seed=3, workers=1)
-    return CocoDataset.read(folder, "train")
+    return read_coco(folder, "train")
 
 
 @pytest.fixture(scope="module")

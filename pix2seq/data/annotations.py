@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -122,6 +122,7 @@ class Annotations(SharedArrays):
     attribute_owner: NDArray[np.int64]  # (described,) each annotation with `ATTRIBUTES`, ascending
     attribute_kind: NDArray[np.int32]  # (described,) index into `attribute_kinds`
     attribute_kinds: tuple[dict[str, str], ...]  # the different descriptions
+    difficult: NDArray[np.int64]  # annotations that are difficult in VOC's sense, ascending; they are in `iscrowd` too
 
     def __post_init__(self) -> None:
         for value in vars(self).values():
@@ -142,6 +143,9 @@ class Annotations(SharedArrays):
         keypoints = np.zeros((stop - start, self.num_keypoints, 3), np.float32)
         low, high = _owner_range(self.keypoint_owner, start, stop)
         keypoints[self.keypoint_owner[low:high] - start] = self.keypoints[low:high]
+        difficult = np.zeros(stop - start, np.bool_)
+        low, high = _owner_range(self.difficult, start, stop)
+        difficult[self.difficult[low:high] - start] = True
         return Target(
             image=image,
             boxes_xyxy=self.boxes_xyxy[start:stop].copy(),
@@ -153,6 +157,7 @@ class Annotations(SharedArrays):
             keypoints=keypoints,
             captions=self._captions(index),
             attributes=self._attributes(start, stop),
+            difficult=difficult,
         )
 
     def all_captions(self) -> Iterator[str]:
@@ -248,8 +253,62 @@ def box_annotations(
         "attribute_owner": no_owners.copy(),
         "attribute_kind": np.zeros(0, np.int32),
         "attribute_kinds": (),
+        "difficult": no_owners.copy(),
     }
     return Annotations(first, boxes_xyxy, labels, areas, iscrowd, ids, **(empty | more))
+
+
+def select_images(
+    images: ImageTable, annotations: Annotations, indices: NDArray[np.int64]
+) -> tuple[ImageTable, Annotations]:
+    """Return only the images of `indices`, in that order, and their annotations."""
+    rows = gather(np.arange(len(annotations)), annotations.first, indices)
+    new_row = np.full(len(annotations), -1, np.int64)
+    new_row[rows] = np.arange(len(rows))
+    new_image = np.full(len(images), -1, np.int64)
+    new_image[indices] = np.arange(len(indices))
+
+    def entries(owner: NDArray[np.int64], new: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return entries_by_owner(owner, np.ones(len(owner), np.bool_), new)
+
+    ring_owner, rings = entries(annotations.ring_owner, new_row)
+    rle_owner, rles = entries(annotations.rle_owner, new_row)
+    keypoint_owner, sets = entries(annotations.keypoint_owner, new_row)
+    caption_owner, captions = entries(annotations.caption_owner, new_image)
+    attribute_owner, attributes = entries(annotations.attribute_owner, new_row)
+    chosen_images = replace(
+        images,
+        ids=images.ids[indices],
+        widths=images.widths[indices],
+        heights=images.heights[indices],
+        first_byte=offsets(np.diff(images.first_byte)[indices]),
+        names=gather(images.names, images.first_byte, indices),
+    )
+    return chosen_images, Annotations(
+        first=offsets(np.diff(annotations.first)[indices]),
+        boxes_xyxy=annotations.boxes_xyxy[rows],
+        labels=annotations.labels[rows],
+        areas=annotations.areas[rows],
+        iscrowd=annotations.iscrowd[rows],
+        ids=annotations.ids[rows],
+        num_keypoints=annotations.num_keypoints,
+        ring_owner=ring_owner,
+        first_point=offsets(np.diff(annotations.first_point)[rings]),
+        points=gather(annotations.points, annotations.first_point, rings),
+        rle_owner=rle_owner,
+        first_byte=offsets(np.diff(annotations.first_byte)[rles]),
+        rle_counts=gather(annotations.rle_counts, annotations.first_byte, rles),
+        rle_is_list=annotations.rle_is_list[rles],
+        keypoint_owner=keypoint_owner,
+        keypoints=annotations.keypoints[sets],
+        caption_owner=caption_owner,
+        first_char=offsets(np.diff(annotations.first_char)[captions]),
+        captions=gather(annotations.captions, annotations.first_char, captions),
+        attribute_owner=attribute_owner,
+        attribute_kind=annotations.attribute_kind[attributes],
+        attribute_kinds=annotations.attribute_kinds,
+        difficult=np.sort(new_row[annotations.difficult][new_row[annotations.difficult] >= 0]),
+    )
 
 
 def find_samples(annotations: Annotations, learns_from: str, *, each_object: bool) -> NDArray[np.int32]:
@@ -302,6 +361,16 @@ def gather(values: NDArray[Any], edges: NDArray[np.int64], order: NDArray[np.int
         out[here] = values[here + np.repeat(shift, sizes[piece:stop])]
         piece = stop
     return out
+
+
+def entries_by_owner(
+    rows: NDArray[np.int64], valid: NDArray[np.bool_], new_row: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return, for the valid entries of used rows, the new rows in ascending order, and the indices of the entries."""
+    owner = np.where(valid & (rows >= 0), new_row[rows] if len(new_row) else -1, -1)
+    entries = np.flatnonzero(owner >= 0)
+    order = entries[np.argsort(owner[entries], kind="stable")]
+    return owner[order], order
 
 
 def _owner_range(owner: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:

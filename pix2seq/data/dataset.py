@@ -1,97 +1,63 @@
-"""Data sets of any layout: their common interface, opening a folder, and uniting the classes of several."""
+"""Open a data set of any layout, and match the classes of several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from pix2seq.data.annotations import Annotations
 from pix2seq.data.defects import MAX_BAD_SHARE
-from pix2seq.data.formats.coco import CocoDataset, find_files
-from pix2seq.data.formats.voc import VocDataset, is_voc
+from pix2seq.data.formats.builder import Dataset
+from pix2seq.data.formats.coco import read_coco
+from pix2seq.data.formats.coco_files import find_coco_splits, find_files
+from pix2seq.data.formats.voc import find_voc_splits, is_voc, read_voc
+from pix2seq.data.formats.yolo import find_yolo_splits, is_yolo, read_yolo
+from pix2seq.data.splits import words_for
 from pix2seq.errors import InputError
 from pix2seq.geometry.keypoints import find_points
-from pix2seq.types import Category, ImageRecord, Target, category_key
+from pix2seq.types import Category, Target, category_key
 
 
-class Dataset(Protocol):
-    """The interface of all readers: images with targets, and tables of objects and defects."""
+def open_dataset(
+    path: str | Path, split: str, *, annotations: str | Path | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Dataset:
+    """Open a split in COCO, Pascal VOC or YOLO layout; the first for which the folder has files is taken.
 
-    @property
-    def root(self) -> Path: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def categories(self) -> tuple[Category, ...]: ...
-
-    @property
-    def images(self) -> Sequence[ImageRecord]: ...
-
-    @property
-    def annotations(self) -> Annotations: ...
-
-    @property
-    def objects(self) -> pd.DataFrame:
-        """One row per used annotation, with `data.defects.OBJECT_COLUMNS`."""
-        ...
-
-    @property
-    def defects(self) -> pd.DataFrame:
-        """One row per defect, with `data.defects.DEFECT_COLUMNS`."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def target(self, index: int) -> Target:
-        """Return the annotations of image `index`, in the data set's own labels."""
-        ...
-
-
-def open_dataset(path: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> Dataset:
-    """Open a split in COCO or Pascal VOC layout.
-
-    Raises `InputError` if the folder has neither layout, or if ten or more images or annotations, and
-    more than `max_bad_share` (0 to 1) of them, had to be dropped.
+    `annotations` chooses a COCO file, absolute or below `path`, where several could be meant. Raises `InputError` if
+    the folder has no such layout, or if ten or more images or annotations, and more than `max_bad_share` (0 to 1)
+    of them, had to be dropped.
     """
     path = Path(path)
     if not path.is_dir():
         reason = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"data folder {path} {reason}; expected a folder in COCO or Pascal VOC layout")
-    if find_files(path, split):
-        return CocoDataset.read(path, split, max_bad_share=max_bad_share)
+        raise InputError(f"data folder {path} {reason}; expected a folder in COCO, Pascal VOC or YOLO layout")
+    if annotations is not None or find_files(path, split):
+        return read_coco(path, split, annotations=annotations, max_bad_share=max_bad_share)
     if is_voc(path):
-        return VocDataset.read(path, split, max_bad_share=max_bad_share)
+        return read_voc(path, split, max_bad_share=max_bad_share)
+    if is_yolo(path):
+        return read_yolo(path, split, max_bad_share=max_bad_share)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    splits = ", ".join(find_splits(path)) or "none"
     raise InputError(
-        f"{path} has no annotations of split {split!r}: expected annotations/instances_{split}*.json (COCO) or "
-        f"Annotations/*.xml with ImageSets/Main/{split}.txt (Pascal VOC), found {found}"
+        f"{path} has no annotations of split {split!r}: expected annotations/instances_{split}*.json (COCO), "
+        f"Annotations/*.xml with ImageSets/Main/{split}.txt (Pascal VOC) or data.yaml (YOLO), found {found}; "
+        f"its splits: {splits}; annotations=FILE (--annotations FILE) names a COCO file"
     )
 
 
 def find_splits(path: Path) -> list[str]:
     """Return the names of the splits for which a folder has annotations."""
-    if is_voc(path):
-        # Class-specific lists such as `aeroplane_train` are not splits.
-        return sorted(f.stem for f in (path / "ImageSets" / "Main").glob("*.txt") if "_" not in f.stem)
-    names = ["train", "val", "valid", "test"]
-    for file in sorted((path / "annotations").glob("*.json")):
-        names.append(file.stem.rsplit("_", 1)[-1])
-    unique: list[str] = []
-    taken: set[Path] = set()
-    for name in names:
-        files = set(find_files(path, name).values())
-        if files and not files <= taken:
-            unique.append(name)
-            taken |= files
-    return unique
+    return find_coco_splits(path) or (find_voc_splits(path) if is_voc(path) else find_yolo_splits(path))
+
+
+def has_split(path: str | Path, split: str) -> bool:
+    """Return whether a folder has annotations of a split, under any word for it."""
+    path = Path(path)
+    return find_files(path, split) is not None or any(word in find_splits(path) for word in words_for(split))
 
 
 def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[int, int]:
@@ -105,6 +71,13 @@ def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[
         listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise InputError(f"the model does not know these classes of the data: {listed}; use the data it was trained on")
     return {category.label: known[category_key(category.name)] for category in data}
+
+
+def needed_categories(dataset: Dataset, known: Sequence[Category]) -> tuple[Category, ...]:
+    """Return the classes of a data set, but for those without an object that `known` lacks."""
+    keys = {category_key(category.name) for category in known}
+    used = set(dataset.annotations.labels.tolist())
+    return tuple(c for c in dataset.categories if c.label in used or category_key(c.name) in keys)
 
 
 class ClassMap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -127,18 +127,15 @@ def describe(image: Any, annotation: Any) -> str:
     return f"image {image}" + ("" if annotation is None else f" annotation {annotation}")
 
 
-def label_categories(
-    categories: Sequence[tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]],
-) -> tuple[Category, ...]:
-    """Give labels to categories of (id, name, keypoints, skeleton).
+def label_categories(categories: Sequence[Category]) -> tuple[Category, ...]:
+    """Return categories in the order of their ids, with labels.
 
     If all ids lie in 1 to 899, they are the labels, as in the official numbering of COCO; otherwise
     labels count from 1 in the order of the ids.
     """
-    ordered = sorted(categories)
-    ids = [entry[0] for entry in ordered]
-    ids_are_labels = all(1 <= category_id <= 899 for category_id in ids)
+    ordered = sorted(categories, key=lambda category: category.id)
+    ids_are_labels = all(1 <= category.id <= 899 for category in ordered)
     return tuple(
-        Category(category_id if ids_are_labels else position, category_id, name, keypoints, skeleton)
-        for position, (category_id, name, keypoints, skeleton) in enumerate(ordered, start=1)
+        replace(category, label=category.id if ids_are_labels else position)
+        for position, category in enumerate(ordered, start=1)
     )

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import read_record_image
 from pix2seq.data.transforms import AugmentConfig, augmented_pixels, random_affine
 from pix2seq.errors import InputError

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from pix2seq.data.dataset import Dataset
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex
 
 # Of `Annotations`. Named one by one, so that arrays of a later release do not change the fingerprint of old data.

@@ -13,9 +13,10 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
-from pix2seq.data.dataset import ClassMap, Dataset
+from pix2seq.data.dataset import ClassMap
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
 from pix2seq.data.features import FeatureStore, StoredImage
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
 from pix2seq.data.image import read_record_image
 from pix2seq.data.transforms import AugmentConfig, augmented_pixels, crop_to_object, random_affine, transform_target

@@ -141,6 +141,7 @@ def transform_target(
         ),
         keypoints=keypoints[keep],
         attributes=tuple(each for each, kept in zip(target.attributes, keep, strict=False) if kept),
+        difficult=None if target.difficult is None else target.difficult[keep],
     )
 
 
@@ -167,6 +168,7 @@ def crop_to_object(
         segmentations=target.segmentations[one],
         keypoints=target.keypoints[one],
         attributes=target.attributes[one],
+        difficult=None if target.difficult is None else target.difficult[one],
     )
     size = (y1 - y0, x1 - x0)
     return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=with_masks), image[y0:y1, x0:x1]

@@ -38,6 +38,7 @@ COCO_SIGMAS = {
     "knee": 0.087, "ankle": 0.089,
 }  # fmt: skip
 OTHER_SIGMA = (2 * sum(COCO_SIGMAS.values()) - COCO_SIGMAS["nose"]) / 17
+_IGNORED_AREA = 1e11  # beyond all ranges of COCO's sizes: pycocotools ignores such an object, but finds it by IoU
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ApResult(Scores):
 
     per_class: pd.DataFrame  # category, num_ground_truth, num_detections, AP, AP50
     num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
+    num_ignored: int = 0  # objects that are neither found nor missed: difficult ones, and those without a mask
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -55,7 +57,12 @@ class ApResult(Scores):
             {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
             for row in self.per_class.to_dict(orient="records")
         ]
-        return {"metrics": self.metrics, "per_class": rows, "num_dropped": self.num_dropped}
+        return {
+            "metrics": self.metrics,
+            "per_class": rows,
+            "num_dropped": self.num_dropped,
+            "num_ignored": self.num_ignored,
+        }
 
     def text(self) -> str:
         """A table for the terminal."""
@@ -68,6 +75,8 @@ class ApResult(Scores):
             for name, num_truths, num_found, ap, ap50 in seen.itertuples(index=False)
         ]
         lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
+        if self.num_ignored:
+            lines.append(f"{self.num_ignored} objects ignored: difficult, or without a mask")
         return "\n".join(lines)
 
 
@@ -108,7 +117,8 @@ def average_precision(
     Classes are matched by name, in any case. Keypoints of a class are in the order of its category in `categories`;
     for `sigmas`, see `keypoint_sigmas`. With ground truth and no detections everything is 0; without ground
     truth everything is None. Crowd regions are ignored as COCO does: what lies in them is neither
-    right nor wrong.
+    right nor wrong. Difficult objects are ignored as VOC does: each may be found once, by IoU. So are objects without
+    a mask, by their box, where masks are scored.
     """
     keys = dict.fromkeys(category_key(category.name) for category in categories)
     ids = {key: position for position, key in enumerate(keys, start=1)}
@@ -128,7 +138,7 @@ def average_precision(
                 detections.append(entry | {"image_id": image_id})
 
     names = _KEYPOINT_METRICS if kind == "keypoint" else _METRICS
-    counted = [a for a in annotations if not a["iscrowd"] and (kind != "keypoint" or a["num_keypoints"])]
+    counted = [a for a in annotations if _is_counted(a) and (kind != "keypoint" or a["num_keypoints"])]
     scored = (
         _evaluate(list(known_images.values()), annotations, detections, sigmas_of, kind)
         if counted and detections
@@ -144,7 +154,12 @@ def average_precision(
                 if not any(low <= a["area"] <= high for a in counted):
                     metrics |= {name: None for name in metrics if name in (f"AP{letter}", f"AR{letter}")}
     names_of = {id_of_label[category.label]: category.name for category in categories}
-    return ApResult(metrics, _per_class(scored, names_of, counted, detections), dropped)
+    ignored = sum(not a["iscrowd"] and not _is_counted(a) for a in annotations)
+    return ApResult(metrics, _per_class(scored, names_of, counted, detections), dropped, ignored)
+
+
+def _is_counted(annotation: Mapping[str, Any]) -> bool:
+    return not annotation["iscrowd"] and annotation["area"] != _IGNORED_AREA
 
 
 def keypoint_sigmas(names: Sequence[str], given: Mapping[str, float] | None = None) -> NDArray[np.float64]:
@@ -169,6 +184,7 @@ def _ground_truth(
 ) -> list[dict[str, Any]]:
     annotations: list[dict[str, Any]] = []
     for target in targets:
+        difficult = np.zeros(len(target.labels), np.bool_) if target.difficult is None else target.difficult
         for i in range(len(target.labels)):
             x0, y0, x1, y1 = map(float, target.boxes_xyxy[i])
             category_id = id_of_label[int(target.labels[i])]
@@ -178,14 +194,16 @@ def _ground_truth(
                 "image_id": target.image.id,
                 "category_id": category_id,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(target.areas[i]),
-                "iscrowd": int(target.iscrowd[i]),
+                "area": _IGNORED_AREA if difficult[i] else float(target.areas[i]),
+                "iscrowd": int(target.iscrowd[i] and not difficult[i]),
                 "num_keypoints": int((points[:, 2] > 0).sum()),
             }
             if kind == "mask":
                 entry["segmentation"] = _run_lengths(target.segmentations[i], target.image.width, target.image.height)
                 if entry["segmentation"] is None:
-                    continue
+                    sides = [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])]
+                    entry["segmentation"] = _run_lengths(sides, target.image.width, target.image.height)
+                    entry["area"] = _IGNORED_AREA
             if kind == "keypoint":
                 entry["keypoints"] = points.ravel().astype(float).tolist()
             annotations.append(entry)

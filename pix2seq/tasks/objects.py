@@ -324,6 +324,8 @@ def _seen_in(frame: Frame, target: Target, i: int, size: tuple[int, int]) -> Tar
         annotation_ids=target.annotation_ids[one],
         segmentations=([affine.points(ring) for ring in rings] if isinstance(rings, list) else None,),
         keypoints=points,
+        attributes=target.attributes[one],
+        difficult=None if target.difficult is None else target.difficult[one],
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -37,6 +37,14 @@ from pix2seq.training.yaml_file import parse_yaml, read_yaml
 SETTINGS_FILE = "config.yaml"  # in the folder of a run
 
 
+class Source(NamedTuple):
+    """Where a split is."""
+
+    location: str  # data folder, or folder or address of shards
+    split: str
+    annotations: str | None  # COCO file, if the rules for names must not choose
+
+
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """Everything that a run depends on; saved beside its checkpoints and enough to repeat it.
@@ -46,6 +54,10 @@ class TrainConfig(Settings):
 
     data: Any = None  # data folder, folder or http address of shards, or a mapping of task names to these
     val_data: Any = None  # folder of the validation split, or a mapping; none given: data
+    annotations: Any = None  # COCO file of the training split where several could be, or a mapping of tasks to these
+    val_annotations: Any = None  # the same for the validation split
+    # Share of the training images, drawn by seed, that validate where there is no val_split.
+    val_fraction: ShareBelowOne = 0.1
     share_images: bool = False  # an image teaches all tasks of its folder that do not crop; else each draws its own
     shard_mix: Annotated[int, Range(least=1, most=1000)] = 4  # shards that each worker holds in memory and draws from
     out: str = "runs/train"  # folder of checkpoints and logs
@@ -126,13 +138,18 @@ class TrainConfig(Settings):
         if not folder:
             raise InputError(
                 f"no data was given for {task}; add data=FOLDER, or data.{task}=FOLDER where tasks differ, with a "
-                "COCO or Pascal VOC data set"
+                "COCO, Pascal VOC or YOLO data set"
             )
         return str(folder)
 
-    def val_data_of(self, task: str) -> str:
-        """Return the folder of a task's validation split."""
-        return str(_of_task(self.val_data, task) or self.data_of(task))
+    def train_source(self, task: str) -> Source:
+        """Return where a task's training split is."""
+        return Source(self.data_of(task), self.train_split, _of_task(self.annotations, task))
+
+    def val_source(self, task: str) -> Source:
+        """Return where a task's validation split is."""
+        folder = str(_of_task(self.val_data, task) or self.data_of(task))
+        return Source(folder, self.val_split, _of_task(self.val_annotations, task))
 
 
 def _of_task(setting: Any, task: str) -> Any:

@@ -44,6 +44,8 @@ class Report:
         self._waited = 0.0  # seconds of waiting for data since the last line
         self._logged_step, self._logged_seconds = state.step, state.seconds
         if ranks.first:
+            for note in recipe.notes:
+                print(note, flush=True)
             sizes = ", ".join(f"{len(samples)} samples of {'+'.join(samples.tasks)}" for samples in recipe.samples)
             millions = sum(p.numel() for p in state.model.parameters()) / 1e6
             count = f"{ranks.size} processes, " if ranks.size > 1 else ""

@@ -42,7 +42,7 @@ from pix2seq.training.log import LOG_FILE, Report
 from pix2seq.training.memory import keep_freed_memory
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from pix2seq.training.recipe import Recipe, prepare
+from pix2seq.training.recipe import Recipe, check_val_images, prepare
 from pix2seq.training.recorded_step import BUCKET, RecordedStep
 from pix2seq.training.resume import Change, check_data, check_settings, is_measured_anew, keep_settings, run_record
 from pix2seq.training.run_lock import run_lock
@@ -78,7 +78,9 @@ def run(config: TrainConfig, *, resume: str = "never", accept_changes: bool = Fa
             changes = ranks.on_first(partial(check_settings, config, resumed, accept=accept_changes))
         recipe = prepare(config, resumed=resumed)
         record = ranks.on_first(partial(run_record, config, recipe))
-        if resumed is not None:
+        if resumed is None:
+            ranks.on_first(lambda: check_val_images(config, recipe))
+        else:
             changes += ranks.on_first(partial(check_data, config, recipe, record, resumed, accept=accept_changes))
         trainer = _Trainer(config, recipe, ranks)
         trainer.state.record = record

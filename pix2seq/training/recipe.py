@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pix2seq.data.annotations import find_samples
-from pix2seq.data.dataset import ClassMap, Dataset, open_dataset, unite_categories
+from pix2seq.data.check import find_bad_images, refuse_skipped, unseen_classes
+from pix2seq.data.dataset import ClassMap, has_split, needed_categories, open_dataset, unite_categories
 from pix2seq.data.features import FeatureStore, Variants, write_features
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
 from pix2seq.device import pick_device
@@ -23,7 +26,7 @@ from pix2seq.model.pretrained import read_config
 from pix2seq.tasks import get_task
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
-from pix2seq.training.config import TrainConfig
+from pix2seq.training.config import Source, TrainConfig
 from pix2seq.training.initialize import initial_encoder, with_init_model
 from pix2seq.types import Category
 from pix2seq.vocab import TASK_IDS, Vocab
@@ -44,6 +47,7 @@ class Recipe:
     text: TextTokenizer | None
     vocab: Vocab
     features: FeatureStore | None = None  # in place of the images of the training split
+    notes: tuple[str, ...] = ()  # what the user should know before the first step
 
     def evaluations(self) -> list[tuple[Dataset, list[str]]]:
         """Return the validation splits, each with all tasks that are scored on it."""
@@ -57,12 +61,23 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     A run that is `resumed` keeps its words and the ids of its tasks.
     """
     kinds = {name: get_task(name) for name in config.tasks}
-    folders = {name: config.data_of(name) for name in config.tasks}
-    val_folders = {name: config.val_data_of(name) for name in config.tasks}
-    opened = {folder: _open(config, folder, config.train_split) for folder in dict.fromkeys(folders.values())}
-    train_data = {name: opened[folder] for name, folder in folders.items()}
-    opened_val = {folder: _open_val(config, folder) for folder in dict.fromkeys(val_folders.values())}
-    val_data = {name: opened_val[folder] for name, folder in val_folders.items()}
+    sources = {name: config.train_source(name) for name in config.tasks}
+    val_sources = {name: config.val_source(name) for name in config.tasks}
+    opened = {source: _open(config, source) for source in dict.fromkeys(sources.values())}
+    features = _open_features(config, opened) if config.features is not None else None
+    opened_val: dict[Source, Dataset] = {}
+    notes = []
+    for name, source in val_sources.items():
+        train_source = sources[name]
+        if source in opened_val:
+            continue
+        if _has_to_hold_out(config, source, train_source, opened[train_source]):
+            opened[train_source], opened_val[source], note = _hold_out(config, opened[train_source])
+            notes.append(note)
+        else:
+            opened_val[source] = _open_val(config, source)
+    train_data = {name: opened[source] for name, source in sources.items()}
+    val_data = {name: opened_val[source] for name, source in val_sources.items()}
     categories = unite_categories([dataset.categories for dataset in train_data.values()])
     vocab = config.model.vocab
     if resumed is not None:
@@ -73,7 +88,6 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             text = _text_tokenizer(config, name, train_data[name], resumed)
             vocab = vocab.with_text(text.size)
 
-    features = _open_features(config, opened) if config.features is not None else None
     tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
     for name, task in tasks.items():
         if task.max_seq_len > config.model.decoder.max_seq_len:
@@ -101,7 +115,9 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
                 "again with augment.flip=0"
             )
         if not _num_images(train_data[name], task.learns_from):
-            raise InputError(f"{folders[name]} has no {task.learns_from} to learn from in split {config.train_split!r}")
+            raise InputError(
+                f"{sources[name].location} has no {task.learns_from} to learn from in split {config.train_split!r}"
+            )
     samples: list[Samples] = []
     for names in _groups(config, tasks, train_data):
         name, dataset = names[0], train_data[names[0]]
@@ -122,8 +138,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     _warn_of_unflipped(samples)
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
-            ClassMap(dataset.categories, categories)  # training cannot teach what only validation has
-    return Recipe(tuple(samples), train_data, val_data, categories, text, vocab, features)
+            notes += _compare_classes(name, dataset, train_data[name], categories)
+    return Recipe(tuple(samples), train_data, val_data, categories, text, vocab, features, tuple(dict.fromkeys(notes)))
 
 
 def _warn_of_unflipped(samples: Sequence[Samples]) -> None:
@@ -136,16 +152,75 @@ def _warn_of_unflipped(samples: Sequence[Samples]) -> None:
         )
 
 
-def _open_features(config: TrainConfig, opened: Mapping[str, Dataset | ShardIndex]) -> FeatureStore:
+def check_val_images(config: TrainConfig, recipe: Recipe) -> None:
+    """Decode the images of all evaluations. Raises `InputError` with the first ten that cannot be used."""
+    for dataset, _ in recipe.evaluations():
+        images = dataset.images[: config.eval_images or len(dataset)]
+        refusal = refuse_skipped(dataset, find_bad_images(images, name=f"checking {dataset.split}"))
+        if refusal is not None:
+            raise InputError(refusal)
+
+
+def _has_to_hold_out(
+    config: TrainConfig, source: Source, train_source: Source, train_data: Dataset | ShardIndex
+) -> bool:
+    """Return whether the validation split is one that nobody named and nobody made."""
+    is_default = source == Source(train_source.location, TrainConfig.val_split, None)
+    return is_default and isinstance(train_data, Dataset) and not has_split(source.location, source.split)
+
+
+def _hold_out(config: TrainConfig, dataset: Dataset | ShardIndex) -> tuple[Dataset, Dataset, str]:
+    """Split a data set in two by the run's seed, for training and validation, and say so."""
+    assert isinstance(dataset, Dataset)
+    total, root = len(dataset), dataset.root
+    count = max(round(total * config.val_fraction), 1)
+    if config.val_fraction == 0 or count >= total:
+        raise InputError(
+            f"{root} has no validation split, and val_fraction={config.val_fraction:g} of its {total} images leaves "
+            "nothing for one; add a split, name val_data=FOLDER or val_split=NAME, or raise val_fraction"
+        )
+    chosen = np.zeros(total, np.bool_)
+    chosen[np.random.default_rng((config.seed, total)).permutation(total)[:count]] = True
+    note = (
+        f"{root} has no validation split: {count} of the {total} training images are held out for it "
+        f"(val_fraction={config.val_fraction:g}, seed={config.seed})"
+    )
+    held_out = dataset.select(config.val_split, np.flatnonzero(chosen))
+    return dataset.select(dataset.split, np.flatnonzero(~chosen)), held_out, note
+
+
+def _compare_classes(name: str, val: Dataset, train: Dataset | ShardIndex, categories: Sequence[Category]) -> list[str]:
+    """Return a note on the classes that only validation has objects of.
+
+    Raises `InputError` if the training split does not even name them.
+    """
+    shown = set(val.annotations.labels.tolist())
+    unknown = unseen_classes([c.name for c in val.categories if c.label in shown], [c.name for c in categories])
+    if unknown:
+        raise InputError(
+            f"split {val.split!r} of {val.root} has objects of classes that the training data of {name} does not have: "
+            f"{', '.join(unknown[:10])}; add them to the training split, or take them out"
+        )
+    ClassMap(needed_categories(val, categories), categories)  # raises for keypoints that training does not have
+    if isinstance(train, ShardIndex):
+        return []
+    learned = set(train.annotations.labels.tolist())
+    seen = [c.name for c in train.categories if c.label in learned]
+    unseen = unseen_classes([c.name for c in val.categories if c.label in shown], seen)
+    some = ", ".join(unseen[:10]) + (f" and {len(unseen) - 10} more" if len(unseen) > 10 else "")
+    return [f"warning: split {val.split!r} has objects of classes that training has none of: {some}"] if unseen else []
+
+
+def _open_features(config: TrainConfig, opened: Mapping[Source, Dataset | ShardIndex]) -> FeatureStore:
     """Open the stored features of the training split, and check that they are of its images."""
     if len(opened) > 1:
         raise InputError(
             f"features={config.features} are of one data folder, but the tasks have {len(opened)}; give all of them "
             "the same data=FOLDER, or leave features out"
         )
-    ((location, dataset),) = opened.items()
+    ((source, dataset),) = opened.items()
     store = FeatureStore(Path(str(config.features)), config.train_split)
-    store.check_images(_with_images(dataset, location).images, config.model.image_size)
+    store.check_images(_with_images(dataset, source.location).images, config.model.image_size)
     return store
 
 
@@ -165,8 +240,8 @@ def store_features(config: TrainConfig, out: Path, *, augmentations: int = 1, **
     `write_features`.
     """
     config = with_init_model(config)
-    location = config.data_of(config.tasks[0])
-    dataset = _with_images(_open(config, location, config.train_split), location)
+    source = config.train_source(config.tasks[0])
+    dataset = _with_images(_open(config, source), source.location)
     settings = config.model
     device = pick_device(config.device)
     encoder = initial_encoder(config).to(device)
@@ -231,10 +306,11 @@ def _num_images(dataset: Dataset | ShardIndex, learns_from: str) -> int:
     return len(find_samples(dataset.annotations, learns_from, each_object=False))
 
 
-def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardIndex:
+def _open(config: TrainConfig, source: Source) -> Dataset | ShardIndex:
+    location, split, annotations = source
     if is_shards(location, split):
         return ShardIndex.read(location, split)
-    dataset = open_dataset(location, split, max_bad_share=config.max_bad_share)
+    dataset = open_dataset(location, split, annotations=annotations, max_bad_share=config.max_bad_share)
     if len(dataset.defects):
         print(
             f"warning: {len(dataset.defects)} annotations or images of split {split!r} have defects and "
@@ -244,13 +320,13 @@ def _open(config: TrainConfig, location: str, split: str) -> Dataset | ShardInde
     return dataset
 
 
-def _open_val(config: TrainConfig, location: str) -> Dataset:
-    if is_shards(location, config.val_split) or is_shards(location, config.train_split):
+def _open_val(config: TrainConfig, source: Source) -> Dataset:
+    if is_shards(source.location, source.split) or is_shards(source.location, config.train_split):
         raise InputError(
-            f"{location} holds shards, but evaluation reads single images; give val_data=FOLDER with a COCO or "
-            "Pascal VOC data set"
+            f"{source.location} holds shards, but evaluation reads single images; give val_data=FOLDER with a COCO, "
+            "Pascal VOC or YOLO data set"
         )
-    dataset = _open(config, location, config.val_split)
+    dataset = _open(config, source)
     assert not isinstance(dataset, ShardIndex)
     return dataset
 

@@ -3,210 +3,169 @@
     annotations/instances_train2017.json, person_keypoints_train2017.json, captions_train2017.json
     train2017/000000000139.jpg
 
-At least one of the three files must exist. For the split `train`, the file may be called
-`instances_train.json`, `instances_train2017.json` and so on; images may lie in a folder of the split's
-name, in `images/` or beside it. Roboflow's `train/_annotations.coco.json` is read too.
+At least one of the three files must exist; `coco_files` has the rules for their names, `image_files` those for images.
+Each file may number images and classes for itself: an image is the same in two files if its `file_name` means the same
+file, a class if it has the same name, and an object if image, class and box are the same.
 
-`defects` lists everything wrong. An annotation is dropped if its id was seen before, if its image or
-category is unknown, or if its box is not finite, too large, empty or outside; a box that reaches outside
-is clipped. Some labelling tools leave boxes empty: these are rebuilt from polygons or keypoints if there
-are any. Bad mask parts and bad keypoints are left out and the rest is kept. An image that is listed twice
-or has no file is dropped. The data set is refused if too much is dropped or if a file is damaged.
-Format reference: https://cocodataset.org/#format-data.
+`defects` lists everything wrong, by the policies of `pix2seq.data.check`. The data set is refused if too much is
+dropped or if a file is damaged. Format reference: https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pandas as pd
-
-from pix2seq.data.annotations import Annotations, ImageTable
-from pix2seq.data.defects import MAX_BAD_SHARE, MAX_COORD, Defects, defect_frame, label_categories, refuse_bad_share
-from pix2seq.data.formats.coco_columns import CaptionColumns, ObjectColumns, check_captions, check_objects, whole_number
+from pix2seq.data.defects import MAX_BAD_SHARE
+from pix2seq.data.formats.builder import Dataset, DatasetBuilder
+from pix2seq.data.formats.coco_columns import LEFT_OUT, whole_number
+from pix2seq.data.formats.coco_files import CocoFiles, find_files
 from pix2seq.data.formats.json_stream import stream_json
-from pix2seq.data.image import image_size
+from pix2seq.data.image_files import ImageFinder
 from pix2seq.errors import InputError
-from pix2seq.types import Category, Target
 
-_CategoryEntry = tuple[int, str, tuple[str, ...], tuple[tuple[int, int], ...]]
-
-
-@dataclass(frozen=True)
-class CocoDataset:
-    """A COCO split, see `pix2seq.data.dataset.Dataset`; workers share its flat arrays."""
-
-    root: Path
-    split: str
-    categories: tuple[Category, ...]
-    images: ImageTable
-    defects: pd.DataFrame
-    annotations: Annotations
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def objects(self) -> pd.DataFrame:
-        """One row per used annotation, with `OBJECT_COLUMNS`; rebuilt on each access."""
-        return self.annotations.table(self.images, self.categories)
-
-    def target(self, index: int) -> Target:
-        """Return the annotations of image `index`."""
-        return self.annotations.target(index, self.images[index])
-
-    @classmethod
-    def read(cls, root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SHARE) -> CocoDataset:
-        """Read the files of a split.
-
-        Raises `InputError` if they are missing or not COCO JSON, or if ten or more images, objects or
-        captions, and more than `max_bad_share` (0 to 1) of them, had to be dropped.
-        """
-        root = Path(root)
-        files = find_files(root, split)
-        if not files:
-            raise InputError(
-                f"{root} has no COCO annotations of split {split!r}; expected "
-                f"annotations/instances_{split}*.json, person_keypoints_{split}*.json or captions_{split}*.json"
-            )
-        return _Reader(root, split, files, max_bad_share).dataset()
+_NUM_EXPLAINED = 10  # missing images for which a defect tells what lies there instead
 
 
-def find_files(root: Path, split: str) -> dict[str, Path]:
-    """Return the annotation files of a split by kind; empty if there are none."""
-    found = {}
-    pattern = re.compile(rf"(instances|person_keypoints|captions)_{re.escape(split)}\d*\.json")
-    for path in sorted((root / "annotations").glob("*.json")):
-        match = pattern.fullmatch(path.name)
-        if match and match[1] not in found:
-            found[match[1]] = path
-    if not found:
-        names = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}.get(split, (split,))
-        for name in names:
-            if (root / name / "_annotations.coco.json").is_file():
-                return {"instances": root / name / "_annotations.coco.json"}
-    return found
+def read_coco(
+    root: str | Path, split: str, *, annotations: str | Path | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Dataset:
+    """Read the files of a split, or the file `annotations` and those that go with it.
+
+    Raises `InputError` if they are missing or not COCO JSON, or if ten or more images, objects or
+    captions, and more than `max_bad_share` (0 to 1) of them, had to be dropped.
+    """
+    root = Path(root)
+    files = find_files(root, split, annotations)
+    if files is None:
+        raise InputError(
+            f"{root} has no COCO annotations of split {split!r}; expected "
+            f"annotations/instances_{split}*.json, person_keypoints_{split}*.json or captions_{split}*.json"
+        )
+    return _Reader(root, split, files, max_bad_share).read()
+
+
+class _Entry(NamedTuple):
+    """An entry of `images`."""
+
+    number: int
+    id: Any  # as written
+    name: str
+    width: Any
+    height: Any
 
 
 class _Reader:
-    """One pass over the files of a split: reads them entry by entry into columns, then checks these."""
+    """One pass over the files of a split, entry by entry."""
 
-    def __init__(self, root: Path, split: str, files: dict[str, Path], max_bad_share: float) -> None:
-        self.root, self.split, self.files, self.max_bad_share = root, split, files, max_bad_share
-        self.first_kind = next(iter(files))
-        self.defects = Defects()  # of images and categories
-        self.images: dict[int, tuple[str, int, int]] = {}  # path below the root, width, height
-        self.dropped_images: set[int] = set()
-        self.num_listed = self.num_missing = 0
-        self.listing = _FileListing(root, split)
-        self.categories: dict[int, _CategoryEntry] = {}
-        self.flip_pairs: dict[int, tuple[tuple[str, str], ...] | None] = {}  # by category
-        self.objects, self.captions = ObjectColumns(), CaptionColumns()
+    def __init__(self, root: Path, split: str, files: CocoFiles, max_bad_share: float) -> None:
+        self.root, self.files = root, files
+        self.builder = DatasetBuilder(root, split, where=files.first, max_bad_share=max_bad_share)
+        self.defects = self.builder.defects
+        self.finder = ImageFinder(root, files.split, beside=files.first.parent)
+        self.found: set[str] = set()  # paths of images
+        self.missing: dict[str, None] = {}  # names of images, in order
 
-    def dataset(self) -> CocoDataset:
-        for kind, path in self.files.items():  # sorted by name, so instances come before keypoints
-            self._read(kind, path)
+    def read(self) -> Dataset:
+        first, left_out = self.files.first, self.files.left_out
+        if left_out:
+            taken, *others = (_below(path, self.root) for path in (first, *left_out))
+            detail = f"{taken}, not {', '.join(others)}; choose with annotations=FILE, or --annotations FILE"
+            self.defects.add(None, None, "several annotation files", "one was taken", detail)
+        num_categories = 0
+        for kind, path in self.files.files.items():
+            num_categories += self._read(kind, path)
             if kind == "instances":
-                self.objects.num_instances = len(self.objects)
-        file = self.files[self.first_kind]
-        if not self.images and self.num_missing:
+                self.builder.objects.num_instances = len(self.builder.objects)
+        if not self.found and self.missing:
             raise InputError(
-                f"none of the {self.num_missing} images listed in {file} was found under {self.root}; "
-                f"expected them in {self.split}*/ or images/"
+                f"none of the {len(self.missing)} images listed in {first} was found under {self.root}; "
+                f"{self.finder.explain(next(iter(self.missing)))}"
             )
-        if not self.images and self.num_listed:
-            image, _, defect, _, detail = self.defects.rows[0]
-            raise InputError(
-                f"none of the {self.num_listed} images listed in {file} can be used; "
-                f"the first: image {image}: {defect} ({detail})"
-            )
-        limit: dict[str, Any] = {"where": file, "max_bad_share": self.max_bad_share}
-        refuse_bad_share("images", self.defects.rows, self.num_listed, **limit)
-        if not self.categories and "captions" not in self.files:
-            raise InputError(f"{file} has no categories; expected a list of objects with id and name")
-        labelled = label_categories(list(self.categories.values()))
-        categories = tuple(replace(category, flip_pairs=self.flip_pairs[category.id]) for category in labelled)
-        images = ImageTable.build(self.root, ((image_id, *entry) for image_id, entry in self.images.items()))
+        if not num_categories and "captions" not in self.files.files:
+            raise InputError(f"{first} has no categories; expected a list of objects with id and name")
+        return self.builder.build()
 
-        annotations, of_objects, num_objects = check_objects(self.objects, images, categories, self.dropped_images)
-        refuse_bad_share("annotations", of_objects, num_objects, **limit)
-        captions, of_captions = check_captions(self.captions, images, self.dropped_images)
-        refuse_bad_share("captions", of_captions, len(self.captions), **limit)
-        return CocoDataset(
-            root=self.root,
-            split=self.split,
-            categories=categories,
-            images=images,
-            defects=defect_frame([*self.defects.rows, *of_objects, *of_captions]),
-            annotations=replace(annotations, **captions),
-        )
-
-    def _read(self, kind: str, path: Path) -> None:
+    def _read(self, kind: str, path: Path) -> int:
+        """Add the images and annotations of a file, and return the number of its classes."""
         number = {"images": 0, "annotations": 0}
+        images: list[_Entry] = []
         categories: Any = []
         for name, value in stream_json(path, ("images", "annotations")):
             if name == "images":
-                self._add_image(kind, value, number[name])
+                images += self._entry(value, f"{kind} entry {number[name]}")
             elif name == "annotations" and kind == "captions":
-                self.captions.add(value)
+                self.builder.captions.add(value)
             elif name == "annotations":
-                self.objects.add(value, f"{kind} entry {number[name]}")
+                self.builder.objects.add(value, f"{kind} entry {number[name]}")
             elif name == "categories":
                 categories = value
             if name in number:
                 number[name] += 1
-        if kind != "captions":
-            self._add_categories(path, categories)
+        image_index = self._add_images(images)
+        if kind == "captions":
+            self.builder.captions.link(image_index)
+            return 0
+        category_index = self._add_categories(path, categories)
+        self.builder.link(image_index, category_index)
+        return len(category_index)
 
-    def _add_image(self, kind: str, entry: Any, position: int) -> None:
+    def _entry(self, entry: Any, position: str) -> list[_Entry]:
         fields = entry if isinstance(entry, dict) else {}
-        image_id, name = whole_number(fields.get("id")), fields.get("file_name")
-        again = image_id in self.images or image_id in self.dropped_images
-        if again and kind != self.first_kind:
-            return
-        self.num_listed += 1
-        if image_id is None or not isinstance(name, str):
+        number, name = self.builder.number(fields.get("id")), fields.get("file_name")
+        if number is None or not isinstance(name, str):
             written = None if fields.get("id") is None else str(fields["id"])[:80]
-            detail = f"{kind} entry {position}"
-            self.defects.add(written, None, "image without id or file_name", "dropped", detail)
-            return
-        if again:
-            self.defects.add(image_id, None, "duplicate image id", "dropped", name)
-            return
-        path = self.listing.find(name)
-        if path is None:
-            self.num_missing += 1
-            self.dropped_images.add(image_id)
-            self.defects.add(image_id, None, "missing image file", "dropped", name)
-            return
-        size = self._size(image_id, fields, self.root / path)
-        if size is None:
-            self.dropped_images.add(image_id)
-            return
-        self.images[image_id] = (path, *size)
+            self.builder.num_listed += 1
+            self.defects.add(written, None, "image without id or file_name", "dropped", position)
+            return []
+        return [_Entry(number, fields["id"], name, fields.get("width"), fields.get("height"))]
 
-    def _size(self, image_id: int, entry: dict[str, Any], path: Path) -> tuple[int, int] | None:
-        width, height = whole_number(entry.get("width")), whole_number(entry.get("height"))
-        if width is not None and height is not None and 0 < width <= MAX_COORD and 0 < height <= MAX_COORD:
-            return width, height
-        try:
-            size = image_size(path)
-        except InputError as error:
-            self.defects.add(image_id, None, "unreadable image", "dropped", str(error))
-            return None
-        self.defects.add(image_id, None, "no width and height", "read from the file", path.name)
-        return size
+    def _add_images(self, entries: list[_Entry]) -> dict[int, int]:
+        """Find the files of a file's images, and return the index of each by its number."""
+        paths = self.finder.find([entry.name for entry in entries])
+        paths_of: dict[int, str | None] = {}
+        doubtful: set[int] = set()  # numbers of two different images: their annotations could belong to either
+        for entry, path in zip(entries, paths, strict=True):
+            if paths_of.setdefault(entry.number, path) != path:
+                doubtful.add(entry.number)
+        index: dict[int, int] = {}
+        first_with: dict[str, _Entry] = {}  # path to the entry of this file that has it
+        for entry, path in zip(entries, paths, strict=True):
+            is_known = path in self.found or entry.name in self.missing
+            self.builder.num_listed += path in first_with or not is_known
+            if entry.number in doubtful:
+                self.defects.add(entry.id, None, "image id of two files", "dropped", entry.name)
+                index[entry.number] = LEFT_OUT
+            elif entry.number in index:
+                self.defects.add(entry.id, None, "duplicate image id", "dropped", entry.name)
+            elif path is None:
+                index[entry.number] = LEFT_OUT
+                if not is_known:
+                    explain = len(self.missing) < _NUM_EXPLAINED
+                    detail = f"{entry.name}: {self.finder.explain(entry.name)}" if explain else entry.name
+                    self.defects.add(entry.id, None, "missing image file", "dropped", detail)
+                    self.missing[entry.name] = None
+            elif path in first_with and _sizes_differ(entry, first_with[path]):
+                self.defects.add(entry.id, None, "image file listed twice, in two sizes", "dropped", entry.name)
+                index[entry.number] = LEFT_OUT
+            else:
+                if path in first_with:
+                    joined = f"joined with image {first_with[path].id}"
+                    self.defects.add(entry.id, None, "image file listed twice", joined, entry.name)
+                self.found.add(path)
+                index[entry.number] = self.builder.add_image(entry.number, path, entry.width, entry.height)
+                first_with.setdefault(path, entry)
+        return index
 
-    def _add_categories(self, path: Path, entries: Any) -> None:
+    def _add_categories(self, path: Path, entries: Any) -> dict[int, int]:
+        """Add the classes of a file, and return the index of each by its number."""
+        names: dict[int, str] = {}
+        index: dict[int, int] = {}
         for entry in entries if isinstance(entries, list) else [entries] if entries else []:
             fields = entry if isinstance(entry, dict) else {}
-            category_id, name = whole_number(fields.get("id")), fields.get("name")
-            if category_id is None or not isinstance(name, str):
-                raise InputError(f"{path} has a category without an integer id and a name: {entry!r}"[:300])
+            number, name = self.builder.number(fields.get("id")), fields.get("name")
+            if number is None or not isinstance(name, str):
+                raise InputError(f"{path} has a category without an id and a name: {entry!r}"[:300])
             try:
                 keypoints = tuple(str(point) for point in fields.get("keypoints") or ())
                 skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in fields.get("skeleton") or ())
@@ -220,53 +179,24 @@ class _Reader:
             bones = tuple(bone for bone in skeleton if all(0 <= end < len(keypoints) for end in bone))
             if bones != skeleton:
                 self.defects.add(None, None, "skeleton names an unknown keypoint", "bone left out", name)
-            known = self.categories.get(category_id)
-            if known is not None and known[1].lower() != name.strip().lower():
+            place = self.builder.add_category(number, name, keypoints, bones, flip_pairs)
+            if index.setdefault(number, place) != place:
                 raise InputError(
-                    f"{path} gives the category id {category_id} to {name!r}, but {known[1]!r} has it already; "
+                    f"{path} gives the category id {fields['id']} to {name!r}, but {names[number]!r} has it already; "
                     "give each category its own id"
                 )
-            if known is None or keypoints:
-                self.categories[category_id] = (category_id, name.strip(), keypoints, bones)
-                self.flip_pairs[category_id] = flip_pairs
+            first = next(other for other, where in index.items() if where == place)
+            if first != number:
+                detail = f"{name!r} has the ids {first} and {fields['id']}"
+                self.defects.add(None, None, "class name given twice", "joined", detail)
+            names.setdefault(number, name)
+        return index
 
 
-class _FileListing:
-    """Finds images by listing each folder once instead of looking for each file."""
-
-    def __init__(self, root: Path, split: str) -> None:
-        folders = sorted(path for path in root.glob(f"{split}*") if path.is_dir())
-        folders += [root / "images" / path.name for path in folders]
-        folders += sorted((root / "images").glob(f"{split}*")) + [root / "images", root / "valid", root]
-        self.root = root
-        self.folders: list[str] = []  # below the root
-        self.files: dict[str, int] = {}  # index of a file's folder; numbers take less memory than paths
-        self.nested: dict[str, frozenset[str]] = {}
-        for folder in folders:
-            if folder.is_dir():
-                for name in _files_in(folder):
-                    self.files.setdefault(name, len(self.folders))
-                self.folders.append(folder.relative_to(root).as_posix())
-
-    def find(self, name: str) -> str | None:
-        """Return the path below the root of a `file_name`, which may contain folders."""
-        folder, _, base = name.replace("\\", "/").rpartition("/")
-        if folder:
-            if folder not in self.nested:
-                self.nested[folder] = self._list(folder)
-            if base in self.nested[folder]:
-                return f"{folder}/{base}"
-        index = self.files.get(base)
-        return None if index is None else f"{self.folders[index]}/{base}"
-
-    def _list(self, folder: str) -> frozenset[str]:
-        # Names are untrusted data, so they must not lead outside the data folder.
-        try:
-            path = (self.root / folder).resolve()
-            inside = path.is_relative_to(self.root.resolve()) and path.is_dir()
-            return frozenset(_files_in(path)) if inside else frozenset()
-        except (OSError, ValueError):  # for example a name with a zero byte
-            return frozenset()
+def _sizes_differ(entry: _Entry, other: _Entry) -> bool:
+    pairs = ((entry.width, other.width), (entry.height, other.height))
+    numbers = [(whole_number(a), whole_number(b)) for a, b in pairs]
+    return any(a is not None and b is not None and a != b for a, b in numbers)
 
 
 def _text(value: Any) -> str:
@@ -275,6 +205,5 @@ def _text(value: Any) -> str:
     return value
 
 
-def _files_in(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_file()]
+def _below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -31,8 +31,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pix2seq.data.annotations import contents
-from pix2seq.data.dataset import Dataset
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
+from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import read_record_image
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder, parse_json, read_regular, report_write_errors, write_atomically

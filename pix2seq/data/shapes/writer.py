@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.image import read_image
 from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
@@ -91,7 +91,7 @@ def contact_sheet(
     folder: str | Path, *, rows: int = 2, columns: int = 4, split: str = "val", first: int = 0, width: int = 1200
 ) -> Image.Image:
     """Draw a sheet, `width` pixels wide, of a split in COCO layout from image `first` on, with all annotations."""
-    dataset = CocoDataset.read(folder, split)
+    dataset = read_coco(folder, split)
     drawn = []
     for index in range(first, min(first + rows * columns, len(dataset))):
         target = dataset.target(index)
