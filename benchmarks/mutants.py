@@ -48,13 +48,13 @@ from mutmut.mutation.file_mutation import create_mutations
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = Path(__file__).with_suffix(".toml")  # faults by hand, and survivors that are known, with the reason
-# The others reach these modules only through whole runs, which take too long for a fault each.
+# Tests of single functions and of single steps. Others reach the same lines through whole runs, which take too long to
+# be repeated for every fault.
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "augmentation caption_metrics ceiling decoding detection_tokenizer keypoint_tokenizer metrics "
-        "mixed_decoding model predictor segmentation_tokenizer sharing task_answers task_examples tasks text training "
-        "vocab"
+        "augmentation caption_metrics ceiling decoding detection_tokenizer keypoint_tokenizer metrics model "
+        "segmentation_tokenizer task_answers task_examples text training vocab"
     ).split()
 )
 # Imported once, before processes are forked: they take seconds, and none of them imports pix2seq.
@@ -80,7 +80,9 @@ class Covered:
     """What the tests run when nothing is broken."""
 
     seconds: dict[str, float]  # processor time by test
-    by_line: dict[str, dict[int, list[str]]]  # the tests, or files of tests for their fixtures, that run a line of a file
+    by_line: dict[
+        str, dict[int, list[str]]
+    ]  # the tests, or files of tests for their fixtures, that run a line of a file
 
     def tests(self, fault: Fault) -> list[str]:
         """Return the tests to start for a fault, the quickest first: those that run its lines, then its module."""
@@ -142,7 +144,9 @@ def listed_faults(tree: Path) -> list[Fault]:
     for entry in _listed()["fault"]:
         code = (tree / entry["file"]).read_text(encoding="utf-8")
         if code.count(entry["old"]) != 1:
-            raise ValueError(f"{LISTED.name}: {entry['old']!r} occurs {code.count(entry['old'])} times in {entry['file']}")
+            raise ValueError(
+                f"{LISTED.name}: {entry['old']!r} occurs {code.count(entry['old'])} times in {entry['file']}"
+            )
         fault = _fault(entry["file"], code, code.replace(entry["old"], entry["new"]), about=entry["about"])
         assert fault is not None
         found.append(fault)
@@ -184,7 +188,9 @@ class _Recorder:
 
     def __init__(self, tree: Path, out: Path) -> None:
         self.tree, self.out = tree, out
-        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[f"{tree}/pix2seq/*", f"{tree}/tokenizers/*"])
+        self.coverage = coverage.Coverage(
+            data_file=None, config_file=False, include=[f"{tree}/pix2seq/*", f"{tree}/tokenizers/*"]
+        )
         self.seconds: dict[str, float] = defaultdict(float)
         self.passed: set[str] = set()
 
@@ -246,7 +252,10 @@ def _pytest(tree: Path, files: Sequence[str], plugin: object, cpu_seconds: float
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(tree)
-    sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "benchmarks"))]
+    sys.path[:] = [
+        str(tree),
+        *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "benchmarks")),
+    ]
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin]))
 
 
@@ -260,7 +269,10 @@ def copy_repository(folder: Path) -> Path:
     """Copy the files that git knows, with the folders beside pix2seq/ in their places as subpackages."""
     tree = folder / "tree"
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
@@ -280,9 +292,7 @@ def record(tree: Path) -> Covered:
     if process.exitcode:
         raise RuntimeError(f"tests fail before any fault:\n{(tree / 'output.txt').read_text(errors='replace')[-4000:]}")
     content = json.loads(out.read_text(encoding="utf-8"))
-    by_line = {
-        file: {int(line): names for line, names in lines.items()} for file, lines in content["by_line"].items()
-    }
+    by_line = {file: {int(line): names for line, names in lines.items()} for file, lines in content["by_line"].items()}
     return Covered(content["seconds"], by_line)
 
 
@@ -336,7 +346,9 @@ def _tell(verdict: str, fault: Fault) -> None:
     print(f"{verdict}{shown}", flush=True)
 
 
-def summary(faults: Sequence[Fault], verdicts: Sequence[str], reasons: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
+def summary(
+    faults: Sequence[Fault], verdicts: Sequence[str], reasons: Mapping[tuple[str, str, str], str]
+) -> dict[str, Any]:
     """Count verdicts, and list what is alive. A fault that times out counts as killed."""
     counts = Counter(verdicts)
     alive = [
@@ -346,7 +358,13 @@ def summary(faults: Sequence[Fault], verdicts: Sequence[str], reasons: Mapping[t
         if verdict not in ("killed", "timed out")
     ]
     killed = counts["killed"] + counts["timed out"]
-    return {"faults": len(faults), "killed": killed, "timed_out": counts["timed out"], "score": killed / max(len(faults), 1), "alive": alive}
+    return {
+        "faults": len(faults),
+        "killed": killed,
+        "timed_out": counts["timed out"],
+        "score": killed / max(len(faults), 1),
+        "alive": alive,
+    }
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -374,7 +392,9 @@ def _main(argv: Sequence[str]) -> None:
             alive = {(a["file"], a["old"], a["new"]) for part in ("by_hand", "drawn") for a in earlier[part]["alive"]}
             listed, drawn = ([f for f in some if (f.file, f.old, f.new) in alive] for some in (listed, drawn))
         covered = record(tree)
-        print(f"{len(covered.seconds)} tests pass, in {sum(covered.seconds.values()):.0f} s of processor time", flush=True)
+        print(
+            f"{len(covered.seconds)} tests pass, in {sum(covered.seconds.values()):.0f} s of processor time", flush=True
+        )
         verdicts = judge([*listed, *drawn], covered, tree, args.jobs)
     reasons = {(e["file"], e["old"], e["new"]): e["reason"] for e in _listed().get("alive", [])}
     result = {

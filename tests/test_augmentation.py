@@ -14,7 +14,6 @@ from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
 
-
 def new_rng():
     return np.random.default_rng(0)
 

@@ -343,7 +343,9 @@ def test_masks_may_be_run_lengths_and_need_at_least_one_ring_of_three_points():
     assert average_precision([target], [CAT], {1: [found(BOX, polygons=beyond)]}, kind="mask").num_dropped == 0
     points = np.array([[np.nan, 1, 2]], np.float32)
     for missing in (None, points):
-        assert average_precision([target], [CAT], {1: [found(BOX, keypoints=missing)]}, kind="keypoint").num_dropped == 1
+        assert (
+            average_precision([target], [CAT], {1: [found(BOX, keypoints=missing)]}, kind="keypoint").num_dropped == 1
+        )
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,16 @@ def bins(*values):
 
 def test_detected_objects_are_in_pixels_of_the_image_best_first():
     task = task_of("detection")
-    tokens = [*bins(10, 20, 30, 40), NOISE, *bins(0, 0, 50, 100), 105, *bins(60, 0, 90, 100), 102, *bins(5, 5, 5, 9), 102]
+    tokens = [
+        *bins(10, 20, 30, 40),
+        NOISE,
+        *bins(0, 0, 50, 100),
+        105,
+        *bins(60, 0, 90, 100),
+        102,
+        *bins(5, 5, 5, 9),
+        102,
+    ]
     best = [0, 0, 0, 0, 102, 0, 0, 0, 0, 105, 0, 0, 0, 0, 102, 0, 0, 0, 0, 102]
     probs = np.full(20, 0.5)
     probs[[4, 9, 14, 19]] = [0.25, 0.75, 0.9, 0.9]
@@ -112,7 +121,9 @@ def test_grammars_allow_these_ids_after_those(name, before, allowed):
 
 def test_a_full_list_says_how_to_ask_for_more():
     assert "7 objects: ask for more with --num-objects" in task_of("detection", max_objects=7).cut_hint(35)
-    assert task_of("segmentation").cut_hint(9) == "this checkpoint's segmentation.max_points ends answers after 9 tokens"
+    assert (
+        task_of("segmentation").cut_hint(9) == "this checkpoint's segmentation.max_points ends answers after 9 tokens"
+    )
     assert "captioning.max_tokens" in task_of("captioning").cut_hint(9)
 
 
@@ -136,7 +147,9 @@ def test_a_mask_is_asked_for_in_the_frame_of_its_input():
     (request,) = task.requests(IMAGE, [instance()])
     frame = IMAGE.frame(request.region)
     assert request.prompt[0] == 11
-    np.testing.assert_allclose((request.prompt[1:5] - 1000) / 100, frame.to_input_yxyx(np.array([[10, 10, 30, 30]]))[0], atol=0.0051)
+    np.testing.assert_allclose(
+        (request.prompt[1:5] - 1000) / 100, frame.to_input_yxyx(np.array([[10, 10, 30, 30]]))[0], atol=0.0051
+    )
     assert request.prompt[5] == 105
     assert (request.num_samples, request.subject) == (3, instance())
     config = request.generation
@@ -168,7 +181,9 @@ def test_votes_reach_the_border_of_the_image():
     assert one[0].max(0).tolist() == [100, 50]
 
 
-@pytest.mark.parametrize(("threshold", "pixels"), [(0.3, 30), (1 / 3, 30), (0.34, 20), (2 / 3, 20), (0.7, 10), (1.0, 10)])
+@pytest.mark.parametrize(
+    ("threshold", "pixels"), [(0.3, 30), (1 / 3, 30), (0.34, 20), (2 / 3, 20), (0.7, 10), (1.0, 10)]
+)
 def test_a_pixel_belongs_to_a_mask_by_its_share_of_the_votes(threshold, pixels):
     rows = [[*bins(0, 0, 0, width, 1, width, 1, 0), EOS] for width in (10, 20, 30)]
     _, rle = task_of("segmentation", num_samples=3, threshold=threshold).mask(np.array(rows), IMAGE.frame(), (100, 50))
@@ -194,7 +209,10 @@ def test_invisible_points_are_placed_at_their_likeliest_position_with_its_likeli
         best=[0, 0, *bins(30, 40)],
         best_probs=[1.0, 1.0, 0.6, 0.8],
     )
-    for suppressed, points, likelihood in ((True, [[80, 20, 2], [40, 30, 1]], 0.5), (False, [[80, 20, 2], [0, 0, 0]], 0.6)):
+    for suppressed, points, likelihood in (
+        (True, [[80, 20, 2], [40, 30, 1]], 0.5),
+        (False, [[80, 20, 2], [0, 0, 0]], 0.6),
+    ):
         task = task_of("keypoint", crop=False, suppress_invisible=suppressed)
         (answer,) = task.answers(IMAGE, task.requests(IMAGE, [instance()]), [out])
         np.testing.assert_allclose(answer.keypoints, points, atol=1e-4)
@@ -215,7 +233,9 @@ def test_points_are_asked_for_on_the_crop_of_the_object():
     assert (x0, y0, x1, y1) == pytest.approx((30, 0, 70, 40), abs=2)
     frame = IMAGE.frame(request.region)
     assert frame.origin.tolist() == [x0, y0]
-    np.testing.assert_allclose((request.prompt[1:5] - 1000) / 100, frame.to_input_yxyx(np.array([[40.0, 10, 60, 30]]))[0], atol=0.0051)
+    np.testing.assert_allclose(
+        (request.prompt[1:5] - 1000) / 100, frame.to_input_yxyx(np.array([[40.0, 10, 60, 30]]))[0], atol=0.0051
+    )
     config = request.generation
     assert (config.max_new_tokens, config.eos_id, config.score_range, config.top_p) == (4, None, (1000, 1101), 0.2)
     assert config.score_without == INVISIBLE
@@ -279,7 +299,9 @@ def test_answers_are_put_onto_the_objects_that_they_are_about():
     task = task_of("segmentation")
     found = [instance(score=0.9), instance((1, 1, 9, 9)), instance(category=KITE)]
     ring = np.zeros((3, 2), np.float32)
-    merged = task.merge(found, [instance(score=0.1, polygons=[ring]), instance(category=KITE, score=0.2, mask_score=0.7)])
+    merged = task.merge(
+        found, [instance(score=0.1, polygons=[ring]), instance(category=KITE, score=0.2, mask_score=0.7)]
+    )
     assert [len(i.polygons) for i in merged] == [1, 0, 0]
     assert [i.mask_score for i in merged] == [None, None, 0.7]
     assert [(i.box_xyxy, i.category, i.score) for i in merged] == [(i.box_xyxy, i.category, i.score) for i in found]
@@ -342,7 +364,9 @@ def test_the_score_of_a_caption_is_its_mean_log_probability_without_padding():
     assert task.answers(IMAGE, [request], [said([0, 0])])[0] == Caption("", -math.inf)
     with pytest.raises(ValueError, match="needs a text tokenizer"):
         type(task)(task.config, VOCAB, (), None).examples(
-            Target(ImageRecord(1, None, 9, 9), *[np.zeros(0)] * 5, (), np.zeros((0, 0, 3)), ("a cat",)), (9, 9), np.random.default_rng(0)
+            Target(ImageRecord(1, None, 9, 9), *[np.zeros(0)] * 5, (), np.zeros((0, 0, 3)), ("a cat",)),
+            (9, 9),
+            np.random.default_rng(0),
         )
 
 

@@ -28,7 +28,7 @@ from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
 from pix2seq.training.objective import CrossEntropy, token_losses
 from pix2seq.training.optimizer import ScheduleConfig, build_optimizer, learning_rate
-from pix2seq.training.step import TrainingModel, train_step
+from pix2seq.training.step import TrainingModel, loss_factors, train_step
 from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
@@ -255,6 +255,86 @@ def test_the_moving_average_follows_its_formula():
     assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11, rel_tol=1e-6)
     ema.update(model, 10_000)
     assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11 * 0.9, rel_tol=1e-6)
+
+
+def test_running_statistics_are_averaged_and_counts_are_copied():
+    model = torch.nn.BatchNorm1d(1)
+    ema = Ema(model, 0.5)
+    model.running_mean.fill_(4.0)
+    model.running_var.fill_(3.0)
+    model.num_batches_tracked.fill_(7)
+    ema.update(model, 1_000)
+    assert ema.weights["running_mean"].item() == pytest.approx(2.0)
+    assert ema.weights["running_var"].item() == pytest.approx(2.0)  # between 1 and 3
+    assert ema.weights["num_batches_tracked"].item() == 7
+    ema.update(model, 1_000, finite=torch.tensor(0.0))
+    assert ema.weights["running_mean"].item() == pytest.approx(2.0)
+    ema.update(model, 1_000, finite=torch.tensor(1.0))
+    assert ema.weights["running_mean"].item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("at_once", [2**24, 40])
+def test_token_losses_and_their_gradients_are_those_of_pytorch(monkeypatch, smoothing, at_once):
+    monkeypatch.setattr("pix2seq.training.objective.LOGITS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(7, 11, generator=generator), torch.rand(7, generator=generator)
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    decoder = SimpleNamespace(logits=lambda hidden: hidden, output_weight=torch.empty(11, 1))
+    found = []
+    for losses in (
+        lambda x: token_losses(decoder, x, targets, smoothing),
+        lambda x: torch.nn.functional.cross_entropy(x, targets, reduction="none", label_smoothing=smoothing),
+    ):
+        leaf = logits.clone().requires_grad_()
+        values = losses(leaf)
+        (values * weights).sum().backward()
+        found.append((values.detach(), leaf.grad))
+    torch.testing.assert_close(*found)
+    assert token_losses(decoder, logits, targets).tolist() == token_losses(decoder, logits, targets, 0.0).tolist()
+    assert CrossEntropy() == CrossEntropy(label_smoothing=0.0)
+
+
+def test_losses_are_divided_by_their_counts_and_weighted():
+    objective = SimpleNamespace(counts=lambda batch: batch)
+    training_model = SimpleNamespace(objective=objective, ranks=SimpleNamespace(sum=lambda x: x))
+    batches = [{"a": 3.0, "b": 0.0, "c": 1.0}, {"a": 5.0, "b": 0.0, "c": 1.0}]
+    names, factors = loss_factors(training_model, batches, {"a": 4.0, "b": 2.0})
+    assert names == ["a", "b", "c"]
+    assert factors.dtype == torch.float32
+    np.testing.assert_allclose(factors[:, [0, 2]], [[1 / 8, 1 / 2], [4 / 8, 1 / 2]])
+    assert factors[:, 1].isfinite().all()  # a task without scored tokens has a sum of zero
+
+
+def test_weights_of_tasks_weigh_losses_and_gradients():
+    samples = random_samples(4)
+    samples[1] = replace(samples[1], examples={"other": samples[1].examples["detection"]})
+    batch = collate(samples, ["detection", "other"])
+
+    def step(weights):
+        model = tiny_model()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+        result = train_step(TrainingModel(model, CrossEntropy()), optimizer, [batch], weights, max_grad_norm=0)
+        return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+
+    (both, gradient), (first, a), (second, b) = (step(w) for w in ({"other": 3.0}, {"other": 0.0}, {"detection": 0.0}))
+    torch.testing.assert_close(both.losses, first.losses)
+    torch.testing.assert_close(both.losses, second.losses)
+    assert both.loss.item() == pytest.approx(first.loss.item() + 3 * second.loss.item(), rel=1e-5)
+    for value, one, other in zip(gradient, a, b, strict=True):
+        torch.testing.assert_close(value, one + 3 * other, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_matrix_products_run_in_bf16_if_asked(bf16):
+    model, seen = tiny_model(), []
+    model.decoder.blocks[0].mlp.expand.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    training_model = TrainingModel(model, CrossEntropy(), bf16=bf16)
+    sums = training_model.backward(random_batch(), torch.ones(1), last=True)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+    assert (sums.dtype, sums.requires_grad) == (torch.float32, False)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_a_tiny_model_overfits_four_images():
