@@ -2,11 +2,11 @@
 
     make mutants [MUTANTS="--draw 50 --seed 1"]
 
-The faults are those that people thought of, listed in benchmarks/mutants.toml, and a sample, drawn by a seed, of all that
-mutmut generates for the modules in its section of pyproject.toml. Faults in `raise` statements are left out: they change a message. Each
-fault is put into a copy of the repository, and only the tests that run the changed lines are started, the quickest
-first, until one fails. The copy has no reference arrays beside it, so the score is that of a bare clone. Survivors are
-printed as they come; benchmarks/mutants.toml says why some are left alive. Dated results: benchmarks/results/.
+The faults are those that people thought of, listed in benchmarks/mutants.toml, and a sample, drawn by a seed, of all
+that mutmut generates for the files that pyproject.toml names. Faults in `raise` statements are left out: they change a
+message. Each fault is put into a copy of the repository, and only the tests that run the changed lines are started, the
+quickest first, until one fails. The copy has no reference arrays beside it, so the score is that of a bare clone. What
+survives is printed; benchmarks/mutants.toml says why some of it is left alive. Dated results: benchmarks/results/.
 
 Needs the extra `mutants`, and a system that forks.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -104,7 +105,7 @@ class Covered:
 def draw_faults(tree: Path, count: int, seed: int) -> tuple[list[Fault], int]:
     """Draw faults from all that mutmut generates; return them, in the order of the code, and the number of all.
 
-    A fault's place in the draw depends on itself alone, so that the same seed draws mostly the same faults of changed code.
+    A fault's place in the draw depends on itself alone, so that a seed draws mostly the same faults of changed code.
     """
     generated: list[tuple[bytes, str, str, str]] = []
     for path in _files(tree):
@@ -331,10 +332,8 @@ def judge(faults: Sequence[Fault], covered: Covered, tree: Path, jobs: int) -> l
 def _verdict(process: BaseProcess) -> str:
     timed_out = process.is_alive() or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
     if process.pid is not None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what the tests started
-        except ProcessLookupError:
-            pass
     process.join()
     if timed_out:
         return "timed out"

@@ -1,7 +1,7 @@
 """What the format costs: a model that says exactly what training teaches is asked by the predictor, and scored.
 
-Sequences are written as for training, and read on the predictor's own way back to pixels. So a fault on either way, or a
-difference between the two, costs average precision.
+Sequences are written as for training, and read on the predictor's own way back to pixels. So a fault on either way, or
+a difference between the two, costs average precision.
 """
 
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from pix2seq.vocab import PAD, Vocab
 PERSON = Category(1, 1, "person", ("nose", "left_hand", "right_hand", "tail"), ((0, 1), (0, 2), (0, 3)))
 CATEGORIES = (PERSON, Category(3, 8, "kite"))
 SIZES = [(90, 120), (150, 60), (40, 33), (100, 200), (48, 48), (160, 90)]  # width, height
-STEP = 5  # grey levels between the images, which are told apart by their grey
+BLUES = 5  # levels of blue between two images
 
 
 class Scenes:
@@ -75,8 +75,16 @@ class Scenes:
         return self.targets[index]
 
 
+def coloured(record, number):
+    """An image of which each pixel tells the number of the image, and about where it lies."""
+    red, green = np.linspace(0, 255, record.width), np.linspace(0, 255, record.height)
+    pixels = np.empty((record.height, record.width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1], pixels[..., 2] = red, green[:, None], number * BLUES
+    return pixels
+
+
 class Playback:
-    """A model that knows the images by their grey, and answers each prompt with what training teaches for it."""
+    """A model that knows images and crops by their colours, and answers each prompt as training teaches."""
 
     def __init__(self, dataset, predictor):
         (task,) = predictor.tasks.values()
@@ -86,27 +94,26 @@ class Playback:
         self.taught, self.untaught = [], []
         for index in range(len(dataset)):
             target = dataset.target(index)
-            image = np.zeros((target.image.height, target.image.width, 3), np.uint8)
-            samples = [maker.sample(target, image, i, rng, [rng]) for i in task.samples(target)]
-            self.taught.append([example for sample in samples for example in sample.examples[task.name]])
+            image = coloured(target.image, index)
+            for sample in [maker.sample(target, image, i, rng, [rng]) for i in task.samples(target)]:
+                self.taught += [(sample.image[0, 0].astype(int), example) for example in sample.examples[task.name]]
 
     def encode(self, images):
-        return (images[:, :1, :1, 0] * 255).round()  # of the top left pixel
+        return (images[:, :, 0, 0] * 255).round()[:, None]  # the top left pixel, (B, 1, 3)
 
     def generate_mixed(self, memory, prompts, configs, *, memory_index, num_samples, generator):
-        images = [int(memory[i].item()) // STEP for i in memory_index]
-        found = [self.answer(*each) for each in zip(images, prompts, configs, strict=True)]
+        asked = zip(memory[memory_index][:, 0].int(), prompts, configs, strict=True)
+        found = [self.answer(colour.numpy(), prompt.numpy(), config) for colour, prompt, config in asked]
         return SimpleNamespace(completions=lambda count: [self.completion(ids, count) for ids in found])
 
-    def answer(self, image, prompt, config):
+    def answer(self, colour, prompt, config):
         """What is taught for a prompt, which may differ by a bin: the frame of an input is not rounded to pixels."""
-        prompt = prompt.numpy()
-        for example in self.taught[image]:
-            if len(example.prompt) == len(prompt) and (example.prompt[5:] == prompt[5:]).all():
-                if np.abs(example.prompt - prompt).max() <= 1:
-                    assert len(example.targets) <= config.max_new_tokens
-                    return example.targets
-        self.untaught.append((image, prompt.tolist()))
+        for taught_colour, example in self.taught:
+            same_prompt = len(example.prompt) == len(prompt) and (example.prompt[5:] == prompt[5:]).all()
+            if same_prompt and np.abs(example.prompt - prompt).max() <= 1 and np.abs(taught_colour - colour).max() <= 1:
+                assert len(example.targets) <= config.max_new_tokens
+                return example.targets
+        self.untaught.append((colour.tolist(), prompt.tolist()))
         return np.array([PAD])
 
     def completion(self, ids, num_samples):
@@ -131,9 +138,9 @@ def scores(monkeypatch, dataset, name, size, settings):
     playback = Playback(dataset, predictor)
     monkeypatch.setattr(model, "encode", playback.encode)
     monkeypatch.setattr(model, "generate_mixed", playback.generate_mixed)
-    grey = lambda record: np.full((record.height, record.width, 3), numbers[record.id] * STEP, np.uint8)  # noqa: E731
     numbers = {dataset.target(i).image.id: i for i in range(len(dataset))}
-    monkeypatch.setattr("pix2seq.evaluation.read_record_image", grey)
+    read = lambda record: coloured(record, numbers[record.id])  # noqa: E731
+    monkeypatch.setattr("pix2seq.evaluation.read_record_image", read)
     return evaluate(predictor, dataset).metrics, playback.untaught
 
 
