@@ -81,9 +81,7 @@ class Covered:
     """What the tests run when nothing is broken."""
 
     seconds: dict[str, float]  # processor time by test
-    by_line: dict[
-        str, dict[int, list[str]]
-    ]  # the tests, or files of tests for their fixtures, that run a line of a file
+    by_line: dict[str, dict[int, list[str]]]  # by file and line: tests that run it, and files whose fixtures do
 
     def tests(self, fault: Fault) -> list[str]:
         """Return the tests to start for a fault, the quickest first: those that run its lines, then its module."""

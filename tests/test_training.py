@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -306,24 +307,27 @@ def test_losses_are_divided_by_their_counts_and_weighted():
     assert factors[:, 1].isfinite().all()  # a task without scored tokens has a sum of zero
 
 
-def test_weights_of_tasks_weigh_losses_and_gradients():
+def test_losses_and_gradients_are_those_of_the_formula():
     samples = random_samples(4)
     samples[1] = replace(samples[1], examples={"other": samples[1].examples["detection"]})
-    batch = collate(samples, ["detection", "other"])
+    counts = Counter()
+    for sample in samples:
+        counts.update({name: float(sum(e.weights.sum() for e in some)) for name, some in sample.examples.items()})
+    model = tiny_model()
+    sums = sums_one_by_one(model, samples)
+    expected = sums["detection"] / counts["detection"] + 3 * sums["other"] / counts["other"]
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
 
-    def step(weights):
-        model = tiny_model()
-        before = [p.detach().clone() for p in model.parameters()]
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-        result = train_step(TrainingModel(model, CrossEntropy()), optimizer, [batch], weights, max_grad_norm=0)
-        return result, [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
-
-    (both, gradient), (first, a), (second, b) = (step(w) for w in ({"other": 3.0}, {"other": 0.0}, {"detection": 0.0}))
-    torch.testing.assert_close(both.losses, first.losses)
-    torch.testing.assert_close(both.losses, second.losses)
-    assert both.loss.item() == pytest.approx(first.loss.item() + 3 * second.loss.item(), rel=1e-5)
-    for value, one, other in zip(gradient, a, b, strict=True):
-        torch.testing.assert_close(value, one + 3 * other, atol=2e-6, rtol=1e-4)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    batches = [collate(samples[:2], ["detection", "other"]), collate(samples[2:], ["detection", "other"])]
+    result = train_step(TrainingModel(model, CrossEntropy()), optimizer, batches, {"other": 3.0}, max_grad_norm=0)
+    torch.testing.assert_close(result.loss, expected.detach())
+    torch.testing.assert_close(result.losses, {name: sums[name].detach() / counts[name] for name in result.losses})
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    torch.testing.assert_close(result.grad_norm, norm, atol=1e-5, rtol=1e-4)
+    for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(old - new.detach(), gradient, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
