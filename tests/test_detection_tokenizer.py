@@ -241,10 +241,15 @@ def test_noise_is_made_of_jittered_and_of_moved_boxes():
     sizes = drawn[:, 2:] - drawn[:, :2]
     assert (sizes >= 0).all()
     assert ((drawn >= 0) & (drawn <= 1)).all()
-    free = (drawn > 0).all(1) & (drawn < 1).all(1)
-    assert 0.02 < sizes[free].mean() < 0.4
-    assert sizes.max() > 0.8
     np.testing.assert_allclose(drawn.mean(), 0.5, atol=0.02)
+    normal = rng.standard_normal((40_000, 2))
+    extents = 0.5 * np.abs(normal[(np.abs(normal) <= 2).all(1)])
+    centres = rng.random(extents.shape)
+    expected = np.minimum(centres + extents / 2, 1) - np.maximum(centres - extents / 2, 0)
+    shares = [0.1, 0.25, 0.5, 0.75, 0.9]
+    np.testing.assert_allclose(np.quantile(sizes, shares), np.quantile(expected, shares), atol=0.015)
+    full = jitter_boxes(np.tile([[0.0, 0.0, 1.0, 1.0]], (100, 1)), rng, max_range=0.1)
+    assert ((full >= 0) & (full <= 1)).all()
 
 
 def test_noise_copies_every_object_as_often_as_any_other_and_comes_shuffled():

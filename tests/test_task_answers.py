@@ -125,6 +125,7 @@ def test_a_full_list_says_how_to_ask_for_more():
         task_of("segmentation").cut_hint(9) == "this checkpoint's segmentation.max_points ends answers after 9 tokens"
     )
     assert "captioning.max_tokens" in task_of("captioning").cut_hint(9)
+    assert "the number of keypoints" in task_of("keypoint").cut_hint(9)
 
 
 # Masks
@@ -387,6 +388,7 @@ def test_a_caption_is_scored_against_those_of_its_image():
     assert "2 images, 1 of them without a prediction" in result.text()
     assert result.to_json()["num_without_prediction"] == 1
     assert result.to_json()["num_images"] == 2
+    assert "TreebankWordTokenizer" in result.to_json()["tokenization"]
 
 
 # Names, drawing, JSON, and what `pix2seq data sequences` shows

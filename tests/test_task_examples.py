@@ -3,15 +3,19 @@
 import numpy as np
 import pytest
 
+import pix2seq.tasks as registry
 from pix2seq.errors import InputError
-from pix2seq.tasks import get_task
-from pix2seq.tokenizers.text import WordTokenizer
+from pix2seq.tasks import get_task, register_task, task_names
+from pix2seq.tasks.detection import Detection, object_order
+from pix2seq.tasks.task import TaskConfig
+from pix2seq.tokenizers.text import SentencePieceTokenizer, WordTokenizer
 from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import INVISIBLE, NOISE, Vocab
 
 TEXT = WordTokenizer.build(["a cat sits", "a dog runs fast", "two kites"])
 VOCAB = Vocab(num_bins=101, text_base=1200, size=1200).with_text(TEXT.size)  # a pixel of 100 is a bin
-CATEGORIES = (Category(2, 8, "kite"), Category(5, 9, "person", ("nose", "left_hand", "right_hand")))
+KITE_CATEGORY = Category(2, 8, "kite")
+CATEGORIES = (KITE_CATEGORY, Category(5, 9, "person", ("nose", "left_hand", "right_hand")))
 SIZE = (100, 50)  # height, width
 
 
@@ -77,6 +81,17 @@ def test_orders_differ_where_a_large_object_lies_far_from_the_corner():
     assert labels("corner") == [102, 105, 105]
 
 
+def test_orders_are_by_area_and_by_the_square_of_the_distance_to_the_corner():
+    # The second lies nearer than the first in squares, and farther in cubes.
+    boxes = np.array([[0.6, 0.6, 0.7, 0.7], [0.82, 0.05, 0.95, 0.95], [0.0, 0.0, 0.2, 0.2]], np.float32)
+    assert object_order(boxes, "corner", np.random.default_rng(0)).tolist() == [2, 1, 0]
+    taller = np.array([[0.1, 0.1, 0.9, 0.2], [0.2, 0.2, 0.3, 0.4]], np.float32)
+    assert object_order(taller, "corner", np.random.default_rng(0)).tolist() == [0, 1]
+    assert object_order(boxes, "area", np.random.default_rng(0)).tolist() == [1, 2, 0]
+    even = np.zeros((5, 4), np.float32)
+    assert object_order(even, "area", np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+
+
 def test_detection_does_not_learn_crowds():
     (example,) = examples("detection", target_of(crowd=[False, True, False]), noise_objects=0, order="area")
     assert objects(example) == [KITE, SMALL]
@@ -134,6 +149,12 @@ def test_a_person_without_labelled_points_or_of_an_unknown_class_teaches_nothing
     assert task_of("keypoint").samples(target) == [2]
     target.keypoints[2] = 0
     assert task_of("keypoint").samples(target) == []
+
+
+def test_a_skeleton_may_be_a_single_point():
+    task = task_of("keypoint")
+    assert task.accepts(Category(1, 1, "cup", ("handle",)))
+    assert not task.accepts(KITE_CATEGORY)
 
 
 def test_masks_are_learned_of_every_object_that_has_one_and_of_no_crowd():
@@ -270,3 +291,80 @@ def test_captions_that_name_a_side_are_not_learned_mirrored():
     assert task_of("captioning", flip="always").after_flip(target) is target
     assert [task_of("captioning", flip=flip).flips for flip in ("auto", "always", "never")] == [True, True, False]
     assert task_of("detection").flips
+
+
+def test_words_come_from_the_captions_or_from_a_file(tmp_path):
+    make = lambda **settings: get_task("captioning").make_text_tokenizer(  # noqa: E731
+        get_task("captioning").config_type(**settings), ["a cat sits", "a dog sits", "a dog runs"]
+    )
+    assert make().tokens[3:] == ("a", "dog", "sits", "cat", "runs")
+    assert make(min_count=2).tokens[3:] == ("a", "dog", "sits")
+    assert make(text_size=4).tokens[3:] == ("a",)
+    pieces = make(tokenizer="sentencepiece", text_size=20)
+    assert isinstance(pieces, SentencePieceTokenizer)
+    assert pieces.size <= 20
+    pieces.save(tmp_path)
+    assert make(tokenizer=str(tmp_path / "text.model")).tokens == pieces.tokens
+    with pytest.raises(InputError, match=r"captioning\.tokenizer is 'letters'; expected words, sentencepiece or"):
+        make(tokenizer="letters")
+    with pytest.raises(NotImplementedError, match="detection reads text"):
+        get_task("detection").make_text_tokenizer(TaskConfig(), [])
+
+
+@pytest.fixture
+def registered():
+    yield registry._registered
+    registry._registered.clear()
+
+
+def test_a_registered_task_is_found_by_its_name(registered):
+    class Other(Detection):
+        name = "other"
+
+    assert register_task(Other) is Other
+    assert register_task(Other) is Other  # again
+    assert get_task("other") is Other
+    assert task_names() == ("detection", "segmentation", "keypoint", "captioning", "other")
+    another = type("Another", (Detection,), {"name": "other"})
+    for wrong, message in (
+        (another, "there is a task 'other' already; give Another another name"),
+        (type("Again", (Detection,), {"name": "detection"}), "there is a task 'detection' already"),
+        (type("Named", (Detection,), {"name": "no name"}), "Named.name is 'no name'"),
+        (type("Unnamed", (Detection,), {"name": 3}), "Unnamed.name is 3"),
+        (type("Unset", (Detection,), {"name": "unset", "config_type": dict}), "Unset.config_type is"),
+        (Detection(get_task("detection").config_type(), VOCAB, ()), "expected a subclass of Task"),
+        (dict, "expected a subclass of Task"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_task(wrong)
+    with pytest.raises(InputError, match="did you mean 'other'"):
+        get_task("othr")
+
+
+def test_the_task_of_a_package_is_loaded_when_it_is_asked_for(registered, monkeypatch):
+    class Packaged(Detection):
+        name = "packaged"
+
+    class Point:
+        dist, value = None, "package:Packaged"
+
+        def __init__(self, found):
+            self.found = found
+
+        def load(self):
+            if isinstance(self.found, Exception):
+                raise self.found
+            return self.found
+
+    points = {"packaged": Point(Packaged), "misnamed": Point(Packaged), "broken": Point(ImportError("no module x"))}
+    monkeypatch.setattr(registry, "_installed", lambda: points)
+    assert task_names()[4:] == ("broken", "misnamed", "packaged")
+    assert not registered
+    assert get_task("packaged") is Packaged
+    assert registered == {"packaged": Packaged}
+    with pytest.raises(InputError, match=r"the entry point 'misnamed' gives .* expected a Task with name = 'misnamed'"):
+        get_task("misnamed")
+    with pytest.raises(
+        InputError, match=r"task 'broken' of package package:Packaged cannot be imported \(ImportError: no"
+    ):
+        get_task("broken")
