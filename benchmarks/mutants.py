@@ -289,10 +289,19 @@ def record(tree: Path) -> Covered:
     process = _start(tree, files, _Recorder(tree, out), cpu_seconds=3600)
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"tests fail before any fault:\n{(tree / 'output.txt').read_text(errors='replace')[-4000:]}")
+        raise RuntimeError(f"tests fail before any fault:\n{_output(tree)}")
     content = json.loads(out.read_text(encoding="utf-8"))
     by_line = {file: {int(line): names for line, names in lines.items()} for file, lines in content["by_line"].items()}
     return Covered(content["seconds"], by_line)
+
+
+def require_survival(fault: Fault, covered: Covered, tree: Path) -> None:
+    """Raise `RuntimeError` if the tests of a fault fail without it: then every fault would seem to be killed."""
+    tests = covered.tests(fault)
+    process = _start_tests(tree, tests, _limit(tests, covered))
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"tests fail in a copy without a fault:\n{_output(tree)}")
 
 
 def judge(faults: Sequence[Fault], covered: Covered, tree: Path, jobs: int) -> list[str]:
@@ -312,10 +321,8 @@ def judge(faults: Sequence[Fault], covered: Covered, tree: Path, jobs: int) -> l
                 continue
             free = next(each for each in trees if each not in running)
             (free / fault.file).write_text(fault.source, encoding="utf-8")
-            files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
-            limit = 20 + 5 * sum(covered.seconds[name] for name in tests)
-            process = _start(free, files, _Chosen(tests), limit)
-            running[free] = (number, fault, process, time.monotonic() + 20 * limit)
+            limit = _limit(tests, covered)
+            running[free] = (number, fault, _start_tests(free, tests, limit), time.monotonic() + 20 * limit)
         connection.wait([process.sentinel for _, _, process, _ in running.values()], timeout=5)
         for each, (number, fault, process, deadline) in list(running.items()):
             if process.is_alive() and time.monotonic() < deadline:
@@ -325,6 +332,19 @@ def judge(faults: Sequence[Fault], covered: Covered, tree: Path, jobs: int) -> l
             shutil.copy2(tree.parent / "clean" / fault.file, each / fault.file)
             del running[each]
     return verdicts
+
+
+def _start_tests(tree: Path, tests: Sequence[str], limit: float) -> BaseProcess:
+    return _start(tree, list(dict.fromkeys(name.partition("::")[0] for name in tests)), _Chosen(tests), limit)
+
+
+def _limit(tests: Sequence[str], covered: Covered) -> float:
+    """Seconds of processor time after which tests are taken to hang."""
+    return 20 + 5 * sum(covered.seconds[name] for name in tests)
+
+
+def _output(tree: Path) -> str:
+    return (tree / "output.txt").read_text(encoding="utf-8", errors="replace")[-4000:]
 
 
 def _verdict(process: BaseProcess) -> str:
@@ -392,7 +412,10 @@ def _main(argv: Sequence[str]) -> None:
         print(
             f"{len(covered.seconds)} tests pass, in {sum(covered.seconds.values()):.0f} s of processor time", flush=True
         )
-        verdicts = judge([*listed, *drawn], covered, tree, args.jobs)
+        faults = [*listed, *drawn]
+        for fault in faults[:1]:
+            require_survival(fault, covered, tree)
+        verdicts = judge(faults, covered, tree, args.jobs)
     reasons = {(e["file"], e["old"], e["new"]): e["reason"] for e in _listed().get("alive", [])}
     result = {
         "benchmark": "mutants",
