@@ -296,6 +296,15 @@ def test_token_losses_and_their_gradients_are_those_of_pytorch(monkeypatch, smoo
     assert CrossEntropy() == CrossEntropy(label_smoothing=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stored_features_are_projected_in_place_of_encoding_images(monkeypatch, dtype):
+    model, batch = tiny_model(), random_batch()
+    features = torch.randn(len(batch.images), 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (ours, _) = CrossEntropy()(model, replace(batch, images=features))["detection"]
+    monkeypatch.setattr(model, "encode", lambda images: model.project(features.float()))
+    torch.testing.assert_close(ours, CrossEntropy()(model, batch)["detection"][0])
+
+
 def test_losses_are_divided_by_their_counts_and_weighted():
     objective = SimpleNamespace(counts=lambda batch: batch)
     training_model = SimpleNamespace(objective=objective, ranks=SimpleNamespace(sum=lambda x: x))
