@@ -62,6 +62,7 @@ TESTS = tuple(
 HEAVY = "albumentations cv2 nltk omegaconf pandas pycocotools.coco sentencepiece timm torch.utils.tensorboard".split()
 SECONDS_OF_TESTS = 8  # processor time of the tests that are started for a fault
 SLOWEST_TEST = 3.0  # seconds of processor time; slower tests are not started
+MAX_BYTES = 8 << 30  # of memory of one process; a fault may ask for any amount
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def _pytest(tree: Path, files: Sequence[str], plugin: object, cpu_seconds: float
     """Run tests of a copy in this process, which is a forked one, and end it with pytest's exit code."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds) + 1, int(cpu_seconds) + 6))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     output = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
