@@ -9,7 +9,7 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo demo-train test test-slow lint bench lock audit clean
+.PHONY: help setup demo demo-train test test-slow mutants lint bench lock audit clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -28,6 +28,9 @@ test: .venv/ready ## the fast tests
 
 test-slow: .venv/ready ## the tests that train or convert something larger
 	$(PY) -m pytest -m slow
+
+mutants: .venv/ready ## put faults into the code, one at a time, and count those that no test notices; MUTANTS="--draw 50"
+	$(PY) benchmarks/mutants.py $(MUTANTS)
 
 lint: .venv/ready ## ruff, its formatter and mypy
 	$(PY) -m ruff check .

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from one_by_one import sums_one_by_one
 
 from pix2seq import Predictor
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.transforms import AugmentConfig
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shapes(folder):
-    return CocoDataset.read(folder, "train")
+    return read_coco(folder, "train")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pix2seq.model.decoding.sampling as sampling_module
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.cpu_step import pack_linear
 from pix2seq.model.decoding.generate import generate
-from pix2seq.model.decoding.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
+from pix2seq.model.decoding.grammar import Allowed, BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
 from pix2seq.model.decoding.kv_cache import KVCache
 from pix2seq.model.decoding.sampling import sample, truncate_logits
 from pix2seq.model.decoding.step import DecoderStep
@@ -151,6 +151,21 @@ def test_logits_that_are_no_numbers_leave_all_allowed_ids_equally_likely():
     expected[[INVISIBLE, *range(COORDS, COORDS + NUM_BINS)]] = 1 / (NUM_BINS + 1)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
     assert (out.logprobs == -torch.inf).all()
+
+
+def test_allowed_ids_are_a_range_and_single_ids_of_each_row():
+    allowed = Allowed(
+        low=torch.tensor([3, 5, 9]), high=torch.tensor([5, 5, 8]), singles=torch.tensor([[7, -1], [2, 7], [0, -1]])
+    )
+    expected = [{3, 4, 7}, {2, 7}, {0}]
+    for row, ids in zip(allowed.forbids(torch.arange(10)), expected, strict=True):
+        assert {i for i, forbidden in enumerate(row.tolist()) if not forbidden} == ids
+    assert allowed.forbids(torch.tensor([7, 4, 0])).tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 0]]
+    assert allowed.span() == (0, 8)
+    assert [allowed.only(single).tolist() for single in (0, 2, 7)] == [[False, False, True], [False] * 3, [False] * 3]
+    narrow = Allowed(low=torch.tensor([3]), high=torch.tensor([6]), singles=torch.tensor([[-1]]))
+    assert narrow.span() == (3, 6)
+    assert Allowed(torch.tensor([4]), torch.tensor([4]), torch.tensor([[6]])).span() == (6, 7)
 
 
 def test_a_draw_is_where_the_running_sum_passes_the_noise():

@@ -13,6 +13,9 @@ from pix2seq.tokenizers.detection import (
     corrupt_classes,
     decode_objects,
     encode_objects,
+    jitter_boxes,
+    random_boxes,
+    shift_boxes,
 )
 from pix2seq.vocab import CLASS_BASE, NOISE, Vocab
 
@@ -155,3 +158,132 @@ def test_a_cut_off_object_is_dropped_and_an_end_token_ends_the_list():
     assert len(decode_objects(ids, ids, np.zeros(8), VOCAB).labels) == 1
     ids = np.array(complete + [0] + complete)
     assert len(decode_objects(ids, ids, np.zeros(11), VOCAB).labels) == 1
+
+
+def test_each_way_of_corrupting_a_class_draws_by_its_own_odds():
+    """Shares of the true class, of noise and of random classes, by two coins that know nothing of each other."""
+    classes = np.full(20_000, CLASS_BASE + 7)
+    expected = {
+        "none": (1, 0, 0),
+        "rand_cls": (0, 0, 1),
+        "real_n_fake_cls": (0.5, 0.5, 0),
+        "rand_n_fake_cls": (0, 0.5, 0.5),
+        "real_n_rand_n_fake_cls": (0.5, 0.25, 0.25),
+    }
+    for how, shares in expected.items():
+        drawn = corrupt_classes(classes, how, 899, np.random.default_rng(0))
+        assert drawn.dtype == np.int64
+        true, noise = (drawn == classes).mean(), (drawn == NOISE).mean()
+        np.testing.assert_allclose([true, noise, 1 - true - noise], shares, atol=0.015, err_msg=how)
+
+
+def test_random_classes_come_from_the_classes_of_the_model():
+    labels = np.full(3000, 2)
+    encode = lambda **settings: encode_objects(  # noqa: E731
+        np.zeros((3000, 4)), labels, VOCAB, np.random.default_rng(0), class_corruption="rand_cls", **settings
+    )
+    assert set(encode(num_labels=3).inputs[4::5]) == {100, 101, 102, 103}
+    assert encode().inputs[4::5].max() > CLASS_BASE + 850
+    assert (encode(num_labels=3).targets[4::5] == CLASS_BASE + 2).all()
+
+
+def test_a_sequence_by_hand():
+    vocab = Vocab(num_bins=11, size=1011)
+    boxes = np.array([[0.0, 0.1, 0.5, 1.0], [0.3, 0.2, 0.4, 0.9]])
+    encode = lambda **settings: encode_objects(  # noqa: E731
+        boxes, np.array([4, NOISE_LABEL]), vocab, np.random.default_rng(0), class_corruption="none", **settings
+    )
+    tokens = [1000, 1001, 1005, 1010, 104, 1003, 1002, 1004, 1009, NOISE]
+    response = encode()
+    assert response.inputs.tolist() == response.targets.tolist() == tokens
+    assert response.weights.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 1]
+    assert response.weights.dtype == np.float32
+    ended = encode(noise_weight=0.5, eos_weight=0.25)
+    assert ended.inputs.tolist() == ended.targets.tolist() == [*tokens, 0]
+    assert ended.weights.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0.5, 0.25]
+    assert ended.weights.dtype == np.float32
+    with pytest.raises(ValueError, match="labels must lie in"):
+        encode_objects(boxes, np.array([900, NOISE_LABEL]), vocab, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("box", "label", "readable"),
+    [
+        ([1000, 1000, 1500, 1999], 1, True),
+        ([1000, 1000, 1001, 1001], 899, True),
+        ([1000, 1000, 1500, 2000], 1, False),  # the first id beyond the bins
+        ([999, 1000, 1500, 1500], 1, False),  # the last one before them
+        ([1500, 1000, 1500, 1500], 1, False),  # no height
+        ([1000, 1500, 1500, 1500], 1, False),  # no width
+        ([1500, 1500, 1000, 1000], 1, False),
+        ([1000, 1000, 1500, 1500], 0, False),  # no class
+    ],
+)
+def test_an_object_is_readable_if_it_has_four_coordinates_an_area_and_a_class(box, label, readable):
+    ids = np.array([*box, NOISE])
+    best, logprobs = np.full(5, CLASS_BASE + label), np.log(np.array([0.9, 0.9, 0.9, 0.9, 0.25]))
+    objects = decode_objects(ids, best, logprobs, VOCAB)
+    assert objects.readable.tolist() == [readable]
+    assert objects.labels.tolist() == [label]
+    assert objects.scores.tolist() == [0.25]
+    assert objects.scores.dtype == np.float32
+
+
+def test_noise_is_made_of_jittered_and_of_moved_boxes():
+    """The three kinds apart: what is kept of a box's size and position."""
+    rng = np.random.default_rng(0)
+    boxes = np.tile(np.array([[0.4, 0.4, 0.6, 0.5]]), (4000, 1))
+    offsets = (jitter_boxes(boxes, rng, max_range=0.1) - boxes) / [0.2, 0.1, 0.2, 0.1]
+    assert np.abs(offsets).max() <= 0.1 + 1e-6  # two deviations
+    np.testing.assert_allclose(offsets.mean(0), 0, atol=0.003)
+    np.testing.assert_allclose(offsets.std(0), 0.05 * 0.88, atol=0.002)  # of a normal cut at two deviations
+    assert abs(np.corrcoef(offsets.T) - np.eye(4)).max() < 0.06
+
+    moved = shift_boxes(boxes, rng)
+    inside = (moved > 0).all(1) & (moved < 1).all(1)
+    np.testing.assert_allclose(moved[inside, 2:] - moved[inside, :2], np.tile([[0.2, 0.1]], (inside.sum(), 1)))
+    centres = (moved[:, :2] + moved[:, 2:]) / 2
+    np.testing.assert_allclose(centres.mean(0), 0.5, atol=0.02)
+    np.testing.assert_allclose(centres[inside].min(0), [0.1, 0.05], atol=0.01)
+    np.testing.assert_allclose(centres[inside].max(0), [0.9, 0.95], atol=0.01)
+
+    drawn = random_boxes(4000, rng)
+    assert drawn.shape == (4000, 4)
+    sizes = drawn[:, 2:] - drawn[:, :2]
+    assert (sizes >= 0).all()
+    assert ((drawn >= 0) & (drawn <= 1)).all()
+    np.testing.assert_allclose(drawn.mean(), 0.5, atol=0.02)
+    normal = rng.standard_normal((40_000, 2))
+    extents = 0.5 * np.abs(normal[(np.abs(normal) <= 2).all(1)])
+    centres = rng.random(extents.shape)
+    expected = np.minimum(centres + extents / 2, 1) - np.maximum(centres - extents / 2, 0)
+    shares = [0.1, 0.25, 0.5, 0.75, 0.9]
+    np.testing.assert_allclose(np.quantile(sizes, shares), np.quantile(expected, shares), atol=0.015)
+    full = jitter_boxes(np.tile([[0.0, 0.0, 1.0, 1.0]], (100, 1)), rng, max_range=0.1)
+    assert ((full >= 0) & (full <= 1)).all()
+
+
+def test_noise_copies_every_object_as_often_as_any_other_and_comes_shuffled():
+    rng = np.random.default_rng(0)
+    real = np.array([[0.1, 0.1, 0.2, 0.2], [0.7, 0.7, 0.9, 0.8]], np.float32)
+    copies = np.zeros((2, 2000), int)  # of each object by draw
+    first, counts = [], []
+    for draw in range(2000):
+        boxes, labels = add_noise_objects(real, np.array([5, 6]), 10, rng)
+        assert boxes.shape == (12, 4)
+        assert boxes.dtype == np.float32
+        assert labels.tolist() == [5, 6, *[NOISE_LABEL] * 10]
+        sizes = real[:, 2:] - real[:, :2]
+        near = np.abs(boxes[2:, None] - real).max(-1) <= 0.1 * sizes.max(-1) + 1e-6  # (10, 2)
+        copies[:, draw] = near.sum(0)
+        first.append(near[0].any())
+        counts.append(near.sum())
+    # Duplicates are uniform from 0 to 10: their mean is 5, and each of ten places holds one in half of the draws.
+    assert np.mean(counts) == pytest.approx(5, abs=0.3)
+    assert np.mean(first) == pytest.approx(0.5, abs=0.04)
+    assert {0, 10} <= set(counts)
+    assert copies[0].mean() == pytest.approx(copies[1].mean(), abs=0.15)
+    assert copies.max() <= 7  # of at most ten duplicates, five of each, and boxes moved by chance
+    none, labels = add_noise_objects(real, np.array([5, 6]), 0, rng)
+    np.testing.assert_array_equal(none, real)
+    assert labels.tolist() == [5, 6]

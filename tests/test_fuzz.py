@@ -23,8 +23,8 @@ from PIL import Image
 
 from pix2seq import Pix2Seq, Predictor
 from pix2seq.convert.tf_bundle import TensorBundle
-from pix2seq.data.formats.coco import CocoDataset
-from pix2seq.data.formats.voc import VocDataset
+from pix2seq.data.formats.coco import read_coco
+from pix2seq.data.formats.voc import read_voc
 from pix2seq.data.image import read_image
 from pix2seq.errors import InputError
 from pix2seq.files import find_damage
@@ -217,7 +217,7 @@ def test_coco(tmp_path):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "train/a.png")
     path = tmp_path / "annotations/instances_train.json"
-    assert fuzz(mutated_json(COCO), path, lambda: read_all(CocoDataset.read(tmp_path, "train"))) < EXAMPLES
+    assert fuzz(mutated_json(COCO), path, lambda: read_all(read_coco(tmp_path, "train"))) < EXAMPLES
 
 
 def test_voc(tmp_path):
@@ -231,7 +231,7 @@ def test_voc(tmp_path):
     <size><width>40</width><height>30</height><depth>3</depth></size>
     <object><name>cat</name>{box}</object><object><name>dog</name>{parts}{box}</object></annotation>"""
     path = tmp_path / "Annotations/a.xml"
-    parse = lambda: read_all(VocDataset.read(tmp_path, "train"))  # noqa: E731
+    parse = lambda: read_all(read_voc(tmp_path, "train"))  # noqa: E731
     assert fuzz(mutated_bytes(content.encode()), path, parse) < EXAMPLES
 
 

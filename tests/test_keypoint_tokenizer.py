@@ -1,6 +1,7 @@
 """Keypoints and instance prompts, against the official arrays, numbers worked by hand, and random input."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -88,3 +89,11 @@ def test_round_trip_within_half_a_bin(points, visible, num_bins):
     decoded, given_points = decode_keypoints(encode_keypoints(points, visible, vocab).targets, 13, vocab)
     np.testing.assert_array_equal(given_points, visible)
     assert np.abs(decoded - points)[visible].max(initial=0) <= 0.5 / (num_bins - 1) + 1e-6
+
+
+@pytest.mark.parametrize(("token", "is_coordinate"), [(999, False), (1000, True), (1999, True), (2000, False)])
+def test_coordinates_are_the_ids_of_the_bins_alone(token, is_coordinate):
+    for ids in ([token, 1500], [1500, token]):
+        points, given_points = decode_keypoints(np.array(ids), 1, VOCAB)
+        assert given_points.tolist() == [is_coordinate]
+        assert (points[0] == 0).all() == (not is_coordinate)

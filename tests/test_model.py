@@ -1,5 +1,7 @@
 """The model: shapes, causality, cached against uncached, single images against batches."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pix2seq.errors import InputError
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.sampling import sample, truncate_logits
 from pix2seq.model.pix2seq import build_model
-from pix2seq.model.positions import sincos_1d, sincos_2d
+from pix2seq.model.positions import fourier_1d, fourier_2d, sequence_encodings, sincos_1d, sincos_2d
 from pix2seq.vocab import Vocab
 
 VOCAB = Vocab(num_bins=32, size=1040)
@@ -48,6 +50,35 @@ def test_position_encodings_equal_the_official_ones(parity_ops, grid):
 
 def test_position_encodings_of_a_single_position_are_finite():
     assert torch.isfinite(sincos_1d(1, 8)).all()
+    assert torch.isfinite(fourier_1d(torch.zeros(1), 2)).all()
+
+
+def fourier_by_hand(position, dim):
+    """Half a cycle to 16 cycles across the image, in equal ratios."""
+    count = dim // 2
+    cycles = [0.5 * 32 ** (i / (count - 1)) for i in range(count)]
+    return [math.sin(2 * math.pi * position * c) for c in cycles] + [
+        math.cos(2 * math.pi * position * c) for c in cycles
+    ]
+
+
+@pytest.mark.parametrize(("height", "width", "dim"), [(2, 5, 12), (4, 3, 16), (1, 6, 12)])
+def test_fourier_encodings_by_hand_on_any_grid(height, width, dim):
+    expected = [
+        fourier_by_hand((y + 0.5) / height, dim // 2) + fourier_by_hand((x + 0.5) / width, dim // 2)
+        for y in range(height)
+        for x in range(width)
+    ]
+    torch.testing.assert_close(fourier_2d(height, width, dim), torch.tensor(expected), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="even width, got 3"):
+        fourier_1d(torch.zeros(1), 3)
+
+
+def test_sequence_positions_have_waves_of_six_to_thousands_of_tokens():
+    dim, length = 8, 50
+    rates = [1000 ** -(i / 4) for i in range(4)]
+    expected = [[math.sin(t * r) for r in rates] + [math.cos(t * r) for r in rates] for t in range(length)]
+    torch.testing.assert_close(sequence_encodings(length, dim), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +233,33 @@ def test_too_long_a_sequence_is_refused(model):
 def test_truncation_keeps_what_the_official_code_keeps(parity_ops, k, p):
     kept = truncate_logits(torch.from_numpy(parity_ops["top_logits_in"]), top_k=k, top_p=p).isfinite()
     np.testing.assert_array_equal(kept.numpy(), parity_ops[f"top_logits_keep_k{k}_p{p}"])
+
+
+def kept_by_hand(logits, k, p):
+    """The largest k with ties, then as many of the likeliest as have at most p together; always the first."""
+    if k:
+        least = sorted(logits, reverse=True)[: min(k, len(logits))][-1]
+        logits = [x if x >= least else -math.inf for x in logits]
+    total = sum(math.exp(x) for x in logits)
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    kept, reached = {order[0]}, 0.0
+    for i in order:
+        reached += math.exp(logits[i]) / total
+        if logits[i] > -math.inf and (p == 1 or reached <= p):
+            kept.add(i)
+    return kept
+
+
+@pytest.mark.parametrize(("k", "p"), [(0, 0.1), (0, 0.4), (0, 0.8), (0, 1.0), (1, 1.0), (5, 1.0), (9, 0.5), (999, 0.9)])
+@pytest.mark.parametrize("size", [12, 400])  # few ids are sorted, of many the likeliest are searched first
+@pytest.mark.parametrize("scale", [0.05, 2.0])
+def test_truncation_keeps_what_sorting_by_hand_keeps(k, p, size, scale):
+    logits = torch.randn(20, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
+    truncated = truncate_logits(logits, top_k=k, top_p=p)
+    for row, original in zip(truncated, logits, strict=True):
+        kept = kept_by_hand(original.tolist(), k, p)
+        assert {i for i, value in enumerate(row.tolist()) if value > -math.inf} == kept
+        assert all(row[i] == original[i] for i in kept)
 
 
 def test_sampling_follows_the_distribution():

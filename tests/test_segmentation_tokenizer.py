@@ -309,6 +309,9 @@ TRIANGLE_IDS = point(1, 2) + point(3, 4) + point(5, 0)
         (TRIANGLE_IDS + [201, SEPARATOR] + TRIANGLE_IDS, [3, 3]),
         (point(1, 1) + point(2, 3) + [SEPARATOR] * 2 + TRIANGLE_IDS, [3]),
         (point(1, 1) + [INVISIBLE, 201] + point(2, 3) + [201, CLASS_BASE + 1] + point(4, 3), [3]),
+        (point(1, 1) + [TINY.coord_end, 201] + point(4, 3), []),  # the first id beyond the bins
+        (point(1, 1) + [201, TINY.coord_base - 1] + point(4, 3), []),  # the last one before them
+        (point(1, 1) + [TINY.coord_end - 1, TINY.coord_base] + point(4, 3), [3]),
         ([], []),
     ],
 )

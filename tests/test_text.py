@@ -208,6 +208,11 @@ def test_a_long_caption_is_cut_and_still_ends():
     assert decode_caption(ids, WORDS, vocab) == "a dog and"
     assert (len(ids), ids[-1], ids.dtype) == (4, 3001, np.int64)
     assert encode_caption("a dog", WORDS, vocab, max_tokens=1).tolist() == [3001]
+    assert len(encode_caption("a dog " * 99, WORDS, vocab)) == 128
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        encode_caption("a dog", WORDS, vocab, max_tokens=0)
+    with pytest.raises(ValueError, match="but the vocabulary only"):
+        encode_caption("a dog", WORDS, Vocab(num_text=WORDS.size - 1, size=4000))
     assert encode_caption("", WORDS, vocab).tolist() == [3001]
     with pytest.raises(ValueError, match="at least 1"):
         encode_caption("a dog", WORDS, vocab, max_tokens=0)
@@ -252,6 +257,7 @@ def test_a_model_with_other_special_ids_uses_its_own_end_token():
     vocab = vocab_for(tokenizer)
     ids = encode_caption("a cat and a dog", tokenizer, vocab)
     assert (tokenizer.eos_id, ids[-1]) == (2, 3002)
+    assert UNKNOWN in tokenizer.decode([0])  # its unknown words are id 0
     assert decode_caption(np.append(ids, ids), tokenizer, vocab) == "a cat and a dog"
 
 

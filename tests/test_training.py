@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from pix2seq.training.config import load_config
 from pix2seq.training.ema import Ema
 from pix2seq.training.objective import CrossEntropy, token_losses
 from pix2seq.training.optimizer import ScheduleConfig, build_optimizer, learning_rate
-from pix2seq.training.step import TrainingModel, train_step
+from pix2seq.training.step import TrainingModel, loss_factors, train_step
 from pix2seq.types import Category, ImageRecord, Target
 from pix2seq.vocab import Vocab
 
@@ -255,6 +256,98 @@ def test_the_moving_average_follows_its_formula():
     assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11, rel_tol=1e-6)
     ema.update(model, 10_000)
     assert math.isclose(ema.weights["weight"].item(), 1 - 2 / 11 * 0.9, rel_tol=1e-6)
+
+
+def test_running_statistics_are_averaged_and_counts_are_copied():
+    model = torch.nn.BatchNorm1d(1)
+    ema = Ema(model, 0.5)
+    model.running_mean.fill_(4.0)
+    model.running_var.fill_(3.0)
+    model.num_batches_tracked.fill_(7)
+    ema.update(model, 1_000)
+    assert ema.weights["running_mean"].item() == pytest.approx(2.0)
+    assert ema.weights["running_var"].item() == pytest.approx(2.0)  # between 1 and 3
+    assert ema.weights["num_batches_tracked"].item() == 7
+    ema.update(model, 1_000, finite=torch.tensor(0.0))
+    assert ema.weights["running_mean"].item() == pytest.approx(2.0)
+    ema.update(model, 1_000, finite=torch.tensor(1.0))
+    assert ema.weights["running_mean"].item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("at_once", [2**24, 40])
+def test_token_losses_and_their_gradients_are_those_of_pytorch(monkeypatch, smoothing, at_once):
+    monkeypatch.setattr("pix2seq.training.objective.LOGITS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(7, 11, generator=generator), torch.rand(7, generator=generator)
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    decoder = SimpleNamespace(logits=lambda hidden: hidden, output_weight=torch.empty(11, 1))
+    found = []
+    for losses in (
+        lambda x: token_losses(decoder, x, targets, smoothing),
+        lambda x: torch.nn.functional.cross_entropy(x, targets, reduction="none", label_smoothing=smoothing),
+    ):
+        leaf = logits.clone().requires_grad_()
+        values = losses(leaf)
+        (values * weights).sum().backward()
+        found.append((values.detach(), leaf.grad))
+    torch.testing.assert_close(*found)
+    assert token_losses(decoder, logits, targets).tolist() == token_losses(decoder, logits, targets, 0.0).tolist()
+    assert CrossEntropy() == CrossEntropy(label_smoothing=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stored_features_are_projected_in_place_of_encoding_images(monkeypatch, dtype):
+    model, batch = tiny_model(), random_batch()
+    features = torch.randn(len(batch.images), 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (ours, _) = CrossEntropy()(model, replace(batch, images=features))["detection"]
+    monkeypatch.setattr(model, "encode", lambda images: model.project(features.float()))
+    torch.testing.assert_close(ours, CrossEntropy()(model, batch)["detection"][0])
+
+
+def test_losses_are_divided_by_their_counts_and_weighted():
+    objective = SimpleNamespace(counts=lambda batch: batch)
+    training_model = SimpleNamespace(objective=objective, ranks=SimpleNamespace(sum=lambda x: x))
+    batches = [{"a": 3.0, "b": 0.0, "c": 1.0}, {"a": 5.0, "b": 0.0, "c": 1.0}]
+    names, factors = loss_factors(training_model, batches, {"a": 4.0, "b": 2.0})
+    assert names == ["a", "b", "c"]
+    assert factors.dtype == torch.float32
+    np.testing.assert_allclose(factors[:, [0, 2]], [[1 / 8, 1 / 2], [4 / 8, 1 / 2]])
+    assert factors[:, 1].isfinite().all()  # a task without scored tokens has a sum of zero
+
+
+def test_losses_and_gradients_are_those_of_the_formula():
+    samples = random_samples(4)
+    samples[1] = replace(samples[1], examples={"other": samples[1].examples["detection"]})
+    counts = Counter()
+    for sample in samples:
+        counts.update({name: float(sum(e.weights.sum() for e in some)) for name, some in sample.examples.items()})
+    model = tiny_model()
+    sums = sums_one_by_one(model, samples)
+    expected = sums["detection"] / counts["detection"] + 3 * sums["other"] / counts["other"]
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    batches = [collate(samples[:2], ["detection", "other"]), collate(samples[2:], ["detection", "other"])]
+    result = train_step(TrainingModel(model, CrossEntropy()), optimizer, batches, {"other": 3.0}, max_grad_norm=0)
+    torch.testing.assert_close(result.loss, expected.detach())
+    torch.testing.assert_close(result.losses, {name: sums[name].detach() / counts[name] for name in result.losses})
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    torch.testing.assert_close(result.grad_norm, norm, atol=1e-5, rtol=1e-4)
+    for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(old - new.detach(), gradient, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_matrix_products_run_in_bf16_if_asked(bf16):
+    model, seen = tiny_model(), []
+    model.decoder.blocks[0].mlp.expand.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    training_model = TrainingModel(model, CrossEntropy(), bf16=bf16)
+    sums = training_model.backward(random_batch(), torch.ones(1), last=True)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+    assert (sums.dtype, sums.requires_grad) == (torch.float32, False)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_a_tiny_model_overfits_four_images():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pix2seq.data.formats.coco import CocoDataset
+from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.formats.shards import ShardIndex, ShardStream, write_shards
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.shapes.captions import captions
@@ -205,7 +205,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(folder):
-    return CocoDataset.read(folder, "val")
+    return read_coco(folder, "val")
 
 
 def names_of(dataset):
@@ -288,7 +288,7 @@ def test_attributes_that_are_no_words_are_ignored(folder, tmp_path):
         del entry["texture"]
     content["annotations"][-1]["texture"] = "dots"
     (tmp_path / "annotations/instances_val.json").write_text(json.dumps(content))
-    found = CocoDataset.read(tmp_path, "val")
+    found = read_coco(tmp_path, "val")
     assert not found.target(0).attributes
     assert found.target(len(found) - 1).attributes[-1] == {"texture": "dots"}
     assert all(each == {} for each in found.target(len(found) - 1).attributes[:-1])

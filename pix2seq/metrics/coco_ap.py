@@ -225,12 +225,11 @@ def _detection(
     x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
     if x1 <= x0 or y1 <= y0:
         return None
-    entry: dict[str, Any] = {
-        "category_id": category_id,
-        "score": float(instance.score),
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-    }
-    if kind == "mask" and instance.rle is not None:
+    entry: dict[str, Any] = {"category_id": category_id, "score": float(instance.score)}
+    # With a box, pycocotools would take a mask or points to be as large as their box, and sort them by that size.
+    if kind == "box":
+        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    elif kind == "mask" and instance.rle is not None:
         entry["segmentation"] = instance.rle
     elif kind == "mask":
         rings = [np.clip(ring, 0, [width, height]) for ring in instance.polygons if len(ring) >= 3]
