@@ -368,7 +368,7 @@ def test_refused_conversions_write_nothing(tmp_path, capsys):
     refused("model.dim_att='x'", config=with_config("f.json", MODEL | {"dim_att": "x"}))
     refused("no model.num_heads", config=with_config("g.json", {k: v for k, v in MODEL.items() if k != "num_heads"}))
     refused("resnet_variant='c3'", config=with_config("h.json", RESNET | {"resnet_variant": "c3"}))
-    refused("not JSON", config=with_config("i.json", "{"))
+    refused("no readable JSON", config=with_config("i.json", "{"))
     refused("no section", config=with_config("j.json", '{"a": 1}'))
     refused("did you mean 'vit-b-640-coco'", config="vit-b-640-cocoa")
     refused("does not exist", config=tmp_path / "nowhere.json")
