@@ -82,7 +82,7 @@ def batches(
 
 
 def _check_num_workers(num_workers: int) -> None:
-    """Refuse what would fork the machine to death; PyTorch warns of more workers than cores."""
+    """Raise `InputError` for far more workers than cores; PyTorch warns of a few more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > WORKERS_PER_CORE * cores:
         raise InputError(
