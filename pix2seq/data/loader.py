@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -83,17 +82,12 @@ def batches(
 
 
 def _check_num_workers(num_workers: int) -> None:
+    """Raise `InputError` for far more workers than cores; PyTorch warns of a few more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > WORKERS_PER_CORE * cores:
         raise InputError(
             f"num_workers={num_workers} are too many for {cores} cores; use at most {WORKERS_PER_CORE * cores}, and "
             f"about {cores} if the data lie on this machine"
-        )
-    if num_workers > cores:
-        warnings.warn(
-            f"num_workers={num_workers} are more than the {cores} cores of this process; they take memory, and help "
-            "only with a slow disk or network",
-            stacklevel=3,
         )
 
 
