@@ -71,7 +71,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
         train_source = sources[name]
         if source in opened_val:
             continue
-        if _has_to_hold_out(config, source, train_source, opened[train_source]):
+        if _has_to_hold_out(source, train_source, opened[train_source]):
             opened[train_source], opened_val[source], note = _hold_out(config, opened[train_source])
             notes.append(note)
         else:
@@ -161,9 +161,7 @@ def check_val_images(config: TrainConfig, recipe: Recipe) -> None:
             raise InputError(refusal)
 
 
-def _has_to_hold_out(
-    config: TrainConfig, source: Source, train_source: Source, train_data: Dataset | ShardIndex
-) -> bool:
+def _has_to_hold_out(source: Source, train_source: Source, train_data: Dataset | ShardIndex) -> bool:
     """Return whether the validation split is one that nobody named and nobody made."""
     is_default = source == Source(train_source.location, TrainConfig.val_split, None)
     return is_default and isinstance(train_data, Dataset) and not has_split(source.location, source.split)
