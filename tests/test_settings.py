@@ -25,7 +25,8 @@ from pix2seq.vocab import Vocab
 
 # Texts that no list of choices can hold: paths, names of splits, timm models, metrics and devices.
 FREE_TEXTS = {
-    "data", "val_data", "annotations", "val_annotations", "out", "tasks", "train_split", "val_split", "best_metric", "device", "init", "features",
+    "data", "val_data", "annotations", "val_annotations", "out",
+    "tasks", "train_split", "val_split", "best_metric", "device", "init", "features",
     "model.encoder.name", "captioning.tokenizer", "augment.flip_pairs",
 }  # fmt: skip
 ALL_TASKS = {"tasks": list(BUILT_IN)}
