@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from pycocotools import mask as mask_utils
 
 from pix2seq import Predictor
@@ -26,6 +27,7 @@ from pix2seq.vocab import PAD, Vocab
 PERSON = Category(1, 1, "person", ("nose", "left_hand", "right_hand", "tail"), ((0, 1), (0, 2), (0, 3)))
 CATEGORIES = (PERSON, Category(3, 8, "kite"))
 SIZES = [(90, 120), (150, 60), (40, 33), (100, 200), (48, 48), (160, 90)]  # width, height
+WIDTH = 16  # of the model
 BLUES = 5  # levels of blue between two images
 
 
@@ -37,6 +39,8 @@ class Scenes:
     def __init__(self):
         rng = np.random.default_rng(0)
         self.targets = [self.scene(i, width, height, rng) for i, (width, height) in enumerate(SIZES)]
+        self.images = [target.image for target in self.targets]
+        self.annotations = SimpleNamespace(labels=np.concatenate([target.labels for target in self.targets]))
 
     def scene(self, number, width, height, rng):
         rings, points = [], []
@@ -98,11 +102,12 @@ class Playback:
             for sample in [maker.sample(target, image, i, rng, [rng]) for i in task.samples(target)]:
                 self.taught += [(sample.image[0, 0].astype(int), example) for example in sample.examples[task.name]]
 
-    def encode(self, images):
-        return (images[:, :, 0, 0] * 255).round()[:, None]  # the top left pixel, (B, 1, 3)
+    def encode_with_maps(self, images):
+        colours = (images[:, :, 0, 0] * 255).round()[:, None]  # the top left pixel, (B, 1, 3)
+        return F.pad(colours, (0, WIDTH - 3)), ()
 
     def generate_mixed(self, memory, prompts, configs, *, memory_index, num_samples, generator):
-        asked = zip(memory[memory_index][:, 0].int(), prompts, configs, strict=True)
+        asked = zip(memory[memory_index][:, 0, :3].int(), prompts, configs, strict=True)
         found = [self.answer(colour.numpy(), prompt.numpy(), config) for colour, prompt, config in asked]
         return SimpleNamespace(completions=lambda count: [self.completion(ids, count) for ids in found])
 
@@ -127,8 +132,8 @@ def scores(monkeypatch, dataset, name, size, settings):
     text = WordTokenizer.build(c for i in range(len(dataset)) for c in dataset.target(i).captions)
     config = ModelConfig(
         image_size=size,
-        encoder=EncoderConfig("vit", dim=16, num_layers=1, num_heads=2, mlp_dim=16),
-        decoder=DecoderConfig(dim=16, num_layers=1, num_heads=2, mlp_dim=16),
+        encoder=EncoderConfig("vit", dim=WIDTH, num_layers=1, num_heads=2, mlp_dim=16),
+        decoder=DecoderConfig(dim=WIDTH, num_layers=1, num_heads=2, mlp_dim=16),
         vocab=Vocab().with_text(text.size),
     )
     model = build_model(config, dataset.categories, text)
@@ -136,7 +141,7 @@ def scores(monkeypatch, dataset, name, size, settings):
     model.task_settings = {name: task_type(task_type.config_type(**settings), config.vocab, (), text).settings()}
     predictor = Predictor(model)
     playback = Playback(dataset, predictor)
-    monkeypatch.setattr(model, "encode", playback.encode)
+    monkeypatch.setattr(model, "encode_with_maps", playback.encode_with_maps)
     monkeypatch.setattr(model, "generate_mixed", playback.generate_mixed)
     numbers = {dataset.target(i).image.id: i for i in range(len(dataset))}
     read = lambda record: coloured(record, numbers[record.id])  # noqa: E731
