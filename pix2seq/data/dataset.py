@@ -74,10 +74,11 @@ def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[
 
 
 def needed_categories(dataset: Dataset, known: Sequence[Category]) -> tuple[Category, ...]:
-    """Return the classes of a data set, but for those without an object that `known` lacks."""
+    """Return the classes of a data set, but for those without an object that `known` lacks; all, if it lacks all."""
     keys = {category_key(category.name) for category in known}
     used = set(dataset.annotations.labels.tolist())
-    return tuple(c for c in dataset.categories if c.label in used or category_key(c.name) in keys)
+    needed = [c for c in dataset.categories if c.label in used or category_key(c.name) in keys]
+    return tuple(needed or dataset.categories)
 
 
 class ClassMap:
