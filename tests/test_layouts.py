@@ -526,6 +526,29 @@ def test_yolo_keypoints_by_hand(tmp_path, dims, numbers, expected):
     assert target.keypoints.tolist() == [[[10, 15, expected], [0, 0, 0]]]
 
 
+@pytest.mark.parametrize(
+    ("order", "expected"), [("[0, 2, 1]", (("point 2", "point 3"),)), ("[0, 1, 2]", ()), (None, None)]
+)
+def test_yolo_says_which_points_swap_in_a_mirror(tmp_path, order, expected):
+    paint(tmp_path / "train/images/a.png", 20)
+    swap = "" if order is None else f"flip_idx: {order}\n"
+    (tmp_path / "data.yaml").write_text(f"train: ../train/images\nnames: [cat]\nkpt_shape: [3, 2]\n{swap}")
+    (tmp_path / "train/labels").mkdir()
+    (tmp_path / "train/labels/a.txt").write_text("0 0.5 0.5 0.5 0.5 .25 .5 .5 .5 .75 .5")
+    (category,) = open_dataset(tmp_path, "train").categories
+    assert category.flip_pairs == expected
+
+
+@pytest.mark.parametrize("order", ["[1, 2, 0]", "[0, 1]", "[0, 0, 1]", "swap", "[0, 2, x]"])
+def test_yolo_points_that_cannot_swap_so_are_refused(tmp_path, order):
+    paint(tmp_path / "train/images/a.png", 20)
+    (tmp_path / "data.yaml").write_text(f"train: ../train/images\nnames: [cat]\nkpt_shape: [3, 2]\nflip_idx: {order}\n")
+    (tmp_path / "train/labels").mkdir()
+    (tmp_path / "train/labels/a.txt").write_text("0 0.5 0.5 0.5 0.5 .25 .5 .5 .5 .75 .5")
+    with pytest.raises(InputError, match=r"flip_idx: .* such as"):
+        open_dataset(tmp_path, "train")
+
+
 # What the check says
 
 

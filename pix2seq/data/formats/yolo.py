@@ -53,7 +53,10 @@ def read_yolo(root: str | Path, split: str, *, max_bad_share: float = MAX_BAD_SH
     builder = DatasetBuilder(root, split, where=where, max_bad_share=max_bad_share)
     points, dims = _keypoint_shape(where, config)
     names = _class_names(where, config)
-    categories = {number: builder.add_category(NEW, name, points) for number, name in enumerate(names)}
+    pairs = _flip_pairs(where, config, points)
+    categories = {
+        number: builder.add_category(NEW, name, points, flip_pairs=pairs) for number, name in enumerate(names)
+    }
     builder.num_listed = len(paths)
     index: dict[int, int] = {}
     num_labels = 0
@@ -125,6 +128,21 @@ def _keypoint_shape(where: Path, config: Mapping[str, Any]) -> tuple[tuple[str, 
     if not (isinstance(names, list) and len(names) == shape[0]):
         names = [f"point {number}" for number in range(1, shape[0] + 1)]
     return tuple(str(name) for name in names), int(shape[1])
+
+
+def _flip_pairs(where: Path, config: Mapping[str, Any], points: tuple[str, ...]) -> tuple[tuple[str, str], ...] | None:
+    """Return the points that swap in a mirror, by `flip_idx`: which point each becomes. None if it is not given."""
+    order = config.get("flip_idx")
+    if order is None or not points:
+        return None
+    numbers = list(range(len(points)))
+    counts_points = isinstance(order, list) and all(type(i) is int for i in order) and sorted(order) == numbers
+    if not counts_points or any(order[order[i]] != i for i in numbers):
+        raise InputError(
+            f"{where} has flip_idx: {order!r}; expected which of the {len(points)} points, counted from 0, each "
+            "becomes in a mirror, such as [0, 2, 1]"
+        )
+    return tuple((points[i], points[j]) for i, j in enumerate(order) if i < j)
 
 
 def _images(root: Path, config: Mapping[str, Any], entry: str) -> list[str]:
