@@ -1,6 +1,7 @@
 """Muon's update, which optimiser updates what, steps that a flag cancels, and state that survives a restart."""
 
 import copy
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_a_resumed_muon_run_ends_as_an_unbroken_one_to_the_bit(shapes, tmp_path,
         assert_same_bits(ours, theirs)
     assert any(key.endswith("/momentum_buffer") for key in ours)
     assert train("run", "steps=8") == 2
-    assert "its optimizer is muon" in one_line(capsys)
+    assert re.search("optimizer.*muon.*adamw|optimizer.*adamw.*muon", one_line(capsys))
 
 
 def test_sharded_runs_step_and_resume_as_one_process_does(tmp_path):
