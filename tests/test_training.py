@@ -301,7 +301,7 @@ def test_stored_features_are_projected_in_place_of_encoding_images(monkeypatch, 
     model, batch = tiny_model(), random_batch()
     features = torch.randn(len(batch.images), 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     (ours, _) = CrossEntropy()(model, replace(batch, images=features))["detection"]
-    monkeypatch.setattr(model, "encode", lambda images: model.project(features.float()))
+    monkeypatch.setattr(model, "encode_with_maps", lambda images: (model.project(features.float()), ()))
     torch.testing.assert_close(ours, CrossEntropy()(model, batch)["detection"][0])
 
 
