@@ -54,8 +54,8 @@ LISTED = Path(__file__).with_suffix(".toml")  # faults by hand, and survivors th
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "augmentation caption_metrics ceiling decoding detection_tokenizer keypoint_tokenizer metrics model "
-        "segmentation_tokenizer task_answers task_examples text training training_speed vocab"
+        "augmentation caption_metrics ceiling closeups decoding detection_tokenizer keypoint_tokenizer metrics model "
+        "segmentation_tokenizer settings skeletons task_answers task_examples text training training_speed vocab"
     ).split()
 )
 # Imported once, before processes are forked: they take seconds, and none of them imports pix2seq.
