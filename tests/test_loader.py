@@ -22,15 +22,15 @@ from pix2seq.examples import Example, Sample
 
 @pytest.fixture(autouse=True)
 def time_limit():
-    """Break a test that hangs after a minute, also inside a destructor, which swallows exceptions."""
+    """Break a test that hangs after three minutes, also inside a destructor, which swallows exceptions."""
     late = []
 
     def on_alarm(signum, frame):
         late.append(traceback.format_stack(frame))
-        raise TimeoutError("the test took a minute")
+        raise TimeoutError("the test took three minutes")
 
     before = signal.signal(signal.SIGALRM, on_alarm)
-    signal.alarm(60)
+    signal.alarm(180)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
