@@ -43,7 +43,8 @@ from pix2seq import register_task
 from pix2seq.cli import run_guarded
 from pix2seq.data.dataset import Dataset, open_dataset
 from pix2seq.data.image import read_record_image, warp_image
-from pix2seq.data.transforms import color_jitter, random_affine, transform_target
+from pix2seq.data.targets import transform_target
+from pix2seq.data.transforms import color_jitter, random_affine
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.geometry.affine import fit_affine

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from pix2seq.errors import InputError
-from pix2seq.files import fsync_file, output_folder, report_write_errors, write_atomically
+from pix2seq.files import fsync_file, output_folder, report_write_errors, sha256, write_atomically
 
 JOURNAL = ".predict.jsonl"
 SUFFIXES = (".png", ".json")  # in the order in which they are written
@@ -59,7 +59,7 @@ class Outputs:
                     raise InputError(f"{path} would replace {read[key]}, which is read; give another folder with --out")
                 if not path.is_file():
                     raise InputError(f"{path} is in the way and no file; give another folder with --out")
-                if not overwrite and _sha256(path.read_bytes()) not in self._written[self._relative(path)]:
+                if not overwrite and sha256(path) not in self._written[self._relative(path)]:
                     foreign.append(path)
         if foreign:
             others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -71,8 +71,7 @@ class Outputs:
     def is_done(self, name: str, key: str) -> bool:
         """Whether the files of a name are complete, and of this key."""
         return self._keys.get(name) == key and all(
-            path.is_file() and _sha256(path.read_bytes()) == self._last.get(self._relative(path))
-            for path in self._paths(name)
+            path.is_file() and sha256(path) == self._last.get(self._relative(path)) for path in self._paths(name)
         )
 
     def write(self, name: str, key: str, content: dict[str, Any], drawing: Image.Image) -> None:
@@ -81,7 +80,7 @@ class Outputs:
         drawing.save(stream, "PNG")
         files = (stream.getvalue(), (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
         with report_write_errors(self.folder, f"writing {name}", then="go on with --resume"):
-            self._append(name, key, [_sha256(file) for file in files])
+            self._append(name, key, [hashlib.sha256(file).hexdigest() for file in files])
             for path, file in zip(self._paths(name), files, strict=True):
                 write_atomically(path, file)
 
@@ -97,9 +96,9 @@ class Outputs:
 
     def _note(self, name: str, key: str, hashes: list[str]) -> None:
         self._keys[name] = key
-        for path, sha256 in zip(self._paths(name), hashes, strict=True):
-            self._written[self._relative(path)].add(sha256)
-            self._last[self._relative(path)] = sha256
+        for path, digest in zip(self._paths(name), hashes, strict=True):
+            self._written[self._relative(path)].add(digest)
+            self._last[self._relative(path)] = digest
 
     def _paths(self, name: str) -> list[Path]:
         return [self.folder / f"{name}{suffix}" for suffix in SUFFIXES]
@@ -138,12 +137,6 @@ def _file_key(path: Path) -> tuple[int, int] | None:
     """Return the device and number of a file, which all of its names share; None if there is no file."""
     try:
         status = path.stat()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):  # a name that is too long, or no name at all
+    except (OSError, ValueError):  # also a name that is too long, or no name at all
         return None
     return status.st_dev, status.st_ino
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pix2seq.data.image import batch_by_pixels, image_size, read_image
+from pix2seq.device import pick_device
 from pix2seq.errors import InputError
 from pix2seq.files import output_folder, read_json
 from pix2seq.infer.outputs import Outputs, output_names
+from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from pix2seq.predictor import Predictor
 from pix2seq.tasks.objects import Boxes
@@ -69,7 +71,7 @@ def predict_files(
     outputs = Outputs(output_folder(out))
     outputs.check(names.values(), [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
 
-    predictor = Predictor.from_pretrained(folder, device=device, bf16=bf16)
+    predictor = Predictor(Pix2Seq.from_pretrained(folder).to(pick_device(device)), bf16=bf16)  # the folder is verified
     tasks = tuple(predictor.tasks) if tasks is None else tasks
     for name in tasks:
         predictor.require(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MAX_SHOWN = 5  # of things that a message lists
 
 
 class InputError(ValueError):
@@ -28,3 +30,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return InputError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+def shortened(things: Sequence[object], most: int = MAX_SHOWN) -> list[str]:
+    """Return the first things as text, to be joined in a message; beyond `most` of them, how many more there are."""
+    more = [f"and {len(things) - most} more"] if len(things) > most else []
+    return [*map(str, things[:most]), *more]

@@ -15,7 +15,7 @@ import yaml
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.formats.coco_files import find_files
 from pix2seq.errors import InputError
-from pix2seq.files import output_folder, report_write_errors
+from pix2seq.files import output_folder, read_json, report_write_errors
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import WEIGHTS_FILE, find_checkpoint
 from pix2seq.training.config import SETTINGS_FILE
@@ -41,7 +41,7 @@ class Scored:
     def read(cls, path: Path, data: str) -> Scored:
         """Read metrics.json. Raises `InputError` if `pix2seq eval --out` did not write it."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             metrics = {str(name): None if value is None else float(value) for name, value in content["metrics"].items()}
             return cls(metrics, int(content["num_images"]), data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,7 +91,7 @@ def describe_data(folder: Path, split: str) -> str:
     words = [f"{len(dataset)} images of split {split}"]
     files = find_files(folder, split)
     if files is not None:
-        info = json.loads(files.first.read_text(encoding="utf-8-sig")).get("info")
+        info = read_json(files.first).get("info")
         if isinstance(info, dict):
             words += [str(info["description"])] if info.get("description") else []
             words += [f"written by `{info['command']}`"] if info.get("command") else []

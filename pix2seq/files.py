@@ -16,12 +16,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1  # of manifest.json
-MAX_SHOWN = 5  # files in a message; the rest are counted
 
 
 def read_regular(path: Path, *, max_bytes: int | None = None) -> bytes:
@@ -98,10 +97,10 @@ def read_json(path: Path) -> Any:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no regular file")  # reading from a pipe could wait forever
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise InputError(f"{path} is no readable JSON ({reason}); give a whole JSON file") from None
 
@@ -164,7 +163,7 @@ def write_manifest(folder: Path) -> None:
     for path in list_files(folder):
         status = path.stat()
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": _sha256(path)}
+        files[name] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
     write_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
 
 
@@ -186,8 +185,7 @@ def find_damage(folder: Path, *, ignore: tuple[str, ...] = (), quick: bool = Fal
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
     damaged = [f"{name} {problem}" for name, problem in problems if problem is not None]
-    more = f", and {len(damaged) - MAX_SHOWN} more" if len(damaged) > MAX_SHOWN else ""
-    return ", ".join(damaged[:MAX_SHOWN]) + more or None
+    return ", ".join(shortened(damaged)) or None
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:
@@ -209,7 +207,7 @@ def _difference(folder: Path, name: str, expected: dict[str, int | str], *, quic
             return f"has {status.st_size} bytes, expected {expected['bytes']}"
         if quick and status.st_mtime_ns == expected["mtime_ns"]:
             return None
-        return None if _sha256(path) == expected["sha256"] else "has changed since it was written (sha256 differs)"
+        return None if sha256(path) == expected["sha256"] else "has changed since it was written (sha256 differs)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -230,6 +228,7 @@ def _unreadable_safetensors(folder: Path, ignore: tuple[str, ...]) -> list[tuple
     return problems
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

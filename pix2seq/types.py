@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -66,7 +66,14 @@ class Category:
 
 def category_key(name: str) -> str:
     """Return the key by which class names are compared: case, Unicode form and spaces around them aside."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
+    return text_key(name).strip()
+
+
+def text_key(text: str) -> str:
+    """Return the key by which texts are compared where Unicode forms and case do not count."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,22 @@ class Target:
     captions: tuple[str, ...] = ()
     attributes: tuple[Mapping[str, str], ...] = ()  # N entries of `ATTRIBUTES`, or none if no object has any
     difficult: NDArray[np.bool_] | None = None  # (N,) which of `iscrowd` are one object each; None: none
+
+    def only(self, index: int) -> Target:
+        """Return the target with one of its objects."""
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            boxes_xyxy=self.boxes_xyxy[one],
+            labels=self.labels[one],
+            areas=self.areas[one],
+            iscrowd=self.iscrowd[one],
+            annotation_ids=self.annotation_ids[one],
+            segmentations=self.segmentations[one],
+            keypoints=self.keypoints[one],
+            attributes=self.attributes[one],
+            difficult=None if self.difficult is None else self.difficult[one],
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pycocotools import mask as mask_utils
 
 from pix2seq.data.dataset import ClassMap
 from pix2seq.data.samples import SampleMaker
-from pix2seq.data.transforms import AugmentConfig, color_jitter, crop_to_object, random_affine, transform_target
+from pix2seq.data.targets import crop_to_object, transform_target
+from pix2seq.data.transforms import AugmentConfig, color_jitter, random_affine
 from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig

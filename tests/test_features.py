@@ -23,7 +23,8 @@ from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.features import FeatureStore, Variants
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.transforms import AugmentConfig, transform_target
+from pix2seq.data.targets import transform_target
+from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine, fit_affine
 from pix2seq.model.pix2seq import Pix2Seq

@@ -5,15 +5,15 @@ import json
 import os
 import random
 import tarfile
-import threading
 import time
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import official_format
 import pytest
 import test_convert
+from http_server import serving
 
 from pix2seq.convert.official_config import model_config, read_official_config
 from pix2seq.convert.tf_bundle import TensorBundle
@@ -49,7 +49,7 @@ def with_manifest(folder, change):
 @pytest.mark.parametrize("name", ["/dev/zero", "../secret", "state/../../secret", "..\\secret", "C:/secret"])
 def test_a_manifest_names_only_files_inside_its_folder(folder, name, monkeypatch):
     (folder.parent / "secret").write_text("a")
-    monkeypatch.setattr("pix2seq.files._sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("pix2seq.files.sha256", lambda path: pytest.fail(f"{path} was read"))
     entry = {"bytes": 0, "mtime_ns": 0, "sha256": ""}
     with_manifest(folder, lambda content: content.update(files={name: entry}))
     assert find_damage(folder) == f"{name} lies outside the folder"
@@ -406,12 +406,8 @@ class Redirects(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Redirects) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(Redirects) as address:
+        yield address
 
 
 @pytest.mark.parametrize("target", ["ftp://127.0.0.1/train.json", "file:///etc/passwd", "data:,x"])

@@ -3,13 +3,13 @@
 import json
 import shutil
 import tarfile
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from itertools import islice
 
 import numpy as np
 import pytest
+from http_server import serving
 from PIL import Image
 
 from pix2seq.data.dataset import open_dataset
@@ -167,13 +167,8 @@ def test_a_late_start_reads_only_the_shards_it_needs(folder, monkeypatch):
 
 @pytest.fixture
 def server(folder):
-    handler = partial(SimpleHTTPRequestHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(partial(SimpleHTTPRequestHandler, directory=folder)) as address:
+        yield address
 
 
 def test_http_gives_the_same_samples_as_the_folder(folder, server):
@@ -205,12 +200,8 @@ class FailsTwice(SimpleHTTPRequestHandler):
 
 def test_requests_to_a_failing_server_are_repeated(folder, monkeypatch):
     monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(FailsTwice, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        index = ShardIndex.read(f"http://127.0.0.1:{server.server_address[1]}", "train")
-        server.shutdown()
-        thread.join()
+    with serving(partial(FailsTwice, directory=folder)) as address:
+        index = ShardIndex.read(address, "train")
     assert len(index) == NUM
     assert FailsTwice.asked == 3
     with pytest.raises(InputError, match="cannot be read"):

@@ -20,7 +20,8 @@ from pix2seq.data.image import read_record_image, warp_image
 from pix2seq.data.loader import batches
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.transforms import AugmentConfig, random_affine, transform_target
+from pix2seq.data.targets import transform_target
+from pix2seq.data.transforms import AugmentConfig, random_affine
 from pix2seq.errors import InputError
 from pix2seq.geometry.keypoints import mirror_order
 from pix2seq.tasks import BUILT_IN, get_task

@@ -19,7 +19,8 @@ from pix2seq.data.dataset import open_dataset, unite_categories
 from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.shapes import write_shapes
-from pix2seq.data.transforms import AugmentConfig, transform_target
+from pix2seq.data.targets import transform_target
+from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.examples import collate
 from pix2seq.geometry.affine import Affine

@@ -16,7 +16,8 @@ from one_by_one import sums_one_by_one
 from pix2seq.data.image import read_image, warp_image
 from pix2seq.data.sampler import EpochSampler
 from pix2seq.data.shapes.person import KEYPOINTS
-from pix2seq.data.transforms import AugmentConfig, augmented_pixels, color_jitter, random_affine, transform_target
+from pix2seq.data.targets import transform_target
+from pix2seq.data.transforms import AugmentConfig, augmented_pixels, color_jitter, random_affine
 from pix2seq.errors import InputError
 from pix2seq.examples import Sample, collate
 from pix2seq.geometry.affine import Affine, fit_affine

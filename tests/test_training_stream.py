@@ -2,14 +2,14 @@
 
 import multiprocessing
 import shutil
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from http_server import serving
 from safetensors.torch import load_file
 from test_multi_task import ALL, TINY
 
@@ -49,12 +49,8 @@ def shards(data):
 
 @pytest.fixture(scope="module")
 def address(shards):
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=shards)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(partial(Quiet, directory=shards)) as address:
+        yield address
 
 
 def stream(location, task=Detection, config=None, **options):

@@ -17,7 +17,7 @@ from pix2seq.data.shapes import write_shapes
 from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, Figure, make_scene
 from pix2seq.data.shapes.truth import is_true, is_true_of
-from pix2seq.data.transforms import crop_to_object, transform_target
+from pix2seq.data.targets import crop_to_object, transform_target
 from pix2seq.geometry.affine import Affine
 from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tokenizers.text import WordTokenizer

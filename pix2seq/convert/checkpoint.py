@@ -15,7 +15,7 @@ from pix2seq.convert.official_config import model_config, read_official_config
 from pix2seq.convert.official_tasks import categories_of, task_settings
 from pix2seq.convert.tf_bundle import TensorBundle
 from pix2seq.convert.weight_map import canonical_name, make_parameter, plan
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_checkpoint
@@ -130,7 +130,7 @@ def read_weights(bundle: TensorBundle, config: ModelConfig) -> dict[str, Tensor]
             problems.append(f"{shapes} cannot fill {name} {tuple(expected[name].shape)}")
     if problems:
         raise InputError(
-            f"the checkpoint {bundle.index_path} and the config do not match: {'; '.join(_short(problems))}; "
+            f"the checkpoint {bundle.index_path} and the config do not match: {'; '.join(shortened(problems))}; "
             "give the config it was trained with"
         )
     return weights
@@ -164,9 +164,4 @@ def _check_out(out: Path) -> None:
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{len(names)} {what} ({', '.join(_short(names))})"] if names else []
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    more = [f"and {len(names) - MAX_SHOWN} more"] if len(names) > MAX_SHOWN else []
-    return [*names[:MAX_SHOWN], *more]
+    return [f"{len(names)} {what} ({', '.join(shortened(names))})"] if names else []

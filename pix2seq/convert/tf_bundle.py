@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.files import read_regular
 
 FOOTER_SIZE = 48
@@ -30,7 +30,6 @@ BLOCK_TRAILER_SIZE = 5  # compression, checksum
 CHUNK = 16 << 20  # bytes per read
 MAX_SHARDS = 100_000  # the names of shards have five digits
 MAX_DIMENSIONS = 8  # of a tensor
-MAX_SHOWN = 5  # files in a message; the rest are counted
 STRING = 7
 DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_, 19: np.float16}
 
@@ -157,8 +156,7 @@ class TensorBundle:
             elif (size := path.stat().st_size) != end:
                 problems.append(f"{path} has {size} bytes, but its index expects {end}")
         if problems:
-            more = f", and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-            raise InputError(f"{', '.join(problems[:MAX_SHOWN])}{more}; copy the files again, beside {self.index_path}")
+            raise InputError(f"{', '.join(shortened(problems))}; copy the files again, beside {self.index_path}")
 
 
 def _mask(checksum: int) -> int:

@@ -60,7 +60,7 @@ from pix2seq.data.defects import (
 from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import SizeMismatchError, image_size, read_record_image
 from pix2seq.data.splits import words_for
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.types import ImageRecord, category_key
 
 TRAIN, VAL = "train", "val"
@@ -116,9 +116,8 @@ class SplitReport:
         if not len(self.defects):
             lines.append("  no defects")
         for (defect, action), rows in self.defects.groupby(["defect", "action"], sort=True):
-            listed = "; ".join(_name(row) for row in rows.head(NUM_LISTED).itertuples())
-            more = f"; and {len(rows) - NUM_LISTED} more" if len(rows) > NUM_LISTED else ""
-            lines.append(f"  {len(rows)} x {defect} ({action}): {listed}{more}")
+            listed = "; ".join(shortened([_name(row) for row in rows.itertuples()], NUM_LISTED))
+            lines.append(f"  {len(rows)} x {defect} ({action}): {listed}")
         if self.refusal is not None:
             lines.append(f"  refused in training and evaluation: {self.refusal}")
         return "\n".join(lines)
@@ -256,8 +255,7 @@ def refuse_skipped(dataset: Dataset, defects: Sequence[Defect]) -> str | None:
 
 def _list_skipped(defects: Sequence[Defect]) -> str:
     skipped = [row[4] for row in defects if row[3] == SKIPPED]
-    more = f"; and {len(skipped) - NUM_LISTED} more" if len(skipped) > NUM_LISTED else ""
-    return "; ".join(skipped[:NUM_LISTED]) + more
+    return "; ".join(shortened(skipped, NUM_LISTED))
 
 
 def _check_split(path: Path, split: str, annotations: str | Path | None, max_bad_share: float) -> SplitReport:

@@ -16,7 +16,7 @@ from pix2seq.data.formats.coco_files import find_coco_splits, find_files
 from pix2seq.data.formats.voc import find_voc_splits, is_voc, read_voc
 from pix2seq.data.formats.yolo import find_yolo_splits, is_yolo, read_yolo
 from pix2seq.data.splits import words_for
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.geometry.keypoints import find_points
 from pix2seq.types import Category, Target, category_key
 
@@ -68,7 +68,7 @@ def labels_by_name(data: Sequence[Category], model: Sequence[Category]) -> dict[
     known = {category_key(category.name): category.label for category in model}
     missing = [category.name for category in data if category_key(category.name) not in known]
     if missing:
-        listed = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        listed = ", ".join(shortened(missing, 10))
         raise InputError(f"the model does not know these classes of the data: {listed}; use the data it was trained on")
     return {category.label: known[category_key(category.name)] for category in data}
 

@@ -24,6 +24,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pix2seq.data.splits import folder_rank, is_known, is_of_other_split
+from pix2seq.errors import shortened
+from pix2seq.types import text_key
 
 # JPEG under any of its extensions, and what else `pix2seq.data.image` reads; other files must be named in full.
 IMAGE_SUFFIXES = frozenset(
@@ -66,13 +68,12 @@ class ImageFinder:
     def explain(self, name: str) -> str:
         """Tell where a name that was not found was looked for, and what lies there."""
         parts = _parts(name)
-        stem = _key(os.path.splitext(parts[-1])[0]) if parts else ""
+        stem = text_key(os.path.splitext(parts[-1])[0]) if parts else ""
         places = self._places or [*self.own_places, *self.shared_places]
-        alike = [path for path in self.paths if _key(os.path.splitext(os.path.basename(path))[0]) == stem]
+        alike = [path for path in self.paths if text_key(os.path.splitext(os.path.basename(path))[0]) == stem]
         near = alike or [path for path in self.paths if _is_image(path)]
         where = ", ".join(place or "the data folder" for place in places)
-        more = f" and {len(near) - _NUM_EXAMPLES} more" if len(near) > _NUM_EXAMPLES else ""
-        there = ", ".join(near[:_NUM_EXAMPLES]) + more if near else "no image"
+        there = ", ".join(shortened(near, _NUM_EXAMPLES)) or "no image"
         return f"looked for {'/'.join(parts) or name!r} in {where}; found {there}"
 
     def _find(self, names: Sequence[tuple[str, ...]], places: Sequence[str], any_suffix: bool) -> list[str | None]:
@@ -89,7 +90,7 @@ class ImageFinder:
             return None
         name = "/".join(parts)
         for place in places:
-            matches = index.by_path.get(_key(place + name))
+            matches = index.by_path.get(text_key(place + name))
             if matches:
                 return _the_one(matches, name)
         for place in places:
@@ -119,7 +120,7 @@ class _Index:
     def __init__(self, paths: Iterable[tuple[str, str]]) -> None:
         self.by_path: dict[str, list[str]] = {}
         for path, name in paths:
-            self.by_path.setdefault(_key(name), []).append(path)
+            self.by_path.setdefault(text_key(name), []).append(path)
 
     @cached_property
     def _by_last(self) -> dict[str, list[str]]:
@@ -130,7 +131,7 @@ class _Index:
 
     def ending_in(self, name: str) -> Iterator[str]:
         """Yield the paths that end in all parts of a name."""
-        ending = f"/{_key(name)}"
+        ending = f"/{text_key(name)}"
         for key in self._by_last.get(ending.rpartition("/")[2], ()):
             if f"/{key}".endswith(ending):
                 yield from self.by_path[key]
@@ -156,7 +157,7 @@ def _walk(root: Path, folder: str = "") -> Iterator[str]:
 
 def _own_places(root: Path, folders: set[str], split: str, beside: Path | None) -> list[str]:
     places = []
-    if beside is not None and beside != root and _key(beside.name) not in ("annotations", "annotation"):
+    if beside is not None and beside != root and text_key(beside.name) not in ("annotations", "annotation"):
         places.append(f"{beside.relative_to(root).as_posix()}/")
     every = {name for folder in folders for name in _parents(folder)}
     for holder in [*_named(folders, _CONTAINERS[:2]), "", *_named(folders, _CONTAINERS[2:])]:
@@ -175,7 +176,7 @@ def _parents(folder: str) -> Iterator[str]:
 
 def _named(folders: set[str], names: Sequence[str]) -> list[str]:
     tops = {folder.split("/")[0] for folder in folders} - {""}
-    return [folder for name in names for folder in sorted(tops) if _key(folder) == name]
+    return [folder for name in names for folder in sorted(tops) if text_key(folder) == name]
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -210,10 +211,3 @@ def _is_spelled(path: str, parts: tuple[str, ...]) -> bool:
 
 def _is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
-
-
-def _key(text: str) -> str:
-    """Return what is compared where Unicode forms and case do not count."""
-    if text.isascii():
-        return text.lower()
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())

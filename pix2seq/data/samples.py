@@ -19,7 +19,8 @@ from pix2seq.data.features import FeatureStore, StoredImage
 from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex, ShardStream
 from pix2seq.data.image import read_record_image
-from pix2seq.data.transforms import AugmentConfig, augmented_pixels, crop_to_object, random_affine, transform_target
+from pix2seq.data.targets import crop_to_object, transform_target
+from pix2seq.data.transforms import AugmentConfig, augmented_pixels, random_affine
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example, Sample
 from pix2seq.geometry.affine import Affine

@@ -1,13 +1,14 @@
 """Training augmentation: scale jitter, crop and flip as one affine map, and colour jitter.
 
+`pix2seq.data.targets` moves annotations by these maps.
+
 All random draws come from the generator that the caller passes, so a sample is a function of its seed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
 
@@ -17,10 +18,7 @@ from numpy.typing import NDArray
 from pix2seq.data.image import pad_image, visible_part
 from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine, fit_affine
-from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy, padded_region
-from pix2seq.geometry.polygons import rle_to_rings
 from pix2seq.settings import Range, Settings, Share
-from pix2seq.types import MaskAnnotation, Target
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import checks the network for a newer version
 import albumentations as A
@@ -90,88 +88,6 @@ def random_affine(
         # Mirror about the centre of the visible part, so that the image stays in the top left corner.
         affine = affine.then_mirror(min(width, target[1]))
     return affine
-
-
-def transform_target(
-    target: Target,
-    affine: Affine,
-    size: tuple[int, int],
-    *,
-    min_visible: float = 0.0,
-    mirror_orders: Mapping[int, NDArray[np.int64]] | None = None,
-    with_masks: bool = True,
-) -> Target:
-    """Map a target to pixels of an output of `size` (height, width).
-
-    Boxes are clipped to the output. Objects are dropped if they keep no area there, or less than
-    `min_visible` of it. Keypoints outside become unlabelled (0, 0, 0). If the map mirrors, the order for the
-    object's label in `mirror_orders` puts left and right back under their names; keypoints of labels that have
-    no order become unlabelled. Masks become rings, which may reach beyond the output. Crowds lose their masks,
-    as no task learns from them; `with_masks=False` drops all masks.
-    """
-    height, width = size
-    moved = affine.boxes(target.boxes_xyxy)
-    boxes = clip_boxes_xyxy(moved, width, height)
-    area = np.maximum(box_area(boxes), 0)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (area >= min_visible * box_area(moved))
-
-    keypoints = target.keypoints.copy()
-    if affine.scale_x < 0 and mirror_orders is not None:
-        for i, label in enumerate(target.labels.tolist()):
-            if label in mirror_orders:
-                order = mirror_orders[label]
-                keypoints[i, : len(order)] = keypoints[i, order]
-            else:
-                keypoints[i] = 0
-    keypoints[..., :2] = affine.points(keypoints[..., :2])
-    inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] <= [width, height])).all(axis=-1)
-    keypoints[~inside | (keypoints[..., 2] == 0)] = 0
-
-    return replace(
-        target,
-        boxes_xyxy=boxes[keep],
-        labels=target.labels[keep],
-        areas=(target.areas * abs(affine.scale_x * affine.scale_y))[keep].astype(np.float32),
-        iscrowd=target.iscrowd[keep],
-        annotation_ids=target.annotation_ids[keep],
-        segmentations=tuple(
-            _transform_segmentation(s, affine) if with_masks and not crowd else None
-            for s, crowd, kept in zip(target.segmentations, target.iscrowd, keep, strict=True)
-            if kept
-        ),
-        keypoints=keypoints[keep],
-        attributes=tuple(each for each, kept in zip(target.attributes, keep, strict=False) if kept),
-        difficult=None if target.difficult is None else target.difficult[keep],
-    )
-
-
-def _transform_segmentation(segmentation: MaskAnnotation | None, affine: Affine) -> MaskAnnotation | None:
-    if segmentation is None:
-        return None
-    rings = rle_to_rings(segmentation) if isinstance(segmentation, dict) else segmentation
-    return [affine.points(ring) for ring in rings] or None
-
-
-def crop_to_object(
-    target: Target, image: NDArray[np.uint8], index: int, padding: float, *, with_masks: bool = False
-) -> tuple[Target, NDArray[np.uint8]]:
-    """Crop an image (H, W, 3) around one object; the new target has only that object."""
-    x0, y0, x1, y1 = padded_region(target.boxes_xyxy[index], image.shape[1], image.shape[0], padding)
-    one = slice(index, index + 1)
-    cropped = replace(
-        target,
-        boxes_xyxy=target.boxes_xyxy[one],
-        labels=target.labels[one],
-        areas=target.areas[one],
-        iscrowd=target.iscrowd[one],
-        annotation_ids=target.annotation_ids[one],
-        segmentations=target.segmentations[one],
-        keypoints=target.keypoints[one],
-        attributes=target.attributes[one],
-        difficult=None if target.difficult is None else target.difficult[one],
-    )
-    size = (y1 - y0, x1 - x0)
-    return transform_target(cropped, Affine(1, 1, -x0, -y0), size, with_masks=with_masks), image[y0:y1, x0:x1]
 
 
 def augmented_pixels(

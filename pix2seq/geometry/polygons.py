@@ -140,7 +140,7 @@ def space_evenly(rings_xy: Sequence[NDArray[np.floating]], num_points: int) -> l
     turned = []
     for ring in rings_xy:
         points = np.asarray(ring, np.float64)
-        if _signed_area(points) < 0:
+        if ring_area(points) < 0:
             points = points[::-1]
         turned.append(np.roll(points, -int(np.lexsort((points[:, 0], points[:, 1]))[0]), axis=0))
     turned.sort(key=lambda points: (points[0, 1], points[0, 0]))
@@ -156,12 +156,6 @@ def space_evenly(rings_xy: Sequence[NDArray[np.floating]], num_points: int) -> l
         closed = np.append(points, points[:1], axis=0)
         spaced.append(np.stack([np.interp(wanted, along, closed[:, axis]) for axis in (0, 1)], axis=1))
     return spaced
-
-
-def _signed_area(ring_xy: NDArray[np.floating]) -> float:
-    """The area inside a ring (P, 2), negative if it runs anticlockwise on the screen."""
-    x, y = ring_xy.T
-    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
 def simplify_rings(

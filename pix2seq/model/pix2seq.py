@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.files import report_write_errors
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import ModelConfig
@@ -153,12 +153,8 @@ class Pix2Seq(nn.Module):
         height, width = images.shape[-2:]
         if (height % stride or width % stride) and (height, width) != tuple(self.config.image_size):
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {stride}")
-        maps: Maps = ()
         with self._encoder_grad():
-            if self.config.encoder.closeups:
-                features, grid, maps = self.encoder.with_maps(images)
-            else:
-                features, grid = self.encoder(images)
+            features, grid, maps = self.encoder.with_maps(images)
         return self.projection(features, grid), maps
 
     def look_closer(self, maps: Maps, frames: Tensor, image_index: Sequence[int]) -> Tensor:
@@ -344,9 +340,8 @@ def _check_fit(config: ModelConfig, weights: Mapping[str, Tensor], folder: Path)
         elif found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
             problems.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
-            f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(problems[:3])}{more}; "
+            f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {'; '.join(shortened(problems, 3))}; "
             "use the two files of one checkpoint"
         )
 

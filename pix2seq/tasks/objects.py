@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pix2seq.data.targets import transform_target
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.affine import Affine
@@ -132,14 +133,15 @@ class ObjectTask(Task[Config]):
         box = target.boxes_xyxy[i]
         if self.config.box_jitter:
             box = jitter_box(box, self.config.box_jitter, size, rng)
-            target = replace(
-                target, boxes_xyxy=np.where(np.arange(len(target.labels))[:, None] == i, box, target.boxes_xyxy)
-            )
+            is_asked = np.arange(len(target.labels))[:, None] == i
+            target = replace(target, boxes_xyxy=np.where(is_asked, box, target.boxes_xyxy))
         if not self.config.closeup:
             return self.example(target, i, size, rng)
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
         frame = whole.around(box, self.config.crop_padding)
-        example = self.example(_seen_in(frame, target, i, size), 0, size, rng)
+        scale = float(size[1] / frame.size[0])  # the same on both axes: a frame has the aspect ratio of the input
+        near = transform_target(target.only(i), Affine(scale, scale, *(-scale * frame.origin).tolist()), size)
+        example = self.example(near, 0, size, rng)
         return example and replace(example, closeup=whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32))
 
     def object_prompt(self, target: Target, i: int, size: tuple[int, int]) -> NDArray[np.int64]:
@@ -303,30 +305,6 @@ def jitter_box(
     """Move each side of a box by up to `share` of its width or height, within an input of `size` (height, width)."""
     moves = rng.uniform(-share, share, 4) * np.tile(box_xyxy[2:] - box_xyxy[:2], 2)
     return np.clip(box_xyxy + moves, 0, [*size[::-1], *size[::-1]]).astype(np.float32)
-
-
-def _seen_in(frame: Frame, target: Target, i: int, size: tuple[int, int]) -> Target:
-    """Return object `i` alone, in pixels of an input of `size` (height, width) that shows a frame of this one."""
-    scale = float(size[1] / frame.size[0])  # the same on both axes: a frame has the aspect ratio of the input
-    affine = Affine(scale, scale, *(-scale * frame.origin).tolist())
-    one = slice(i, i + 1)
-    rings = target.segmentations[i]
-    points = target.keypoints[one].copy()
-    points[..., :2] = affine.points(points[..., :2])
-    inside = ((points[..., :2] >= 0) & (points[..., :2] <= size[::-1])).all(axis=-1)
-    points[~inside | (points[..., 2] == 0)] = 0
-    return replace(
-        target,
-        boxes_xyxy=affine.boxes(target.boxes_xyxy[one]),
-        labels=target.labels[one],
-        areas=target.areas[one] * scale**2,
-        iscrowd=target.iscrowd[one],
-        annotation_ids=target.annotation_ids[one],
-        segmentations=([affine.points(ring) for ring in rings] if isinstance(rings, list) else None,),
-        keypoints=points,
-        attributes=target.attributes[one],
-        difficult=None if target.difficult is None else target.difficult[one],
-    )
 
 
 def token_score(tokens: ArrayLike, logprobs: ArrayLike) -> NDArray[np.float64]:

@@ -56,6 +56,7 @@ from pix2seq.model.pretrained import (
     list_checkpoints,
     write_checkpoint,
 )
+from pix2seq.training.config import SETTINGS_FILE
 from pix2seq.training.distributed import (
     Ranks,
     full_tensor,
@@ -259,8 +260,8 @@ def set_aside(out: Path, resumed: Path | None, step: int, *, best_too: bool = Fa
 
     That folder is a run like any other. If `resumed` is not one of OUT, all checkpoints and the log are moved; with
     `best_too`, the best is moved in any case. Returns the folder, or None if there was nothing to move. The best goes
-    first: if the process dies in between, no later run
-    compares with it, and the others are neither lost nor mixed with new ones.
+    first: if the process dies in between, no later run compares with it, and the others are neither lost nor mixed with
+    new ones.
     """
     checkpoints = out / "checkpoints"
     ours = resumed is None or resumed.resolve().parent == checkpoints.resolve()
@@ -276,7 +277,7 @@ def set_aside(out: Path, resumed: Path | None, step: int, *, best_too: bool = Fa
         number += 1
     with report_write_errors(out, f"setting newer checkpoints aside in {aside.name}"):
         (aside / "checkpoints").mkdir(parents=True)
-        for path in (out / "config.yaml", out / "log.jsonl"):
+        for path in (out / SETTINGS_FILE, out / "log.jsonl"):
             if path.exists():
                 shutil.copy2(path, aside / path.name)
         fsync_files(aside)

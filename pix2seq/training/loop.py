@@ -202,10 +202,20 @@ class _Trainer:
                 self._save()
 
     def _records_steps(self) -> bool:
-        """Whether steps are CUDA graphs: on one GPU, for the optimiser that can be recorded."""
+        """Whether steps are CUDA graphs: on one GPU, for the optimiser that can be recorded.
+
+        A recording has no place for closeups, of which every batch has another number.
+        """
         config, ranks = self.config, self.ranks
         alone = ranks.device.type == "cuda" and ranks.size == 1 and config.accumulate == 1
-        return alone and config.cuda_graphs and config.optimizer == "adamw" and config.bf16 and not config.compile
+        return (
+            alone
+            and not config.model.encoder.closeups
+            and config.cuda_graphs
+            and config.optimizer == "adamw"
+            and config.bf16
+            and not config.compile
+        )
 
     def _seed_of_step(self) -> int:
         """Return the seed of dropout, a function of seed, step and rank, so that a resumed run draws the same."""

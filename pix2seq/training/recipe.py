@@ -20,7 +20,7 @@ from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex, is_shards
 from pix2seq.data.samples import SharedTrainingSet, TrainingSet, TrainingStream
 from pix2seq.device import pick_device
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.model.encoders.build import encoder_fingerprint
 from pix2seq.model.pretrained import read_config
 from pix2seq.tasks import get_task
@@ -197,7 +197,7 @@ def _compare_classes(name: str, val: Dataset, train: Dataset | ShardIndex, categ
     if unknown:
         raise InputError(
             f"split {val.split!r} of {val.root} has objects of classes that the training data of {name} does not have: "
-            f"{', '.join(unknown[:10])}; add them to the training split, or take them out"
+            f"{', '.join(shortened(unknown, 10))}; add them to the training split, or take them out"
         )
     ClassMap(needed_categories(val, categories), categories)  # raises for keypoints that training does not have
     if isinstance(train, ShardIndex):
@@ -205,7 +205,7 @@ def _compare_classes(name: str, val: Dataset, train: Dataset | ShardIndex, categ
     learned = set(train.annotations.labels.tolist())
     seen = [c.name for c in train.categories if c.label in learned]
     unseen = unseen_classes([c.name for c in val.categories if c.label in shown], seen)
-    some = ", ".join(unseen[:10]) + (f" and {len(unseen) - 10} more" if len(unseen) > 10 else "")
+    some = ", ".join(shortened(unseen, 10))
     return [f"warning: split {val.split!r} has objects of classes that training has none of: {some}"] if unseen else []
 
 

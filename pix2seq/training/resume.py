@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pix2seq.data.fingerprint import fingerprint
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 from pix2seq.files import report_write_errors, write_atomically
 from pix2seq.model.pretrained import read_config
 from pix2seq.tasks.task import TaskConfig
@@ -32,7 +32,6 @@ TAKEN = {
 FIXED = {"model", "tasks", "optimizer", "freeze"}
 # Where the run lies, and settings that a run completes from its data: `check_data` compares what became of them.
 NOT_COMPARED = ("out", "model.vocab.num_text", "model.vocab.size", "model.vocab.other_tasks")
-MAX_SHOWN = 5  # differences in a message; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -120,22 +119,18 @@ def keep_settings(config: TrainConfig, out: Path, step: int) -> None:
 def _refuse(changes: Sequence[Change], checkpoint: Path) -> None:
     if changes:
         raise InputError(
-            f"cannot resume from {checkpoint} with {_listed(changes)}; a run keeps its model, vocabulary, tasks, "
-            "classes and training data: give those, or start a new run with another out=FOLDER and init=CHECKPOINT"
+            f"cannot resume from {checkpoint} with {', '.join(shortened(changes))}; a run keeps its model, "
+            "vocabulary, tasks, classes and training data: give those, or start a new run with another out=FOLDER and "
+            "init=CHECKPOINT"
         )
 
 
 def _ask(changes: Sequence[Change], checkpoint: Path, *, accept: bool) -> None:
     if changes and not accept:
         raise InputError(
-            f"cannot resume from {checkpoint} with {_listed(changes)}; add --accept-changes to go on with these "
-            "values, or give those of the run, which are in its config.yaml"
+            f"cannot resume from {checkpoint} with {', '.join(shortened(changes))}; add --accept-changes to go "
+            "on with these values, or give those of the run, which are in its config.yaml"
         )
-
-
-def _listed(changes: Sequence[Change]) -> str:
-    more = f", and {len(changes) - MAX_SHOWN} more" if len(changes) > MAX_SHOWN else ""
-    return ", ".join(map(str, changes[:MAX_SHOWN])) + more
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

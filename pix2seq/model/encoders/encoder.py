@@ -26,7 +26,7 @@ class Encoder(nn.Module, ABC):
         """Encode images (B, 3, H, W) in [0, 1] as features (B, N, dim). Also return their grid."""
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Maps]:
-        """Return what `forward` does, and the finer maps on the way there."""
+        """Return what `forward` does, and the maps that closeups are made of, none if the encoder makes none."""
         return *self(images), ()
 
     def look_closer(self, sampled: Tensor) -> Tensor:

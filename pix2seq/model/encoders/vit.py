@@ -70,8 +70,9 @@ class VisionTransformer(Encoder):
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Maps]:
         """See `Encoder`."""
-        if not isinstance(self.stem, ConvStem):
+        if self.closeup_stem is None:
             return super().with_maps(images)
+        assert isinstance(self.stem, ConvStem)
         features, maps = self.stem.with_maps(images)
         return self._transform(features.flatten(2).transpose(1, 2), _size(features)), _size(features), maps
 
