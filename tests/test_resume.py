@@ -131,6 +131,9 @@ def test_every_setting_has_a_rule_that_exists():
 def test_data_are_compared_by_content_not_by_path(run, data, tmp_path, capsys):
     moved = shutil.copytree(data, tmp_path / "moved")
     assert train(moved, run, "steps=5") == 0
+    named = "annotations/instances_train2017.json"
+    assert train(moved, run, "steps=5", f"annotations={named}") == 0
+    assert train(moved, run, "steps=5", f"annotations={moved / named}") == 0
     path = moved / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["bbox"][2] -= 0.5
@@ -314,7 +317,15 @@ def test_all_files_of_a_checkpoint_have_one_mode(run):
     assert len(modes) == 1
 
 
-def test_ctrl_c_after_sigterm_does_not_interrupt_the_save():
+@pytest.fixture
+def heeds_ctrl_c():
+    """Sets Python's handler of SIGINT, which a process that was started in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_after_sigterm_does_not_interrupt_the_save(heeds_ctrl_c):
     before = signal.getsignal(signal.SIGINT)
     try:
         with StopRequest() as stop:
