@@ -1,5 +1,6 @@
 """The commands people type, on a tiny run: train, resume, evaluate, predict, and every kind of bad input."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pix2seq import Pix2Seq, Predictor
-from pix2seq.cli import main
+from pix2seq.cli import _positive, _seed, _share, main
 from pix2seq.data.shapes import write_shapes
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -226,3 +227,26 @@ def test_the_scripts_and_the_command_are_the_same(run, data, tmp_path):
     wrong = subprocess.run([sys.executable, "train/detection.py", "lrr=1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown setting 'lrr'")
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (_seed, {"0": 0, str(2**64 - 1): 2**64 - 1}, ["-1", str(2**64), "1.5", "x"]),
+        (_share, {"0": 0.0, "1": 1.0, "0.25": 0.25}, ["-0.01", "1.01", "nan", "x"]),
+        (_positive, {"1": 1, "70000": 70_000}, ["0", "-1", "2.0", "x"]),
+    ],
+    ids=["seed", "share", "positive"],
+)
+def test_numbers_of_options_have_limits(read, good, bad):
+    assert {text: read(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a .* got '{text}'"):
+            read(text)
+
+
+def test_long_lists_in_messages_end_in_a_number():
+    assert shortened([]) == []
+    assert shortened([1, "b", 3], 3) == ["1", "b", "3"]
+    assert shortened("abcd", 3) == ["a", "b", "c", "and 1 more"]
+    assert shortened(range(9)) == ["0", "1", "2", "3", "4", "and 4 more"]

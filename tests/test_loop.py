@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.evaluation import EvalResult
+from pix2seq.training.config import load_config
+from pix2seq.training.loop import _Trainer
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,23 @@ def test_an_unknown_best_metric_is_reported_after_the_run_is_saved(data, tmp_pat
     assert train(data, tmp_path, "steps=2", "best_metric=AQ") == 2
     assert "best_metric=AQ is not a metric of this run; it has AP, " in one_line(capsys)
     assert checkpoints(tmp_path) == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], True),
+        (["cuda_graphs=false"], False),
+        (["optimizer=muon"], False),
+        (["bf16=false"], False),
+        (["compile=true"], False),
+        (["accumulate=2"], False),
+        (["model.encoder.closeups=true"], False),  # a recording would read those of another batch
+    ],
+)
+def test_steps_are_recorded_only_where_a_recording_has_all_that_changes(settings, expected):
+    config = load_config(None, ["cuda_graphs=true", *settings])
+    trainer = SimpleNamespace(config=config, ranks=SimpleNamespace(device=torch.device("cuda"), size=1))
+    assert _Trainer._records_steps(trainer) is expected
+    trainer.ranks.size = 2
+    assert not _Trainer._records_steps(trainer)

@@ -24,16 +24,8 @@ from pix2seq.types import Category
 
 # What changes neither weights nor data, or, as `steps`, is how one goes on. Data are compared by content.
 TAKEN = {
-    *(
-        "data",
-        "val_data",
-        "train_split",
-        "val_split",
-        "annotations",
-        "val_annotations",
-        "val_fraction",
-        "max_bad_share",
-    ),
+    *("data", "val_data", "train_split", "val_split", "val_fraction"),
+    *("annotations", "val_annotations", "max_bad_share"),
     *("steps", "num_workers", "worker_timeout", "max_skipped", "checkpoint_every", "keep_checkpoints"),
     *("eval_every", "eval_images", "eval_batch_size", "best_metric", "log_every", "trackers"),
     *("device", "num_processes", "parallel", "activation_checkpointing", "cuda_graphs", "compile"),
