@@ -1,5 +1,6 @@
 """The stream of micro-batches: the same with and without workers, and no worker that dies, hangs or stays."""
 
+import gc
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -13,6 +14,7 @@ from itertools import islice
 import cv2
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pix2seq.data.loader import batches
 from pix2seq.data.sampler import EpochSampler
@@ -167,6 +169,9 @@ def test_a_failing_worker_gives_one_error_and_leaves_no_process(act, kind, messa
     assert type(caught.value) is kind
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGCHLD) is handler
+    # The exception still refers to the iterator; its destructor must have nothing left to wait for.
+    iterators = [thing for thing in gc.get_objects() if type(thing) is _MultiProcessingDataLoaderIter]
+    assert all(iterator._shutdown for iterator in iterators)
 
 
 @pytest.mark.parametrize("kind", [InputError, RuntimeError])

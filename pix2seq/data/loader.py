@@ -175,7 +175,9 @@ def _from_workers(loader: DataLoader[Batch | InputError], timeout: float) -> Ite
             # A worker that was killed while it looked at this event keeps the lock of the event. The loader sets the
             # event when it ends, and would wait for that lock forever.
             iterator._workers_done_event = threading.Event()
-        del iterator  # gives the workers a few seconds to end
+        # Gives the workers a few seconds to end. An exception may still refer to the iterator: its destructor would do
+        # the same at any later time, and wait for the lock of a worker that was killed below.
+        iterator._shutdown_workers()
         _kill(workers)
         atexit.unregister(at_exit)
 
