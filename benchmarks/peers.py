@@ -11,11 +11,11 @@ size and AdamW settings of --config, average their weights as it says, and have 
 - torchvision's `ssdlite320_mobilenet_v3_large` and `fasterrcnn_mobilenet_v3_large_320_fpn` in float32, on images of 320
   pixels in height, the size that they are made for, at the peak rate --peer-lr.
 
-Minutes are of training: reading and augmenting images counts, evaluation and saving do not. Ours needs its number of
-steps in advance, so it times some steps first. The learning rate of torchvision's falls with the share of the minutes
-that has passed. All are scored by pycocotools on the full split val, through the metric of `pix2seq eval`. Processor
-seconds tell how much of the machine a run really had. Results go to benchmarks/results/, dated; --json prints them as
-one JSON object and nothing else.
+Minutes are processor time of training divided by --threads, so that other work on the machine changes no result:
+reading and augmenting images counts, evaluation and saving do not. Ours needs its number of steps in advance, so it
+times some steps first. The learning rate of torchvision's falls with the share of the minutes that has passed. All are
+scored by pycocotools on the full split val, through the metric of `pix2seq eval`. Results go to benchmarks/results/,
+dated; --json prints them as one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PEER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 MODELS = (OURS, EARLIER, *PEER_OPTIONS)
 PEER_HEIGHT = 320  # pixels
-TRIAL_STEPS = 16  # the first half warms up, the second is timed
+TRIAL_STEPS = (8, 8, 32)  # the first run warms up, the others differ by 24 steps
 WARMUP_STEPS = 50
 MIN_SIDE = 1.0  # pixels; torchvision refuses boxes without area
 
@@ -94,26 +94,31 @@ class PaddedDetection(Detection):
 
 def train_ours(base: TrainConfig, model: str, minutes: float, out: Path) -> dict[str, Any]:
     """Train `ours` or `earlier` for some minutes, and return the row of its result."""
-    config = replace(base, steps=TRIAL_STEPS, log_every=1, eval_every=0, eval_images=1, num_workers=0, trackers=())
-    config = replace(config, checkpoint_every=10**9, schedule=replace(base.schedule, warmup_steps=TRIAL_STEPS // 2))
+    config = replace(base, log_every=20, eval_every=0, eval_images=1, num_workers=0, trackers=())
+    config = replace(config, checkpoint_every=10**9)
     if model == EARLIER:
         config = as_earlier(config)
-    run(replace(config, out=str(out / "trial")))
-    _, lines = read_log(out / "trial")
-    seconds = 60 * (lines[-1]["minutes"] - lines[TRIAL_STEPS // 2 - 1]["minutes"]) / (TRIAL_STEPS - TRIAL_STEPS // 2)
-    steps = max(round(60 * minutes / seconds), 2)
-    schedule = replace(base.schedule, warmup_steps=min(base.schedule.warmup_steps, steps - 1))
-    started = time.process_time()
-    run(replace(config, steps=steps, log_every=20, eval_images=0, schedule=schedule, out=str(out / "run")))
-    scores, lines = read_log(out / "run")
+    times = [processor_time(config, steps, out / f"trial{index}") for index, steps in enumerate(TRIAL_STEPS)]
+    step_seconds = (times[-1] - times[-2]) / (TRIAL_STEPS[-1] - TRIAL_STEPS[-2])
+    steps = max(round(60 * minutes * torch.get_num_threads() / step_seconds), 2)
+    processor_seconds = processor_time(replace(config, eval_images=0), steps, out / "run")
+    lines = [json.loads(line) for line in (out / "run" / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    scores = next(line for line in reversed(lines) if line["kind"] == "eval")
     return {
         "AP": scores["AP"],
         "AP50": scores["AP50"],
-        "minutes": lines[-1]["minutes"],
-        "processor_seconds": round(time.process_time() - started),  # of the evaluation too
+        "processor_seconds": round(processor_seconds),  # of the evaluation too
         "steps": steps,
-        "images": int(lines[-1]["images"]),
+        "images": steps * config.batch_size,
     }
+
+
+def processor_time(config: TrainConfig, steps: int, out: Path) -> float:
+    """Train for a number of steps, and return the processor time in seconds."""
+    schedule = replace(config.schedule, warmup_steps=min(config.schedule.warmup_steps, steps - 1))
+    started = time.process_time()
+    run(replace(config, steps=steps, schedule=schedule, out=str(out)))
+    return time.process_time() - started
 
 
 def as_earlier(config: TrainConfig) -> TrainConfig:
@@ -122,13 +127,6 @@ def as_earlier(config: TrainConfig) -> TrainConfig:
     settings = {PaddedDetection.name: asdict(detection) | {"noise_objects": 0}}
     model = replace(config.model, memory=replace(config.model.memory, positions=False))
     return load_config(None, [], **asdict(replace(config, model=model)) | settings | {"tasks": [PaddedDetection.name]})
-
-
-def read_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the last evaluation of a run, and its lines about training."""
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if line["kind"] == "eval"]
-    return evaluations[-1], [line for line in lines if line["kind"] == "train"]
 
 
 def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dict[str, Any]:
@@ -143,8 +141,8 @@ def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dic
     ema = Ema(model, config.ema_decay)
     batches = peer_batches(config, dataset, size)
     model.train()
-    steps, started, processor = 0, time.perf_counter(), time.process_time()
-    while (share := (time.perf_counter() - started) / (60 * minutes)) < 1:
+    steps, started, budget = 0, time.process_time(), 60 * minutes * torch.get_num_threads()
+    while (share := (time.process_time() - started) / budget) < 1:
         images, labels = next(batches)
         steps += 1
         set_learning_rate(optimizer, lr * min(steps / WARMUP_STEPS, 1) * 0.5 * (1 + math.cos(math.pi * share)))
@@ -154,14 +152,13 @@ def train_peer(config: TrainConfig, name: str, minutes: float, lr: float) -> dic
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         ema.update(model, steps)
-    passed = time.perf_counter() - started
     model.load_state_dict(ema.weights)
-    val = open_dataset(config.val_data_of(Detection.name), config.val_split)
+    source = config.val_source(Detection.name)
+    val = open_dataset(source.location, source.split, annotations=source.annotations)
     scores = score_peer(model.eval(), categories, val, size)
     return {
         **scores,
-        "minutes": passed / 60,
-        "processor_seconds": round(time.process_time() - processor),
+        "processor_seconds": round(time.process_time() - started),  # of the evaluation too
         "steps": steps,
         "images": steps * config.batch_size,
     }
@@ -235,7 +232,12 @@ def _main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder in COCO or Pascal VOC layout")
     parser.add_argument("--config", default=str(config_file("detection_voc.yaml")))
-    parser.add_argument("--minutes", type=float, default=10, help="of training, for each model and seed")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="processor time of training, divided by --threads",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
