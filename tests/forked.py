@@ -7,7 +7,18 @@ from multiprocessing import connection
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["dying", "pix2seq.training.recipe", "pycocotools.cocoeval", "torch.distributed.fsdp"])
-Process = context.Process
+
+
+def _run(start_method, function, args):
+    # Data workers then start as in a command. By default, the fork server's child would start another fork server for
+    # them, which imports everything again.
+    multiprocessing.set_start_method(start_method, force=True)
+    function(*args)
+
+
+def forked(function, *args):
+    """Return a process that will run a function; start it with `start()`."""
+    return context.Process(target=_run, args=(multiprocessing.get_start_method(), function, args))
 
 
 def _run_rank(function, args, environment, log):
@@ -30,7 +41,7 @@ def run_ranks(function, *args, folder, size=2, timeout=600):
     for rank in range(size):
         log = folder / f"rank-{rank}.txt"
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = Process(target=_run_rank, args=(function, args, environment, log))
+        process = forked(_run_rank, function, args, environment, log)
         process.start()
         ranks[process.sentinel] = process, log
     try:

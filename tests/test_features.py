@@ -13,7 +13,7 @@ import frozen_ranks
 import numpy as np
 import pytest
 import torch
-from forked import Process, run_ranks
+from forked import forked, run_ranks
 from safetensors.torch import load_file
 from test_cli import TINY, one_line
 
@@ -232,7 +232,7 @@ def store_and_die(data, out, calls):
 def test_a_killed_writer_goes_on_with_the_files_that_are_whole(data, tmp_path):
     out = tmp_path / "killed"
     for calls in (2, 1):
-        process = Process(target=store_and_die, args=(data, out, calls))
+        process = forked(store_and_die, data, out, calls)
         process.start()
         process.join(600)
         assert process.exitcode == -signal.SIGKILL

@@ -8,7 +8,7 @@ import time
 
 import dying
 import pytest
-from forked import Process
+from forked import forked
 
 SETTINGS = [
     *(
@@ -71,7 +71,7 @@ def outcome(out):
 @pytest.fixture(scope="module")
 def undisturbed(shapes, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert exit_code(Process(target=dying.train, args=(arguments(shapes, out, "num_workers=0"),))) == 0
+    assert exit_code(forked(dying.train, arguments(shapes, out, "num_workers=0"))) == 0
     files, log = outcome(out)
     assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["step"] for line in log if line["kind"] == "eval"] == [4, 8]
@@ -83,8 +83,8 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(shapes, undist
     options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
     for signum, point, call in KILLS[num_workers]:
         expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
-        assert exit_code(Process(target=dying.train, args=(options, point, call, signum))) == expected, point
-    assert exit_code(Process(target=dying.train, args=(options,))) == 0
+        assert exit_code(forked(dying.train, options, point, call, signum)) == expected, point
+    assert exit_code(forked(dying.train, options)) == 0
     files, log = outcome(tmp_path / "run")
     assert log == undisturbed[1]
     assert files == undisturbed[0]
@@ -99,7 +99,7 @@ def test_twenty_deaths_at_random_instructions_change_nothing(shapes, undisturbed
     while deaths < 20 or not finished:
         out = tmp_path / f"run-{finished}"
         options = arguments(shapes, out, f"num_workers={num_workers}", "checkpoint_every=1")
-        code = exit_code(Process(target=dying.train_for, args=(options, rng.uniform(0.05, 2.0))))
+        code = exit_code(forked(dying.train_for, options, rng.uniform(0.05, 2.0)))
         assert code in (0, -signal.SIGPROF)
         if code == 0:
             files, log = outcome(out)
@@ -114,7 +114,7 @@ def test_twenty_deaths_at_random_instructions_change_nothing(shapes, undisturbed
 def test_sigterm_saves_the_step_it_comes_in(shapes, tmp_path, point):
     call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 9}.get(point, 1)
     options = arguments(shapes, tmp_path / "run", "num_workers=0", "checkpoint_every=4")
-    child = Process(target=dying.train, args=(options, point, call, signal.SIGTERM))
+    child = forked(dying.train, options, point, call, signal.SIGTERM)
     assert exit_code(child) == 128 + signal.SIGTERM
     # Step 5 if the signal comes while it runs; step 4 if it waits for data, or while step 4 is evaluated or saved.
     step = 5 if point in ("between micro-batches", "updating weights") else 4
@@ -124,7 +124,7 @@ def test_sigterm_saves_the_step_it_comes_in(shapes, tmp_path, point):
 def test_sigterm_does_not_wait_for_data_that_hangs(shapes, tmp_path):
     options = arguments(shapes, tmp_path / "run", "num_workers=1", "seed=3")
     hanging = tmp_path / "hanging"
-    child = Process(target=dying.train_with_a_hanging_image, args=(options, 0, hanging))
+    child = forked(dying.train_with_a_hanging_image, options, 0, hanging)
     child.start()
     while not hanging.exists():
         assert child.is_alive()

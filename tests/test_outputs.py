@@ -12,7 +12,7 @@ from pathlib import Path
 import dying
 import numpy as np
 import pytest
-from forked import Process
+from forked import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -229,7 +229,7 @@ def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(tmp_path
             shutil.rmtree(out)
             finished = []
         point = list(dying.PREDICTION_POINTS)[kill % 4]
-        child = Process(target=dying.predict, args=(arguments, point, rng.randint(1, 2 if point == "asking" else 5)))
+        child = forked(dying.predict, arguments, point, rng.randint(1, 2 if point == "asking" else 5))
         child.start()
         child.join(600)
         assert child.exitcode == -signal.SIGKILL
