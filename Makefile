@@ -23,8 +23,8 @@ demo: .venv/ready ## show the trained model on new images, on the CPU, in a minu
 demo-train: .venv/ready ## train a detector on generated images and show it, on the CPU, in minutes; results in demo/
 	.venv/bin/pix2seq demo --train --out demo
 
-test: .venv/ready ## the fast tests
-	$(PY) -m pytest
+test: .venv/ready ## the fast tests, on all cores (at most 8)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/ready ## the tests that train or convert something larger
 	$(PY) -m pytest -m slow

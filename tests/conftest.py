@@ -10,9 +10,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Set before torch is imported; commands that tests start inherit it. More threads make small tensors slower,
-# above all on a shared machine.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Set before torch is imported; processes that tests start inherit it. More threads make small tensors slower, and the
+# cores are there for more tests at a time (`make test`).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as commands do; see `pix2seq.cli`
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no request to the registry at import
 
@@ -47,6 +47,28 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
     write_shapes(folder, num_train=10, num_val=4, size=32, seed=0, max_objects=3, easy=True, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen images for training and five for evaluation, with annotations for every task."""
+    from pix2seq.data.shapes import write_shapes
+
+    folder = tmp_path_factory.mktemp("four_tasks") / "shapes"
+    write_shapes(folder, num_train=16, num_val=5, size=48, seed=1, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(data: Path) -> Path:
+    """A run of four tasks on `data` with `tiny_settings.TINY`. Tests copy what they change."""
+    from tiny_settings import ALL, TINY
+
+    from pix2seq.cli import main
+
+    out = data.parent / "run"
+    assert main(["train", "--task", ALL, f"data={data}", f"out={out}", *TINY]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -70,14 +70,15 @@ def train_for(arguments, seconds):
     raise SystemExit(main(["train", *arguments]))
 
 
-def train_with_a_hanging_image(arguments, index):
-    """Run `pix2seq train` on a training set that never returns image number `index`."""
+def train_with_a_hanging_image(arguments, index, mark):
+    """Run `pix2seq train` on a training set that never returns image number `index`, and creates a file instead."""
     # A forked worker inherits the patch below; this process was started by a fork server, whose method it would take.
     multiprocessing.set_start_method("fork", force=True)
     original = TrainingSet.__getitem__
 
     def hanging(self, key):
         if key[1] == index:
+            mark.touch()
             time.sleep(3600)
         return original(self, key)
 

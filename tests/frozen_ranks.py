@@ -1,6 +1,5 @@
-"""Run by torchrun in test_features.py: train runs with a frozen encoder for some steps, and save what came out."""
+"""Run by several processes in test_features.py: train with a frozen encoder for some steps, and save what came out."""
 
-import sys
 from itertools import islice
 
 import torch
@@ -42,7 +41,3 @@ def main(out, *runs):
         results = [train(ranks, run.split()) for run in runs]
         if ranks.first:
             torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

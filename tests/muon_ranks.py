@@ -1,6 +1,5 @@
-"""Muon's steps on given gradients, alone or, started by torchrun from test_optimizer.py, with FSDP on several ranks."""
+"""Muon's steps on given gradients, alone or, in test_optimizer.py, with FSDP on several ranks."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -71,7 +70,3 @@ def main(out):
         result = train(ranks, Path(out))
         if ranks.first:
             torch.save(result, Path(out) / "result.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,6 +1,4 @@
-"""Run by torchrun in test_distributed.py: save the results of some steps on random batches."""
-
-import sys
+"""Run by several processes in test_distributed.py: save the results of some steps on random batches."""
 
 import numpy as np
 import torch
@@ -104,7 +102,3 @@ def main(out, *runs):
         results = {run: train(ranks, *run.split("-")) for run in runs}
         if ranks.first:
             torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -156,8 +156,8 @@ def test_a_spawned_worker_reads_the_same_targets(tmp_path, monkeypatch):
     queue = context.Queue()
     worker = context.Process(target=importlib.import_module("worker_of_this_test").run, args=(dataset, queue))
     worker.start()
-    found = queue.get(timeout=120)
-    worker.join(60)
+    found = queue.get(timeout=600)
+    worker.join(600)
     assert found == [dataset.target(i).boxes_xyxy.tolist() for i in range(4)]
 
 

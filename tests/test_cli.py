@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "shapes"
-    write_shapes(folder, num_train=12, num_val=6, size=48, seed=1)
+    write_shapes(folder, num_train=12, num_val=6, size=48, seed=1, workers=1)
     return folder
 
 
@@ -216,17 +217,17 @@ def test_a_checkpoint_of_other_classes_is_refused(run, tmp_path, capsys):
     assert "unicorn" in one_line(capsys)
 
 
-def test_the_scripts_and_the_command_are_the_same(run, data, tmp_path):
+def test_the_scripts_and_the_command_are_the_same(run, data, tmp_path, monkeypatch, capsys):
     image = next((data / "val2017").iterdir())
-    script = ["infer/predict.py", "--image", str(image), "--task", "detection"]
-    command = ["-m", "pix2seq.cli", "predict", str(image)]
-    for name, start in (("a", script), ("b", command)):
-        arguments = [*start, "--checkpoint", str(run), "--out", str(tmp_path / name)]
-        subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, capture_output=True)
+    script = [sys.executable, "infer/predict.py", "--image", str(image), "--task", "detection"]
+    a, b = (["--checkpoint", str(run), "--out", str(tmp_path / name)] for name in "ab")
+    subprocess.run([*script, *a], check=True, cwd=ROOT, capture_output=True)
+    assert main(["predict", str(image), *b]) == 0
     assert (tmp_path / "a" / f"{image.stem}.json").read_text() == (tmp_path / "b" / f"{image.stem}.json").read_text()
-    wrong = subprocess.run([sys.executable, "train/detection.py", "lrr=1"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: unknown setting 'lrr'")
+    monkeypatch.setattr(sys, "argv", ["train/detection.py", "lrr=1"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "train/detection.py"), run_name="__main__")
+    assert one_line(capsys).startswith("error: unknown setting 'lrr'")
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,30 @@
 """Several processes train as one process does, and all of them skip a step that is not finite on any of them."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from forked import run_ranks
 
 from pix2seq.cli import main
 from pix2seq.training.distributed import Ranks
 
-SCRIPT = Path(__file__).with_name("ranks.py")
 RUNS = ["ddp-patch", "ddp-conv", "fsdp-patch", "fsdp-conv", "ddp-conv-uneven", "ddp-conv-nan", "fsdp-patch-nan"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def start(command, **settings):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **settings)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Results of all runs with two processes."""
-    path = tmp_path_factory.mktemp("ranks") / "two.pt"
-    done = start([*TORCHRUN, "--nproc-per-node", "2", SCRIPT, path, *RUNS])
-    assert done.returncode == 0, done.stderr
-    return torch.load(path, weights_only=True)
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(ranks.main, folder / "two.pt", *RUNS, folder=folder)
+    return torch.load(folder / "two.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
+def one_rank():
     """Results with one process, with batches of 8 instead of 2 x 4."""
-    path = tmp_path_factory.mktemp("ranks") / "one.pt"
-    done = start([sys.executable, SCRIPT, path, "ddp-patch", "ddp-conv"])
-    assert done.returncode == 0, done.stderr
-    return torch.load(path, weights_only=True)
+    return {run: ranks.train(Ranks(torch.device("cpu")), *run.split("-")) for run in ("ddp-patch", "ddp-conv")}
 
 
 @pytest.mark.parametrize("run", RUNS[:5])

@@ -1,20 +1,19 @@
 """A frozen encoder stays as it is, and training from its stored features learns what the live run learns."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import frozen_ranks
 import numpy as np
 import pytest
 import torch
+from forked import forked, run_ranks
 from safetensors.torch import load_file
 from test_cli import TINY, one_line
 
@@ -29,6 +28,7 @@ from pix2seq.errors import InputError
 from pix2seq.geometry.affine import Affine, fit_affine
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.training.config import load_config
+from pix2seq.training.distributed import Ranks
 from pix2seq.training.recipe import prepare, store_features
 
 NUM = 12
@@ -176,20 +176,14 @@ def test_two_processes_train_a_frozen_encoder_as_one_does(data, stored, tmp_path
     base = " ".join([f"data={data}", *SETTINGS, "lr=1e-2", "augment.enabled=false", *NO_DROPOUT])
     runs = [f"{base} freeze=encoder", f"{base} features={stored}"]
     runs = [f"{run} parallel={parallel}" for parallel in ("ddp", "fsdp") for run in runs]
-    script = Path(__file__).with_name("frozen_ranks.py")
-    results = []
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        command = [sys.executable, *launch, script, tmp_path / "out.pt", *runs]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(tmp_path / "out.pt", weights_only=True))
-    for one, two in zip(*results, strict=True):
+    alone = [frozen_ranks.train(Ranks(torch.device("cpu")), run.split()) for run in runs]
+    run_ranks(frozen_ranks.main, tmp_path / "out.pt", *runs, folder=tmp_path)
+    for one, two in zip(alone, torch.load(tmp_path / "out.pt", weights_only=True), strict=True):
         assert one["kept"]
         assert two["kept"]
         assert one["num_states"] == two["num_states"]
         np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
-        np.testing.assert_allclose(one["losses"], results[0][0]["losses"], rtol=0, atol=1e-3)
+        np.testing.assert_allclose(one["losses"], alone[0]["losses"], rtol=0, atol=1e-3)
 
 
 # The files
@@ -237,11 +231,10 @@ def store_and_die(data, out, calls):
 
 def test_a_killed_writer_goes_on_with_the_files_that_are_whole(data, tmp_path):
     out = tmp_path / "killed"
-    context = multiprocessing.get_context("forkserver")
     for calls in (2, 1):
-        process = context.Process(target=store_and_die, args=(data, out, calls))
+        process = forked(store_and_die, data, out, calls)
         process.start()
-        process.join(120)
+        process.join(600)
         assert process.exitcode == -signal.SIGKILL
         assert [path.name for path in out.glob("features-*")] == ["features-train-00000.safetensors"]
     with pytest.raises(InputError, match=r"has no features-train.json; write it with: pix2seq data features DATA"):

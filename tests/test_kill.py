@@ -1,7 +1,6 @@
 """A run that is killed anywhere and resumed ends with the same bits as an undisturbed one."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -9,6 +8,7 @@ import time
 
 import dying
 import pytest
+from forked import forked
 
 SETTINGS = [
     *(
@@ -27,33 +27,25 @@ SETTINGS = [
     *("model.decoder.max_seq_len=32", "model.decoder.dropout=0.1", "model.vocab.num_bins=32", "model.vocab.size=1100"),
     *("detection.max_objects=4", "detection.noise_objects=1"),
 ]
-# Where a run is killed, and at which call; a step has two micro-batches. Each run resumes from what the previous
-# one saved.
+# How, where and at which call a run is killed, by its number of workers; a step has two micro-batches. Each run resumes
+# from what the previous one saved. Each signal comes at each point, with workers or without.
 KILLS = {
-    signal.SIGKILL: [
-        ("between micro-batches", 3),
-        ("saving", 1),
-        ("waiting for data", 4),
-        ("evaluating", 2),
-        ("updating weights", 1),
-        ("saving", 2),
+    0: [
+        (signal.SIGKILL, "between micro-batches", 3),
+        (signal.SIGTERM, "saving", 1),
+        (signal.SIGKILL, "evaluating", 2),
+        (signal.SIGTERM, "waiting for data", 1),
+        (signal.SIGKILL, "updating weights", 1),
     ],
-    signal.SIGTERM: [
-        ("between micro-batches", 3),
-        ("saving", 1),
-        ("evaluating", 2),
-        ("waiting for data", 1),
-        ("updating weights", 1),
+    2: [
+        (signal.SIGTERM, "between micro-batches", 3),
+        (signal.SIGKILL, "saving", 1),
+        (signal.SIGTERM, "evaluating", 2),
+        (signal.SIGKILL, "waiting for data", 4),
+        (signal.SIGTERM, "updating weights", 1),
+        (signal.SIGKILL, "saving", 2),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def process():
-    """Starts functions in fresh processes that have already imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pix2seq.cli", "pix2seq.training.loop", "pycocotools.cocoeval"])
-    return context.Process
 
 
 def arguments(shapes, out, *more):
@@ -62,7 +54,7 @@ def arguments(shapes, out, *more):
 
 def exit_code(process):
     process.start()
-    process.join(120)
+    process.join(600)
     assert not process.is_alive()
     return process.exitcode
 
@@ -77,25 +69,22 @@ def outcome(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(process, shapes, tmp_path_factory):
+def undisturbed(shapes, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert exit_code(process(target=dying.train, args=(arguments(shapes, out, "num_workers=0"),))) == 0
+    assert exit_code(forked(dying.train, arguments(shapes, out, "num_workers=0"))) == 0
     files, log = outcome(out)
     assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["step"] for line in log if line["kind"] == "eval"] == [4, 8]
     return files, log
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("signum", KILLS)
-def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(
-    process, shapes, undisturbed, tmp_path, signum, num_workers
-):
+@pytest.mark.parametrize("num_workers", KILLS)
+def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(shapes, undisturbed, tmp_path, num_workers):
     options = arguments(shapes, tmp_path / "run", f"num_workers={num_workers}")
-    expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
-    for point, call in KILLS[signum]:
-        assert exit_code(process(target=dying.train, args=(options, point, call, signum))) == expected, point
-    assert exit_code(process(target=dying.train, args=(options,))) == 0
+    for signum, point, call in KILLS[num_workers]:
+        expected = -signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM
+        assert exit_code(forked(dying.train, options, point, call, signum)) == expected, point
+    assert exit_code(forked(dying.train, options)) == 0
     files, log = outcome(tmp_path / "run")
     assert log == undisturbed[1]
     assert files == undisturbed[0]
@@ -103,14 +92,14 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_result(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_twenty_deaths_at_random_instructions_change_nothing(process, shapes, undisturbed, tmp_path, num_workers):
+def test_twenty_deaths_at_random_instructions_change_nothing(shapes, undisturbed, tmp_path, num_workers):
     """Runs die until 20 have died; each that comes to its end, however often it died before, has the same result."""
     rng = random.Random(num_workers)
     deaths = finished = 0
     while deaths < 20 or not finished:
         out = tmp_path / f"run-{finished}"
         options = arguments(shapes, out, f"num_workers={num_workers}", "checkpoint_every=1")
-        code = exit_code(process(target=dying.train_for, args=(options, rng.uniform(0.05, 2.0))))
+        code = exit_code(forked(dying.train_for, options, rng.uniform(0.05, 2.0)))
         assert code in (0, -signal.SIGPROF)
         if code == 0:
             files, log = outcome(out)
@@ -122,24 +111,26 @@ def test_twenty_deaths_at_random_instructions_change_nothing(process, shapes, un
 
 
 @pytest.mark.parametrize("point", dying.KILL_POINTS)
-def test_sigterm_saves_the_step_it_comes_in(process, shapes, tmp_path, point):
+def test_sigterm_saves_the_step_it_comes_in(shapes, tmp_path, point):
     call = {"between micro-batches": 9, "updating weights": 5, "waiting for data": 9}.get(point, 1)
     options = arguments(shapes, tmp_path / "run", "num_workers=0", "checkpoint_every=4")
-    child = process(target=dying.train, args=(options, point, call, signal.SIGTERM))
+    child = forked(dying.train, options, point, call, signal.SIGTERM)
     assert exit_code(child) == 128 + signal.SIGTERM
     # Step 5 if the signal comes while it runs; step 4 if it waits for data, or while step 4 is evaluated or saved.
     step = 5 if point in ("between micro-batches", "updating weights") else 4
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == f"step-{step:08d}"
 
 
-def test_sigterm_does_not_wait_for_data_that_hangs(process, shapes, tmp_path):
+def test_sigterm_does_not_wait_for_data_that_hangs(shapes, tmp_path):
     options = arguments(shapes, tmp_path / "run", "num_workers=1", "seed=3")
-    child = process(target=dying.train_with_a_hanging_image, args=(options, 0))
+    hanging = tmp_path / "hanging"
+    child = forked(dying.train_with_a_hanging_image, options, 0, hanging)
     child.start()
-    while not (tmp_path / "run" / "log.jsonl").exists():
+    while not hanging.exists():
+        assert child.is_alive()
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(1)  # until the run waits for that image, too
     os.kill(child.pid, signal.SIGTERM)
-    child.join(30)
+    child.join(300)
     assert child.exitcode == 128 + signal.SIGTERM
     assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 1

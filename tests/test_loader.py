@@ -24,19 +24,22 @@ from pix2seq.examples import Example, Sample
 
 @pytest.fixture(autouse=True)
 def time_limit():
-    """Break a test that hangs after three minutes, also inside a destructor, which swallows exceptions."""
+    """Break a test that hangs, also inside a destructor, which swallows exceptions."""
     late = []
 
     def on_alarm(signum, frame):
         late.append(traceback.format_stack(frame))
-        raise TimeoutError("the test took three minutes")
+        raise TimeoutError("the test took ten minutes")
 
     before = signal.signal(signal.SIGALRM, on_alarm)
-    signal.alarm(180)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-    assert not late, "".join(late[0])
+    signal.alarm(600)  # on a machine with much other work, a test of a second can take minutes
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    if late:
+        pytest.fail("".join(late[0]))
 
 
 class Numbers:
@@ -125,7 +128,7 @@ def test_workers_start_even_if_opencv_has_threads_in_the_parent():
     cv2.setNumThreads(4)
     image = np.zeros((1000, 1000, 3), np.uint8)
     cv2.GaussianBlur(image, (31, 31), 5)
-    assert len(take(2, num_workers=2, timeout=30)) == 2
+    assert len(take(2, num_workers=2, timeout=300)) == 2
     assert cv2.getNumThreads() == 4
 
 
@@ -165,7 +168,7 @@ def fail(epoch, index):
 def test_a_failing_worker_gives_one_error_and_leaves_no_process(act, kind, message):
     handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(kind, match=message) as caught:
-        take(10, Numbers(act), batch_size=2, num_workers=2, timeout=1.5 if act is hang else 60)
+        take(10, Numbers(act), batch_size=2, num_workers=2, timeout=1.5 if act is hang else 300)
     assert type(caught.value) is kind
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGCHLD) is handler
@@ -275,7 +278,7 @@ def test_workers_ignore_signals_and_do_not_outlive_their_parent(tmp_path):
         time.sleep(0.3)
         assert all(map(is_alive, of_killed))
         process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(map(is_alive, of_killed)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(is_alive, of_killed))

@@ -1,8 +1,8 @@
 """Four tasks by the commands people type, on a tiny run."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,36 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_settings import ALL, TINY
 
 from pix2seq import Pix2Seq
 from pix2seq.cli import main
 from pix2seq.data.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = "detection,segmentation,keypoint,captioning"
-TINY = [
-    "steps=4", "batch_size=4", "checkpoint_every=2", "keep_checkpoints=10", "log_every=1", "num_workers=0", "lr=1e-3",
-    "eval_batch_size=4", "schedule.warmup_steps=2", "model.image_size=[32,48]", "model.encoder.name=vit",
-    "model.encoder.dim=32", "model.encoder.num_layers=1", "model.encoder.num_heads=2", "model.encoder.mlp_dim=64",
-    "model.decoder.dim=32", "model.decoder.num_layers=1", "model.decoder.num_heads=2", "model.decoder.mlp_dim=64",
-    "model.decoder.max_seq_len=64", "model.vocab.num_bins=32", "model.vocab.text_base=1040", "model.vocab.size=1040",
-    "detection.max_objects=10", "detection.noise_objects=2", "segmentation.max_points=16", "segmentation.num_samples=2",
-    "captioning.max_tokens=30", "segmentation.batch_size=2", "segmentation.loss_weight=0.5",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("multi") / "shapes"
-    write_shapes(folder, num_train=16, num_val=5, size=48, seed=1, workers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(data):
-    out = data.parent / "run"
-    assert main(["train", "--task", ALL, f"data={data}", f"out={out}", *TINY]) == 0
-    return out
 
 
 def test_every_task_has_its_own_loss_in_the_log(run):
@@ -56,8 +33,8 @@ def test_every_task_has_its_own_loss_in_the_log(run):
     assert "captioning/BLEU-4" in lines[-1]
 
 
-def test_a_mix_resumes_to_the_bit(run, data):
-    broken = data.parent / "broken"
+def test_a_mix_resumes_to_the_bit(run, data, tmp_path):
+    broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     shutil.rmtree(broken / "checkpoints" / "step-00000004")
     assert main(["train", "--task", ALL, "--resume", "auto", f"data={data}", f"out={broken}", *TINY]) == 0
@@ -158,10 +135,13 @@ def test_fine_tuning_takes_the_model_of_its_start(run, data, tmp_path):
 
 
 @pytest.mark.parametrize("task", ALL.split(","))
-def test_every_task_trains_alone_by_its_own_script(data, tmp_path, task):
-    settings = [f"data={data}", f"out={tmp_path / 'run'}", *TINY, "steps=1"]
-    command = [sys.executable, str(ROOT / "train" / f"{task}.py"), *settings]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+def test_every_task_trains_alone_by_its_own_script(data, tmp_path, monkeypatch, task):
+    script = ROOT / "train" / f"{task}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), f"data={data}", f"out={tmp_path / 'run'}", *TINY, "steps=1"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
     model = Pix2Seq.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000001")
     assert list(model.task_settings) == [task]
 

@@ -4,15 +4,15 @@ import copy
 import re
 import shutil
 from collections import Counter
-from pathlib import Path
 
+import muon_ranks
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks
 from muon_ranks import numbers, set_gradients, state_with, train
 from safetensors.torch import load_file
 from test_cli import TINY, one_line
-from test_distributed import TORCHRUN, start
 from tiny_run import tiny_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,6 @@ from pix2seq.training.distributed import Ranks
 from pix2seq.training.ema import Ema
 from pix2seq.training.optimizer import Muon, build_optimizer, optimizer_step, orthogonalize
 
-MUON_RANKS = Path(__file__).with_name("muon_ranks.py")
 BOTH = pytest.mark.parametrize("name", ["adamw", "muon"])
 
 
@@ -261,8 +260,7 @@ def test_a_resumed_muon_run_ends_as_an_unbroken_one_to_the_bit(shapes, tmp_path,
 
 
 def test_sharded_runs_step_and_resume_as_one_process_does(tmp_path):
-    done = start([*TORCHRUN, "--nproc-per-node", "2", MUON_RANKS, tmp_path])
-    assert done.returncode == 0, done.stderr
+    run_ranks(muon_ranks.main, tmp_path, folder=tmp_path)
     two = torch.load(tmp_path / "result.pt", weights_only=True)
     one = train(Ranks(torch.device("cpu")), tmp_path / "one")
     assert (one["num_sharded"], two["num_sharded"]) == (0, len(list(state_with("muon").model.parameters())))

@@ -1,7 +1,6 @@
 """What `predict` writes: never onto inputs or files of others, the same after any kill, and all that can be done."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import dying
 import numpy as np
 import pytest
+from forked import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -217,16 +217,8 @@ def test_written_json_holds_no_nan(tmp_path):
         Outputs(tmp_path).write("a", "key", {"score": float("nan")}, Image.new("RGB", (1, 1)))
 
 
-@pytest.fixture(scope="module")
-def process():
-    """Starts functions in fresh processes that have already imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dying"])
-    return context.Process
-
-
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(process, tmp_path, capfd, kills):
+def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(tmp_path, capfd, kills):
     images = write_images(tmp_path / "images", 12)
     assert predict(*images, "--out", tmp_path / "whole") == 0
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
@@ -237,9 +229,9 @@ def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(process,
             shutil.rmtree(out)
             finished = []
         point = list(dying.PREDICTION_POINTS)[kill % 4]
-        child = process(target=dying.predict, args=(arguments, point, rng.randint(1, 2 if point == "asking" else 5)))
+        child = forked(dying.predict, arguments, point, rng.randint(1, 2 if point == "asking" else 5))
         child.start()
-        child.join(120)
+        child.join(600)
         assert child.exitcode == -signal.SIGKILL
         found = contents(out)
         assert all(whole[name] == content for name, content in found.items())

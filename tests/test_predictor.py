@@ -374,7 +374,7 @@ def test_a_forked_process_answers_as_its_parent():
         [sys.executable, "-c", FORKED, str(OLD)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        assert process.communicate(timeout=120)[0] == "[0, 0] 2\n"
+        assert process.communicate(timeout=600)[0] == "[0, 0] 2\n"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -17,7 +17,6 @@ from tiny_run import tiny_state
 
 from pix2seq import Pix2Seq, convert_checkpoint
 from pix2seq.cli import main
-from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
 from pix2seq.files import MANIFEST_FILE, find_damage, write_manifest
 from pix2seq.model.pretrained import list_checkpoints, newest_checkpoint
@@ -36,16 +35,9 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("safety") / "shapes"
-    write_shapes(folder, num_train=4, num_val=2, size=32, seed=1, workers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(data):
-    out = data.parent / "run"
-    assert main(["train", f"data={data}", f"out={out}", *TINY]) == 0
+def run(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("safety") / "run"
+    assert main(["train", f"data={shapes}", f"out={out}", *TINY]) == 0
     return out
 
 
@@ -88,30 +80,30 @@ def poisoned(run, tmp_path):
     return folder
 
 
-def test_a_pickle_instead_of_the_weights_is_not_opened(evil, poisoned, data, tmp_path, capsys):
+def test_a_pickle_instead_of_the_weights_is_not_opened(evil, poisoned, shapes, tmp_path, capsys):
     folder = list_checkpoints(poisoned)[-1]
     (folder / "model.safetensors").write_bytes(evil)
     (folder / "pytorch_model.bin").write_bytes(evil)
     (tmp_path / "model.pt").write_bytes(evil)
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         Pix2Seq.from_pretrained(folder)
-    image = str(next((data / "val2017").iterdir()))
+    image = str(next((shapes / "val2017").iterdir()))
     for command in (
         ["predict", image, "--checkpoint", str(folder), "--out", str(tmp_path / "out")],
-        ["eval", "--data", str(data), "--checkpoint", str(folder)],
-        ["train", f"data={data}", f"out={tmp_path / 'new'}", *TINY, f"init={folder}"],
-        ["train", f"data={data}", f"out={poisoned}", *TINY, "--resume", str(folder)],
+        ["eval", "--data", str(shapes), "--checkpoint", str(folder)],
+        ["train", f"data={shapes}", f"out={tmp_path / 'new'}", *TINY, f"init={folder}"],
+        ["train", f"data={shapes}", f"out={poisoned}", *TINY, "--resume", str(folder)],
         ["predict", image, "--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")],
         ["predict", image, "--checkpoint", str(folder / "pytorch_model.bin"), "--out", str(tmp_path / "out")],
-        ["train", f"data={data}", f"out={tmp_path / 'new'}", *TINY, f"init={tmp_path / 'model.pt'}"],
-        ["train", f"data={data}", f"out={poisoned}", *TINY, "--resume", str(tmp_path / "model.pt")],
+        ["train", f"data={shapes}", f"out={tmp_path / 'new'}", *TINY, f"init={tmp_path / 'model.pt'}"],
+        ["train", f"data={shapes}", f"out={poisoned}", *TINY, "--resume", str(tmp_path / "model.pt")],
     ):
         capsys.readouterr()
         assert main(command) == 2, command
         one_line(capsys.readouterr().err)
     for path in folder.parent.iterdir():
         (path / "model.safetensors").write_bytes(evil)
-    assert main(["train", f"data={data}", f"out={poisoned}", *TINY, "--resume", "auto"]) == 2
+    assert main(["train", f"data={shapes}", f"out={poisoned}", *TINY, "--resume", "auto"]) == 2
     assert "are damaged" in one_line(capsys.readouterr().err)
 
 
@@ -296,7 +288,7 @@ needs_unshare = pytest.mark.skipif(shutil.which("unshare") is None, reason="need
 
 
 @needs_unshare
-def test_a_full_or_read_only_disk_ends_a_run_in_one_line_and_it_resumes_later(tmp_path, data):
+def test_a_full_or_read_only_disk_ends_a_run_in_one_line_and_it_resumes_later(tmp_path, shapes):
     done = on_a_small_disk(
         tmp_path,
         "2m",
@@ -309,7 +301,7 @@ def test_a_full_or_read_only_disk_ends_a_run_in_one_line_and_it_resumes_later(tm
         def names():
             return sorted(path.name for path in Path("disk/run/checkpoints").iterdir())
 
-        train = ["train", "data={data}", "out=disk/run", *{TINY!r}, "steps=4", "--resume", "auto"]
+        train = ["train", "data={shapes}", "out=disk/run", *{TINY!r}, "steps=4", "--resume", "auto"]
         Path("disk/ballast").write_bytes(bytes(600_000))
         assert main(train) == 2
         kept = names()
@@ -371,16 +363,16 @@ def test_read_only_outputs_are_refused_before_the_work(tmp_path):
     assert all("give another" in line for line in done.stdout.splitlines())
 
 
-def test_resume_skips_a_checkpoint_with_a_flipped_bit(run, data, tmp_path, capsys):
+def test_resume_skips_a_checkpoint_with_a_flipped_bit(run, shapes, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     first, second = list_checkpoints(out)
     content = bytearray((second / "state.safetensors").read_bytes())
     content[-1] ^= 1
     (second / "state.safetensors").write_bytes(content)
-    assert main(["train", f"data={data}", f"out={out}", *TINY, "--resume", str(second)]) == 2
+    assert main(["train", f"data={shapes}", f"out={out}", *TINY, "--resume", str(second)]) == 2
     assert "step-00000002 is damaged: state.safetensors" in one_line(capsys.readouterr().err)
-    assert main(["train", f"data={data}", f"out={out}", *TINY, "--resume", "auto"]) == 0
+    assert main(["train", f"data={shapes}", f"out={out}", *TINY, "--resume", "auto"]) == 0
     captured = capsys.readouterr()
     assert "step-00000002 is damaged and skipped" in captured.err
     assert "from step 1" in captured.out

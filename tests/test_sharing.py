@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_multi_task import ALL, TINY
+from tiny_settings import ALL, TINY
 
 from pix2seq.cli import main
 from pix2seq.data.annotations import contents

@@ -9,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_multi_task import ALL, TINY
+from tiny_settings import ALL
 
 from pix2seq import Pix2Seq, Predictor, demo
 from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
-from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.export import Scored, describe_data, export_model
@@ -25,23 +24,10 @@ from pix2seq.types import Caption, Category, ImageRecord, Instance, Target
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shipped") / "shapes"
-    write_shapes(folder, num_train=6, num_val=3, size=32, seed=2, workers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(data):
-    out = data.parent / "run"
-    assert main(["train", "--task", ALL, f"data={data}", f"out={out}", *TINY]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def exported(run, data):
-    """The run's model in half precision, with a card of metrics."""
-    out, metrics = run.parent / "exported", run.parent / "metrics.json"
+def exported(run, data, tmp_path_factory):
+    """The run's model in half precision, with a card of metrics, which lie beside it."""
+    out = tmp_path_factory.mktemp("shipped") / "exported"
+    metrics = out.parent / "metrics.json"
     assert main(["eval", "--checkpoint", str(run), "--data", str(data), "--out", str(metrics)]) == 0
     half = ["--dtype", "float16", "--metrics", str(metrics), "--eval-data", str(data), "--licence", "Apache-2.0"]
     assert main(["export", str(run), "--out", str(out), *half]) == 0
@@ -84,16 +70,16 @@ def test_weights_too_large_for_half_precision_are_refused(exported, tmp_path):
 
 def test_the_card_says_what_the_run_was(run, data, exported):
     card = (exported / "README.md").read_text()
-    metrics = json.loads((run.parent / "metrics.json").read_text())["metrics"]
+    metrics = json.loads((exported.parent / "metrics.json").read_text())["metrics"]
     line = json.loads([text for text in (run / "log.jsonl").read_text().splitlines() if '"train"' in text][-1])
     assert card.startswith("# exported\n")
     assert f"| training | {line['step']} steps, {line['images']:.0f} images" in card
     assert "seed 0 |" in card
     assert (
-        "6 images of split train; Generated shapes, train, seed 2; written by `pix2seq data shapes DIR --train 6"
+        "16 images of split train; Generated shapes, train, seed 1; written by `pix2seq data shapes DIR --train 16"
         in card
     )
-    assert "Measured on 3 images of split val; Generated shapes, val, seed 2" in card
+    assert "Measured on 5 images of split val; Generated shapes, val, seed 1" in card
     rows = dict(re.findall(r"^\| (\S+) \| ([\d.]+) \|$", card, re.M))
     details = {"AP75", "APs", "APm", "APl", "AR", "AR1", "AR10", "AR50", "AR75", "AR100", "ARs", "ARm", "ARl"}
     main_ones = {name for name, value in metrics.items() if value is not None and name.split("/")[-1] not in details}
@@ -109,7 +95,7 @@ def test_a_card_says_that_only_some_images_were_scored(run, exported, data):
     scored = Scored({"AP": 0.5, "AR100": None}, 2, describe_data(data, "val"))
     export_model(run, exported.parent / "again", scored=scored)
     card = (exported.parent / "again/README.md").read_text()
-    assert "Measured on the first 2 of 3 images of split val;" in card
+    assert "Measured on the first 2 of 5 images of split val;" in card
     assert "stored as float32" in card
     assert "Licence" not in card
 

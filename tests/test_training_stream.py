@@ -11,7 +11,7 @@ import pytest
 import torch
 from http_server import serving
 from safetensors.torch import load_file
-from test_multi_task import ALL, TINY
+from tiny_settings import ALL, TINY
 
 from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
