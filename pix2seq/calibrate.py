@@ -142,8 +142,10 @@ def write_calibration(checkpoint: Path, found: Sequence[Calibrated], out: Path |
                     shutil.copyfile(path, out / path.name)
         content = read_json(folder / CONFIG_FILE)
         content[CALIBRATION_KEY] = {each.name: each.calibration.to_json() for each in found}
+        has_manifest = (folder / MANIFEST_FILE).exists()
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # first: a crash must not leave one that disagrees
         write_atomically(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
-        if (folder / MANIFEST_FILE).exists():
+        if has_manifest:
             write_manifest(folder)
     return folder
 

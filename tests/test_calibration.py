@@ -1,4 +1,4 @@
-"""Scores as probabilities: the errors by hand and by a slow second implementation, the maps, and the checkpoint."""
+"""Scores as probabilities: the errors by hand and by a slow second implementation, and the maps that mend them."""
 
 import json
 import math
