@@ -62,6 +62,16 @@ class Prediction:
         return [answer for answers in self.answers.values() for answer in answers if isinstance(answer, Instance)]
 
     @property
+    def likely(self) -> list[Instance]:
+        """Objects of a score that is worth showing: at least the threshold of the task that found them."""
+        return [
+            answer
+            for name, answers in self.answers.items()
+            for answer in answers
+            if isinstance(answer, Instance) and answer.score >= self.thresholds.get(name, DEFAULT_THRESHOLD)
+        ]
+
+    @property
     def captions(self) -> list[Caption]:
         """Sentences about the image."""
         return [answer for answers in self.answers.values() for answer in answers if isinstance(answer, Caption)]

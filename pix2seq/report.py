@@ -116,7 +116,8 @@ class Report:
         sections = []
         for name, score in result.scores.items():
             task, _, question = name.partition("/")
-            own = "".join(svg for key, svg in charts.items() if key.startswith(f"{name.replace('/', '-')}."))
+            of_it = f"{name.replace('/', '-')}."
+            own = "".join(svg for key, svg in charts.items() if key.startswith(of_it) and "reliability" not in key)
             part = [f"<h2>{escape(name)}</h2>", _metrics(score.metrics), f'<div class="charts">{own}</div>']
             if isinstance(score, ApResult):
                 part.append(_classes(score.per_class))
@@ -174,17 +175,20 @@ def figures(result: EvalResult) -> dict[str, str]:
         key = name.replace("/", "-")
         if isinstance(score, ApResult) and sum(score.matches.num_truths.values()):
             found = curve(score.matches)
-            lines = [Line(f"IoU {iou}", found.recall[row], found.precision[row]) for iou, row in SHOWN.items()]
+            lines = [
+                Line(f"{score.overlap} {level}", found.recall[row], found.precision[row])
+                for level, row in SHOWN.items()
+            ]
             charts[f"{key}.precision-recall"] = line_chart(
                 lines, title=f"{name}: precision and recall", x_label="recall", y_label="precision"
             )
-            lines = [Line(f"IoU {iou}", found.scores, found.f1[row]) for iou, row in SHOWN.items()]
+            lines = [Line(f"{score.overlap} {level}", found.scores, found.f1[row]) for level, row in SHOWN.items()]
             charts[f"{key}.f1"] = line_chart(lines, title=f"{name}: F1 by score", x_label="least score", y_label="F1")
         if isinstance(score, ApResult) and score.confusion is not None and score.confusion.threshold is not None:
             charts[f"{key}.confusion"] = matrix_chart(
                 [*score.confusion.names, "nothing"],
                 score.confusion.counts,
-                title=f"{name}: scores of at least {score.confusion.threshold:.2f}",
+                title=f"{name}: confusion, scores of at least {score.confusion.threshold:.2f}",
                 rows="truth",
                 columns="answer",
             )
@@ -215,9 +219,9 @@ def _calibration(result: EvalResult, charts: Mapping[str, str]) -> str:
 def _metrics(metrics: Mapping[str, float | None]) -> str:
     points: dict[str, dict[str, Any]] = {}
     for key, value in metrics.items():
-        kind, at, iou = key.partition("@")
+        kind, at, level = key.partition("@")
         if at:
-            points.setdefault(iou, {"IoU": iou})[kind] = value
+            points.setdefault(level, {"at": level})[kind] = value
     plain = pd.DataFrame([{key: value for key, value in metrics.items() if "@" not in key}])
     return _table(plain) + (_table(pd.DataFrame(points.values())) if points else "")
 

@@ -130,6 +130,7 @@ def test_what_is_drawn_is_of_the_checkpoints_threshold(plain, calibrated):
     prediction = calibrated.predict(IMAGE, ["detection"])
     scores = [i.score for i in prediction.instances]
     assert min(scores) < 0.51 < max(scores)
+    assert [i.score for i in prediction.likely] == [score for score in scores if score >= 0.51]
     assert prediction.draw().tobytes() == prediction.draw(min_score=0.51).tobytes()
     assert prediction.draw().tobytes() != prediction.draw(min_score=0.0).tobytes()
     assert set(plain.thresholds.values()) == {0.3}
@@ -200,9 +201,9 @@ def test_calibrating_twice_begins_from_raw_scores(plain, calibrated, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Ten images, and the repository's model calibrated on them for a precision of 0.9."""
+    """Some images, and the repository's model calibrated on them for a precision of 0.9."""
     folder = tmp_path_factory.mktemp("calibrated")
-    write_shapes(folder / "data", num_train=0, num_val=10, seed=11, workers=1)
+    write_shapes(folder / "data", num_train=0, num_val=24, seed=11, workers=1)
     arguments = ["--checkpoint", str(SHAPES), "--data", str(folder / "data"), "--device", "cpu"]
     assert main(["calibrate", *arguments, "--out", str(folder / "model"), "--precision", "0.9"]) == 0
     return folder

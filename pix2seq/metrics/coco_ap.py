@@ -56,6 +56,7 @@ class ApResult(Scores):
     num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
     num_ignored: int = 0  # objects that are neither found nor missed: difficult ones, and those without a mask
     matches: Matches = field(kw_only=True)  # classes have the numbers of their rows in `per_class`, from 1
+    overlap: str = field(default="IoU", kw_only=True)  # what the thresholds of `matches` are of: IoU or OKS
     confusion: Confusion | None = field(default=None, kw_only=True)  # of boxes, at the threshold of the best F1
 
     def to_json(self) -> dict[str, Any]:
@@ -82,12 +83,13 @@ class ApResult(Scores):
             f"{name:<{width}}  {num_truths:7d}{num_found:7d}  {show(ap)}  {show(ap50)}  {show(f1)}  {show(threshold)}"
             for name, num_truths, num_found, ap, ap50, f1, _, _, threshold in seen.itertuples(index=False)
         ]
-        of_points = [name for name in self.metrics if "@" in name]
-        coco = (f"{name} {show(value)}" for name, value in self.metrics.items() if name not in of_points)
+        coco = (f"{name} {show(value)}" for name, value in self.metrics.items() if "@" not in name)
         lines.append("  ".join(coco))
-        for iou in dict.fromkeys(name.partition("@")[2] for name in of_points):
-            parts = (f"{name} {show(self.metrics[f'{name}@{iou}'])}" for name in ("F1", "precision", "recall"))
-            lines.append(f"at IoU {iou}: {'  '.join(parts)}  for scores from {show(self.metrics[f'threshold@{iou}'])}")
+        for name, value in self.metrics.items():
+            at = name.removeprefix("F1")
+            if at != name and value is not None:
+                others = (f"{each} {show(self.metrics[each + at])}" for each in ("precision", "recall", "threshold"))
+                lines.append(f"{name:<11} {show(value)}  {'  '.join(others)}")
         if self.num_ignored:
             lines.append(f"{self.num_ignored} objects ignored: difficult, or without a mask")
         return "\n".join(lines)
@@ -177,6 +179,7 @@ def average_precision(
         dropped,
         ignored,
         matches=matches,
+        overlap="OKS" if kind == "keypoint" else "IoU",
         confusion=confusion(annotations, detections, list(names_of.values()), threshold) if kind == "box" else None,
         graded=_graded(matches, names_of),
     )
