@@ -119,9 +119,11 @@ def test_a_caption_gets_a_probability_beside_its_score(plain, calibrated):
     assert "probability" not in before.to_json()
 
 
-def test_objects_with_masks_keep_the_score_of_their_box(calibrated):
+def test_objects_with_masks_keep_the_score_of_their_box(calibrated, all_boxes):
+    calibrated.configure(score_weight=1.0)  # so that a mask's own score is another one
     found = calibrated.detect(IMAGE)
     prediction = calibrated.predict(IMAGE, ["segmentation"])
+    assert any(i.polygons for i in prediction.instances)
     assert [(i.score, i.raw_score) for i in prediction.instances] == [(i.score, i.raw_score) for i in found]
 
 
