@@ -18,7 +18,7 @@ class Scores:
     headline: ClassVar[tuple[str, ...]] = ()  # names that a one-line summary shows; empty: all
 
     metrics: dict[str, float | None]
-    graded: Graded | None = field(default=None, kw_only=True)  # answers that are right or wrong; None: they are not so
+    graded: Graded | None = field(default=None, kw_only=True, compare=False)  # answers that are right or wrong
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
