@@ -147,7 +147,7 @@ class ScoreMap:
     def __post_init__(self) -> None:
         for name in ("scores", "probabilities"):
             values = getattr(self, name)
-            if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):  # NaN is not either
+            if not all(map(_is_share, values)):
                 raise ValueError(f"{name} of a calibration map must be numbers from 0 to 1")
             if not all(a < b for a, b in pairwise(values)):
                 raise ValueError(f"{name} of a calibration map must rise")
@@ -216,12 +216,10 @@ class TaskCalibration:
             if not all(isinstance(name, str) for name in (*names, entry["kind"])):
                 raise ValueError("classes and kinds of calibration maps must be texts")
             maps.append((names, ScoreMap(entry["kind"], tuple(entry["scores"]), tuple(entry["probabilities"]))))
-        numbers = [value["threshold"], value["precision"], value["recall"]]
-        if numbers[0] is None or not all(
-            each is None or (isinstance(each, int | float) and 0 <= each <= 1) for each in numbers
-        ):
+        threshold, precision, recall = (value[name] for name in ("threshold", "precision", "recall"))
+        if threshold is None or not all(each is None or _is_share(each) for each in (threshold, precision, recall)):
             raise ValueError("threshold, precision and recall of a calibration must be numbers from 0 to 1")
-        return cls(*numbers, tuple(maps))
+        return cls(threshold, precision, recall, tuple(maps))
 
 
 def fit_temperature(scores: Floats, is_right: NDArray[np.bool_]) -> ScoreMap:
@@ -262,6 +260,11 @@ def fit_isotonic(scores: Floats, is_right: NDArray[np.bool_]) -> ScoreMap:
     x = np.concatenate([[0], middles, [1]])
     y = np.concatenate([levels[:1], levels, levels[-1:]])
     return _rising("isotonic", x, y)
+
+
+def _is_share(value: Any) -> bool:
+    """Whether a value from a file is a number from 0 to 1; NaN is none."""
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def _rising(kind: str, scores: Floats, probabilities: Floats) -> ScoreMap:

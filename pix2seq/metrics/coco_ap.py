@@ -335,8 +335,8 @@ def _matches(
         nobody = np.zeros((len(THRESHOLDS), 0), np.bool_)
         whole, real = np.zeros(0, np.int64), np.zeros(0)
         return Matches(whole, whole, real, real, nobody, nobody, num_truths)
-    images, classes, scores, areas, right, valid = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
-    return Matches(images.astype(np.int64), classes.astype(np.int64), scores, areas, right, valid, num_truths)
+    images, classes, scores, sizes, right, valid = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return Matches(images.astype(np.int64), classes.astype(np.int64), scores, sizes, right, valid, num_truths)
 
 
 def _graded(matches: Matches, names_of: Mapping[int, str]) -> Graded:
