@@ -159,9 +159,6 @@ class ScoreMap:
         return np.interp(scores, self.scores, self.probabilities)
 
 
-IDENTITY = ScoreMap("identity", (0.0, 1.0), (0.0, 1.0))
-
-
 @dataclass(frozen=True)
 class TaskCalibration:
     """What a checkpoint knows of the scores of a task."""
@@ -288,6 +285,7 @@ def _sigmoid(x: Floats) -> Floats:
     return 1 / (1 + np.exp(-np.clip(x, -40, 40)))
 
 
+IDENTITY = ScoreMap("identity", (0.0, 1.0), (0.0, 1.0))
 Fit = Callable[[Floats, NDArray[np.bool_]], ScoreMap]
 FITS: dict[str, Fit] = {
     "identity": lambda scores, is_right: IDENTITY,
