@@ -95,6 +95,7 @@ def measure_ranking(predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
     """Return how well likelihood and agreement rank masks and keypoints."""
     qualities: dict[str, Quality] = {"likelihood": lambda i: i.mask_score or 0.0, "agreement": _mask_agreement}
     found: dict[str, Any] = {}
+    predictor.configure(num_samples=NUM_SAMPLES)
     for name, kind in {"segmentation": "mask", "keypoint": "keypoint"}.items():
         measured = measure(predictor, dataset, [name], range(len(dataset)), progress=True)
         if kind == "mask":
