@@ -44,7 +44,7 @@ td, th { padding: 2px 10px; text-align: right; border-bottom: 1px solid #eaeef2 
 td:first-child, th:first-child { text-align: left }
 code { overflow-wrap: anywhere }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem }
-.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem }
+.pairs { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem }
 .pairs img { width: 100%; display: block } figure { margin: 0 } figcaption { color: #57606a; font-size: 0.85rem }
 """
 
