@@ -223,7 +223,7 @@ def _metrics(metrics: Mapping[str, float | None]) -> str:
         if at:
             points.setdefault(level, {"at": level})[kind] = value
     plain = pd.DataFrame([{key: value for key, value in metrics.items() if "@" not in key}])
-    return _table(plain) + (_table(pd.DataFrame(points.values())) if points else "")
+    return _table(plain) + (_table(pd.DataFrame(list(points.values()))) if points else "")
 
 
 def _classes(per_class: pd.DataFrame) -> str:
