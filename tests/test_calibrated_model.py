@@ -205,7 +205,7 @@ def test_calibrating_twice_begins_from_raw_scores(plain, calibrated, tmp_path):
 def world(tmp_path_factory):
     """Some images, and the repository's model calibrated on them for a precision of 0.9."""
     folder = tmp_path_factory.mktemp("calibrated")
-    write_shapes(folder / "data", num_train=0, num_val=24, seed=11, workers=1)
+    write_shapes(folder / "data", num_train=0, num_val=30, seed=11, workers=1)
     arguments = ["--checkpoint", str(SHAPES), "--data", str(folder / "data"), "--device", "cpu"]
     assert main(["calibrate", *arguments, "--out", str(folder / "model"), "--precision", "0.9"]) == 0
     return folder
@@ -218,12 +218,13 @@ def evaluated(world, checkpoint, *more):
 
 
 def test_the_command_calibrates_what_it_measures(world):
-    before = evaluated(world, SHAPES, "--task", "detection")
-    after = evaluated(world, world / "model", "--task", "detection")
-    by_class = [[row["AP"] for row in each["scores"]["detection"]["per_class"]] for each in (before, after)]
+    before = evaluated(world, SHAPES, "--task", "segmentation")
+    after = evaluated(world, world / "model", "--task", "segmentation")
+    question = "segmentation/found_boxes"
+    by_class = [[row["AP"] for row in each["scores"][question]["per_class"]] for each in (before, after)]
     assert by_class[0] == by_class[1]
-    assert after["metrics"]["detection/ECE"] < before["metrics"]["detection/ECE"]
-    assert after["metrics"]["detection/Brier"] < before["metrics"]["detection/Brier"]
+    assert after["metrics"]["segmentation/ECE"] < before["metrics"]["segmentation/ECE"]
+    assert after["metrics"]["segmentation/Brier"] < before["metrics"]["segmentation/Brier"]
     stored = json.loads((world / "model" / "config.json").read_text())["calibration"]
     assert {"detection", "segmentation", "keypoint"} >= set(stored) >= {"detection", "segmentation"}
     assert stored["detection"]["precision"] >= 0.9
