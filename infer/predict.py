@@ -40,7 +40,7 @@ def predict_files(
     boxes: Path | None = None,
     about: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    min_score: float = 0.3,
+    min_score: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
     device: str = "auto",
@@ -57,7 +57,7 @@ def predict_files(
     An image that cannot be read or asked about stops nothing: the others are done first, then an `InputError` names
     it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
     files. `about` is text for the tasks that take some, see `Task.parse_about`; `settings` are those of
-    `Predictor.configure`. `min_score` applies to the drawing alone.
+    `Predictor.configure`. `min_score` applies to the drawing alone; see `Prediction.draw`.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -129,7 +129,7 @@ def read_boxes(path: Path) -> Boxes:
         sides = [[float(value) for value in entry["bbox"]] for entry in entries]
         corners = [(x, y, x + width, y + height) for x, y, width, height in sides]
         names = [str(entry["category"]) for entry in entries]
-        return Boxes(corners, names, [float(entry.get("score", 1.0)) for entry in entries])
+        return Boxes(corners, names, [float(entry.get("raw_score", entry.get("score", 1.0))) for entry in entries])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a NAME.json for each image, as predict writes it") from None
     except InputError:

@@ -93,6 +93,7 @@ def _main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_train(commands.add_parser("train", help="train a model on a COCO, Pascal VOC or YOLO folder"))
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
+    add_calibrate(commands.add_parser("calibrate", help="make scores probabilities, and choose what is worth showing"))
     add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     add_export(commands.add_parser("export", help="write a trained model for others: weights and a model card"))
@@ -156,6 +157,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val")
     _add_annotations(parser)
     parser.add_argument("--out", type=Path, help="JSON file for the metrics")
+    parser.add_argument("--html", type=Path, help="report with tables, curves and the worst images, in one HTML file")
+    parser.add_argument("--charts", type=Path, help="folder for the report's charts, as SVG files")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
     _add_overwrite(parser)
@@ -167,12 +170,16 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         from pix2seq.data.dataset import open_dataset
         from pix2seq.evaluation import check_output, evaluate
         from pix2seq.predictor import Predictor
+        from pix2seq.report import Report, check_report, write_charts
 
         if args.out:
             check_output(args.out, inputs=[args.data, args.checkpoint], overwrite=args.overwrite)
+        if args.html:
+            check_report(args.html, overwrite=args.overwrite)
         predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
         predictor.configure(**_settings(args))
         dataset = open_dataset(args.data, args.split, annotations=args.annotations)
+        report = Report(predictor, args.checkpoint, args.data, args.split, args.seed) if args.html else None
         result = evaluate(
             predictor,
             dataset,
@@ -181,11 +188,64 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
             limit=args.limit,
             seed=args.seed,
             progress=True,
+            observe=report,
         )
         print(result.text())
         print(result.summary())
         if args.out:
             result.save(args.out)
+        if report is not None:
+            report.save(args.html, result)
+        if args.charts:
+            write_charts(args.charts, result)
+
+    parser.set_defaults(run=run)
+
+
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of calibration."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
+    parser.add_argument("--data", required=True, type=Path, help="COCO, Pascal VOC or YOLO folder, not trained on")
+    parser.add_argument("--split", default="val")
+    _add_annotations(parser)
+    parser.add_argument("--out", type=Path, help="folder for a calibrated copy; by default the checkpoint is changed")
+    parser.add_argument(
+        "--precision", type=_share, help="least precision of what is shown by default; else its F1 is the best"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
+    parser.add_argument("--seed", type=_seed, default=0, help="of sampling, 0 to 2**64 - 1")
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.calibrate import calibrate, write_calibration
+        from pix2seq.data.dataset import open_dataset
+        from pix2seq.files import output_folder
+        from pix2seq.model.pretrained import find_checkpoint
+        from pix2seq.predictor import Predictor
+
+        checkpoint = find_checkpoint(args.checkpoint)
+        output_folder(args.out or checkpoint)
+        predictor = Predictor.from_pretrained(checkpoint, device=args.device, bf16=args.bf16)
+        predictor.calibration = {}
+        found = calibrate(
+            predictor,
+            open_dataset(args.data, args.split, annotations=args.annotations),
+            precision=args.precision,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=True,
+        )
+        for each in found:
+            print(each.text())
+            if not each.is_precise:
+                print(
+                    f"warning: no score gives {each.name} a precision of {args.precision}; its threshold is the one of "
+                    "the best F1",
+                    file=sys.stderr,
+                )
+        print(f"checkpoint: {write_calibration(checkpoint, found, args.out)}")
 
     parser.set_defaults(run=run)
 
@@ -199,7 +259,11 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
     parser.add_argument("--about", metavar="TEXT", help="what to ask about: see the README for each task's form")
-    parser.add_argument("--min-score", type=_share, default=0.3, help="least score of a drawn box; JSON has them all")
+    parser.add_argument(
+        "--min-score",
+        type=_share,
+        help="least score of a drawn box, by default as calibrated, else 0.3; JSON has them all",
+    )
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--resume", action="store_true", help="leave out images that an earlier run has done")
     _add_overwrite(parser)

@@ -27,7 +27,6 @@ CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"  # i
 SEED = 20_261_128  # of the images to show; no model was trained or chosen on them
 NUM_IMAGES = 60  # about a minute on two cores: a model of 26 M parameters takes 0.9 s of processor time for each
 NUM_SHOWN = 12
-MIN_SCORE = 0.3
 MIN_IOU = 0.5  # of the boxes of an object and of what was found, to count as found
 
 NUM_TRAIN, NUM_VAL = 8000, 200
@@ -97,12 +96,12 @@ def demo_table(result: EvalResult, dataset: Dataset, predictions: Sequence[Predi
 
 
 def count_found(target: Target, prediction: Prediction, names: Mapping[int, str]) -> tuple[int, int]:
-    """Return how many objects were found, and how many predictions of at least `MIN_SCORE` are of none.
+    """Return how many objects were found, and how many of the likely predictions are of none.
 
     An object counts once: the best prediction of its class that overlaps it by at least `MIN_IOU` finds it.
     """
     left = list(range(len(target.labels)))
-    likely = sorted((i for i in prediction.instances if i.score >= MIN_SCORE), key=lambda i: -i.score)
+    likely = sorted(prediction.likely, key=lambda i: -i.score)
     for instance in likely:
         overlaps = {i: _iou(target.boxes_xyxy[i].tolist(), instance.box_xyxy) for i in left}
         same = [i for i in left if names[int(target.labels[i])] == instance.category.name]
@@ -145,7 +144,7 @@ def train_demo(out: Path, overrides: Sequence[str] = ()) -> None:
 
     print("4/4  predicting")
     shown = [image.path for image in dataset.images[:NUM_SHOWN]]
-    predict_files(shown, checkpoint=checkpoint, out=out / "predictions", min_score=MIN_SCORE, device=config.device)
+    predict_files(shown, checkpoint=checkpoint, out=out / "predictions", device=config.device)
     _draw(predictor.predict_batch(shown, tuple(predictor.tasks)), out)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{result.summary()}; {minutes:.1f} minutes in all\nLook at {out / 'demo.png'}")
@@ -159,7 +158,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _draw(predictions: Sequence[Prediction], out: Path) -> None:
-    tile([prediction.draw(min_score=MIN_SCORE) for prediction in predictions], columns=4).save(out / "demo.png")
+    tile([prediction.draw() for prediction in predictions], columns=4).save(out / "demo.png")
 
 
 def _iou(a_xyxy: Sequence[float], b_xyxy: Sequence[float]) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import batch_by_pixels, read_record_image
 from pix2seq.errors import InputError
 from pix2seq.files import output_file, read_json, report_write_errors, write_atomically
+from pix2seq.metrics.calibration import MIN_SCORE, CalibrationReport
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
+from pix2seq.tasks.request import EncodedImage
+from pix2seq.tasks.task import Task
+from pix2seq.types import Category, Target
 
 Measured = dict[tuple[str, str], Metric]
 """The metric of each question of each task."""
+
+Observer = Callable[[Task[Any], str, Target, EncodedImage, Sequence[Any], Sequence[Category]], None]
+"""Sees a task, a question, the annotated image, its pixels, the answers and the classes, as they come."""
 
 
 @dataclass(frozen=True)
@@ -32,33 +39,46 @@ class EvalResult:
     metrics: dict[str, float | None]  # all numbers by full name: `AP`, `segmentation/true_boxes/AP50`
     num_images: int
     seconds: float
+    calibration: dict[str, CalibrationReport] = field(default_factory=dict)  # by task whose answers are right or wrong
 
     @classmethod
     def of(cls, measured: Measured, *, num_images: int, seconds: float) -> EvalResult:
         """Compute the scores of what was measured."""
         scores: dict[str, Scores] = {}
         metrics: dict[str, float | None] = {}
+        calibration: dict[str, CalibrationReport] = {}
         for (name, question), metric in measured.items():
             found = metric.result()
             scores[f"{name}/{question}" if question else name] = found
             task = get_task(name)
             metrics |= {task.metric_name(key, question): value for key, value in found.metrics.items()}
-        return cls(scores, metrics, num_images, seconds)
+            if found.graded is not None and question == task.graded_question:
+                calibration[name] = CalibrationReport.of(found.graded)
+                metrics |= {f"{name}/{key}": value for key, value in calibration[name].metrics.items()}
+        return cls(scores, metrics, num_images, seconds, calibration)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: `metrics` by name, `scores` in full, and how many images they rest on."""
+        """Return plain values: `metrics` by name, `scores` and `calibration` in full, and the number of images."""
         return {
             "metrics": self.metrics,
             "scores": {name: score.to_json() for name, score in self.scores.items()},
             "num_images": self.num_images,
             "seconds": round(self.seconds, 3),
+            "calibration": {name: report.to_json() for name, report in self.calibration.items()},
         }
 
     def text(self) -> str:
         """Return tables for the terminal."""
+        parts = [f"{name}\n{score.text()}" for name, score in self.scores.items()]
         if len(self.scores) == 1:
-            return next(iter(self.scores.values())).text()
-        return "\n\n".join(f"{name}\n{score.text()}" for name, score in self.scores.items())
+            parts = [next(iter(self.scores.values())).text()]
+        for name, report in self.calibration.items():
+            if report.overall.error is not None:
+                parts.append(
+                    f"{name}/ECE {report.overall.error:.3f}  {name}/Brier {report.overall.brier:.3f}  "
+                    f"({report.overall.count} answers of a score of at least {MIN_SCORE})"
+                )
+        return "\n\n".join(parts)
 
     def summary(self) -> str:
         """Return the main numbers in one line."""
@@ -85,7 +105,8 @@ def check_output(path: Path, *, inputs: Iterable[Path], overwrite: bool) -> None
         earlier = read_json(path)
     except InputError:
         earlier = None
-    if isinstance(earlier, dict) and earlier.keys() == {field.name for field in fields(EvalResult)}:
+    needed = {each.name for each in fields(EvalResult) if each.default_factory is MISSING}
+    if isinstance(earlier, dict) and needed <= earlier.keys() <= {each.name for each in fields(EvalResult)}:
         return
     read = next((folder for folder in inputs if path.resolve().is_relative_to(folder.resolve())), None)
     if read is not None:
@@ -105,18 +126,21 @@ def evaluate(
     limit: int = 0,
     seed: int = 0,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> EvalResult:
     """Score `tasks`, by default all that the model knows, on the first `limit` images (0: all).
 
     Classes are matched by name, and every class of the data set must be known to the model. Raises `InputError` if
-    the model does not know a task or a class, and if there is no image.
+    the model does not know a task or a class, and if there is no image. `observe` sees all answers.
     """
     if batch_size < 1 or limit < 0:
         raise InputError(f"expected batch_size of at least 1 and limit of at least 0, got {batch_size} and {limit}")
     started = time.perf_counter()
     images = range(min(limit or len(dataset), len(dataset)))
     names = tuple(predictor.tasks) if tasks is None else tasks
-    measured = measure(predictor, dataset, names, images, batch_size=batch_size, seed=seed, progress=progress)
+    measured = measure(
+        predictor, dataset, names, images, batch_size=batch_size, seed=seed, progress=progress, observe=observe
+    )
     return EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
 
 
@@ -129,6 +153,7 @@ def measure(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> Measured:
     """Ask all questions about the images of these numbers; several processes can share the images.
 
@@ -171,6 +196,8 @@ def measure(
                     if (name, question) not in measured:
                         measured[name, question] = task.metric(categories)
                     measured[name, question].add(targets[i], answer)
+                    if observe is not None:
+                        observe(task, question, targets[i], encoded[i], answer, categories)
             bar.update(len(targets))
     return measured
 

@@ -25,7 +25,8 @@ from pix2seq.training.yaml_file import read_yaml
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.yaml"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DETAIL = re.compile(r"(AP75|AP[sml]|AR\w*)$")  # metrics that the card leaves out
+# Metrics that the card leaves out.
+DETAIL = re.compile(r"(AP75|AP[sml]|AR\w*|(precision|recall|threshold)@.*|F1@0.(75|95|5:0.95)|Brier)$")
 OF_THIS_MACHINE = ("data", "val_data", "out", "init", "features")  # settings that are paths
 
 

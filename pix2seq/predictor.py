@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +26,10 @@ from pix2seq.device import pick_device
 from pix2seq.drawing import Canvas
 from pix2seq.errors import InputError
 from pix2seq.geometry.affine import fit_affine
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.pix2seq import Pix2Seq
-from pix2seq.model.pretrained import find_checkpoint
+from pix2seq.model.pretrained import CONFIG_FILE, find_checkpoint
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage, Frame, Request
@@ -38,6 +39,7 @@ from pix2seq.types import Caption, Instance
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
+DEFAULT_THRESHOLD = 0.3  # least score of what is drawn, of a checkpoint that is not calibrated
 MAX_ROWS = 512  # sequences that are decoded side by side
 MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are decoded side by side
 MAX_CROPS = 16  # crops that are encoded side by side
@@ -52,11 +54,22 @@ class Prediction:
     image: EncodedImage
     answers: dict[str, list[Any]]  # by the task that found them; others may have refined them
     tasks: dict[str, Task[Any]]  # the task that draws and writes these answers
+    thresholds: Mapping[str, float] = field(default_factory=dict)  # by task: least score of the objects that are drawn
 
     @property
     def instances(self) -> list[Instance]:
         """Objects, with masks and keypoints where those were asked for."""
         return [answer for answers in self.answers.values() for answer in answers if isinstance(answer, Instance)]
+
+    @property
+    def likely(self) -> list[Instance]:
+        """Objects of a score that is worth showing: at least the threshold of the task that found them."""
+        return [
+            answer
+            for name, answers in self.answers.items()
+            for answer in answers
+            if isinstance(answer, Instance) and answer.score >= self.thresholds.get(name, DEFAULT_THRESHOLD)
+        ]
 
     @property
     def captions(self) -> list[Caption]:
@@ -71,10 +84,11 @@ class Prediction:
             content |= self.tasks[name].to_json(answers)
         return content
 
-    def draw(self, *, min_score: float = 0.0) -> Image.Image:
-        """Draw all answers on the image; of objects, those of at least `min_score`."""
-        canvas = Canvas(self.image.pixels, min_score=min_score)
+    def draw(self, *, min_score: float | None = None) -> Image.Image:
+        """Draw all answers on the image; of objects, those of at least `min_score`, by default `thresholds`."""
+        canvas = Canvas(self.image.pixels)
         for name, answers in self.answers.items():
+            canvas.min_score = self.thresholds.get(name, DEFAULT_THRESHOLD) if min_score is None else min_score
             self.tasks[name].draw(canvas, answers)
         return canvas.finish()
 
@@ -109,12 +123,21 @@ class Predictor:
         }
         for task in self.tasks.values():
             self._check_length(task, "config.json", f"lower {task.length_setting} in it")
+        self.calibration = {
+            name: _calibration(model.calibration[name]) for name in self.tasks if name in model.calibration
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
         """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises `InputError` if it cannot be."""
         model = Pix2Seq.from_pretrained(find_checkpoint(Path(path)))
         return cls(model.to(pick_device(device)), bf16=bf16)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The least score that is worth showing, by task: as `pix2seq calibrate` chose it, else 0.3."""
+        own = self.calibration
+        return {name: own[name].threshold if name in own else DEFAULT_THRESHOLD for name in self.tasks}
 
     def encode(self, image: ImageLike) -> EncodedImage:
         """Read and encode one image: a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a
@@ -166,10 +189,11 @@ class Predictor:
             for image, each in zip(encoded, abouts, strict=True)
         ]
         completions = iter(self._complete(asked, encoded, requests, seed))
-        return [
+        answers = [
             asked.answers(image, some, [next(completions) for _ in some])
             for image, some in zip(encoded, requests, strict=True)
         ]
+        return [asked.calibrated(each, self.calibration.get(task)) for each in answers]
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
         """Return the objects of an image, best first."""
@@ -262,7 +286,7 @@ class Predictor:
                 refined = self.ask(name, encoded, [task.subjects(each) for each in found], seed=seed)
                 answers[key] = [task.merge(*pair) for pair in zip(found, refined, strict=True)]
         return [
-            Prediction(image, {key: found[index] for key, found in answers.items()}, writers)
+            Prediction(image, {key: found[index] for key, found in answers.items()}, writers, self.thresholds)
             for index, image in enumerate(encoded)
         ]
 
@@ -424,6 +448,16 @@ class Predictor:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _calibration(content: dict[str, Any]) -> TaskCalibration:
+    try:
+        return TaskCalibration.from_json(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if type(error) is KeyError else error
+        raise InputError(
+            f"the calibration in {CONFIG_FILE} cannot be used: {reason}; run pix2seq calibrate again"
+        ) from None
 
 
 def _chunks(keys: list[_Key], size: int) -> list[list[_Key]]:

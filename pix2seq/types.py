@@ -126,10 +126,17 @@ class Caption:
     text: str
     score: float  # mean log-probability of its tokens, at most 0
     truncated: bool = False  # whether it was cut at the maximum length
+    probability: float | None = None  # of being true, where the checkpoint is calibrated for it
+
+    @property
+    def confidence(self) -> float:
+        """The probability of being true, or else the geometric mean of the likelihood of its tokens; 0 to 1."""
+        return math.exp(min(self.score, 0.0)) if self.probability is None else self.probability
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry for NAME.json; JSON has no minus infinity, the score of impossible words."""
-        return {"text": self.text, "score": round(self.score, 6) if math.isfinite(self.score) else None}
+        entry = {"text": self.text, "score": round(self.score, 6) if math.isfinite(self.score) else None}
+        return entry if self.probability is None else entry | {"probability": round(self.probability, 6)}
 
 
 @dataclass(frozen=True)
@@ -144,12 +151,24 @@ class Instance:
     rle: dict[str, Any] | None = None  # the mask as a COCO RLE, if rings cannot express it: holes
     mask_score: float | None = None  # mean likelihood of the polygon tokens
     keypoint_score: float | None = None  # mean likelihood of the keypoint tokens
+    mask_agreement: float | None = None  # how well the sampled masks that voted agree, 0 to 1; None: there was one
+    raw_score: float | None = None  # `score` before calibration; None: the score is not calibrated
+
+    @property
+    def uncalibrated(self) -> float:
+        """The score before calibration."""
+        return self.score if self.raw_score is None else self.raw_score
 
     def to_json(self) -> dict[str, Any]:
         """Return the COCO-like entry for NAME.json: `bbox` is x, y, width, height."""
         x0, y0, x1, y1 = self.box_xyxy
         points = [] if self.keypoints is None else [round(float(v), 2) for v in self.keypoints.ravel()]
-        parts = {"mask_score": self.mask_score, "keypoint_score": self.keypoint_score}
+        parts = {
+            "mask_score": self.mask_score,
+            "mask_agreement": self.mask_agreement,
+            "keypoint_score": self.keypoint_score,
+            "raw_score": self.raw_score,
+        }
         return {
             "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
             "category_id": self.category.id,

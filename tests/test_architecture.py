@@ -18,14 +18,14 @@ LEVELS = [
     "types",
     "vocab",
     "geometry",
-    "tokenizers drawing",
+    "tokenizers drawing charts",
     "examples",
     "data | model | metrics",
     "tasks",
     "predictor convert",
     "evaluation",
     "training",
-    "sequences infer demo export train",
+    "sequences infer demo export report calibrate train",
     "cli",
 ]
 # Of the lower rooms.

@@ -89,7 +89,7 @@ def test_eval_writes_metrics(run, data, tmp_path, capsys):
     metrics = json.loads((tmp_path / "m.json").read_text())
     assert metrics["num_images"] == 6
     assert 0 <= metrics["metrics"]["AP"] <= 1
-    assert len(metrics["metrics"]) == 12
+    assert metrics["metrics"].keys() >= {"APs", "AR100", "F1@0.5", "threshold@0.5:0.95", "detection/ECE"}
     assert "category" in capsys.readouterr().out
 
 

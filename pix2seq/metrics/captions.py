@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from pix2seq.errors import InputError
+from pix2seq.metrics.calibration import NO_CLASS, Graded
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.types import Caption, Target
 
@@ -70,12 +73,14 @@ class CaptionMetric(Metric):
         self.predictions: dict[int, str] = {}
         self.is_true_of = is_true_of
         self.verdicts: dict[int, bool] = {}
+        self.confidences: dict[int, float] = {}
 
     def add(self, target: Target, answers: Sequence[Caption]) -> None:
         """See `Metric`."""
         self.references[target.image.id] = target.captions
         for caption in answers:
             self.predictions[target.image.id] = caption.text
+            self.confidences[target.image.id] = caption.confidence
         verdict = self.is_true_of(self.predictions.get(target.image.id, ""), target)
         if verdict is not None:
             self.verdicts[target.image.id] = verdict
@@ -85,13 +90,25 @@ class CaptionMetric(Metric):
         self.references |= other.references
         self.predictions |= other.predictions
         self.verdicts |= other.verdicts
+        self.confidences |= other.confidences
 
     def result(self) -> CaptionScores:
         """See `Metric`."""
         scores = caption_scores(self.references, self.predictions)
         if not self.verdicts:
             return scores
-        return replace(scores, metrics=scores.metrics | {"true": sum(self.verdicts.values()) / len(self.verdicts)})
+        asked = [image_id for image_id in self.verdicts if image_id in self.confidences]
+        nothing = np.full(len(asked), NO_CLASS)
+        graded = Graded(
+            np.array([self.confidences[image_id] for image_id in asked], np.float64),
+            np.array([self.verdicts[image_id] for image_id in asked], np.bool_),
+            np.array(asked, np.int64),
+            nothing,
+            nothing,
+            len(self.verdicts),
+        )
+        share = sum(self.verdicts.values()) / len(self.verdicts)
+        return replace(scores, metrics=scores.metrics | {"true": share}, graded=graded)
 
 
 def caption_scores(references: Mapping[int, Sequence[str]], predictions: Mapping[int, str]) -> CaptionScores:

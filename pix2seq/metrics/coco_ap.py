@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pix2seq.geometry.keypoints import point_key
+from pix2seq.metrics.calibration import Graded
+from pix2seq.metrics.confusion import Confusion, confusion
+from pix2seq.metrics.matching import THRESHOLDS, Matches, operating_points, point_metrics
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target, category_key
 
@@ -38,6 +41,7 @@ COCO_SIGMAS = {
     "knee": 0.087, "ankle": 0.089,
 }  # fmt: skip
 OTHER_SIGMA = (2 * sum(COCO_SIGMAS.values()) - COCO_SIGMAS["nose"]) / 17
+_SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # areas, by COCO's names
 _IGNORED_AREA = 1e11  # beyond all ranges of COCO's sizes: pycocotools ignores such an object, but finds it by IoU
 
 
@@ -47,9 +51,13 @@ class ApResult(Scores):
 
     headline = ("AP", "AP50")
 
-    per_class: pd.DataFrame  # category, num_ground_truth, num_detections, AP, AP50
+    # category, num_ground_truth, num_detections, AP, AP50, F1@0.5, precision@0.5, recall@0.5, threshold@0.5
+    per_class: pd.DataFrame
     num_dropped: int  # detections that could not be scored: not finite, without area, or of an unknown class
     num_ignored: int = 0  # objects that are neither found nor missed: difficult ones, and those without a mask
+    matches: Matches = field(kw_only=True)  # classes have the numbers of their rows in `per_class`, from 1
+    overlap: str = field(default="IoU", kw_only=True)  # what the thresholds of `matches` are of: IoU or OKS
+    confusion: Confusion | None = field(default=None, kw_only=True)  # of boxes, at the threshold of the best F1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,6 +68,7 @@ class ApResult(Scores):
         return {
             "metrics": self.metrics,
             "per_class": rows,
+            **({} if self.confusion is None else {"confusion": self.confusion.to_json()}),
             "num_dropped": self.num_dropped,
             "num_ignored": self.num_ignored,
         }
@@ -68,13 +77,19 @@ class ApResult(Scores):
         """A table for the terminal."""
         show = lambda value: "    -" if value is None or np.isnan(value) else f"{value:5.3f}"  # noqa: E731
         width = max([len("category"), *(len(name) for name in self.per_class["category"])])
-        lines = [f"{'category':<{width}}  objects  found     AP   AP50"]
+        lines = [f"{'category':<{width}}  objects  found     AP   AP50     F1  score"]
         seen = self.per_class[self.per_class[["num_ground_truth", "num_detections"]].any(axis=1)]
         lines += [
-            f"{name:<{width}}  {num_truths:7d}{num_found:7d}  {show(ap)}  {show(ap50)}"
-            for name, num_truths, num_found, ap, ap50 in seen.itertuples(index=False)
+            f"{name:<{width}}  {num_truths:7d}{num_found:7d}  {show(ap)}  {show(ap50)}  {show(f1)}  {show(threshold)}"
+            for name, num_truths, num_found, ap, ap50, f1, _, _, threshold in seen.itertuples(index=False)
         ]
-        lines.append("  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
+        coco = (f"{name} {show(value)}" for name, value in self.metrics.items() if "@" not in name)
+        lines.append("  ".join(coco))
+        for name, value in self.metrics.items():
+            at = name.removeprefix("F1")
+            if at != name and value is not None:
+                others = (f"{each} {show(self.metrics[each + at])}" for each in ("precision", "recall", "threshold"))
+                lines.append(f"{name:<11} {show(value)}  {'  '.join(others)}")
         if self.num_ignored:
             lines.append(f"{self.num_ignored} objects ignored: difficult, or without a mask")
         return "\n".join(lines)
@@ -155,7 +170,19 @@ def average_precision(
                     metrics |= {name: None for name in metrics if name in (f"AP{letter}", f"AR{letter}")}
     names_of = {id_of_label[category.label]: category.name for category in categories}
     ignored = sum(not a["iscrowd"] and not _is_counted(a) for a in annotations)
-    return ApResult(metrics, _per_class(scored, names_of, counted, detections), dropped, ignored)
+    matches = _matches(scored, counted, detections)
+    metrics |= point_metrics(matches)
+    threshold = metrics["threshold@0.5"]
+    return ApResult(
+        metrics,
+        _per_class(scored, names_of, counted, detections, matches),
+        dropped,
+        ignored,
+        matches=matches,
+        overlap="OKS" if kind == "keypoint" else "IoU",
+        confusion=confusion(annotations, detections, list(names_of.values()), threshold) if kind == "box" else None,
+        graded=_graded(matches, names_of),
+    )
 
 
 def _is_counted(annotation: Mapping[str, Any]) -> bool:
@@ -281,6 +308,53 @@ def _evaluate(
     return evaluation
 
 
+def _matches(
+    scored: COCOeval | None, counted: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Any]]
+) -> Matches:
+    """Gather what pycocotools decided about each detection, of all sizes."""
+    num_truths: dict[int, int] = {}
+    for annotation in counted:
+        num_truths[annotation["category_id"]] = num_truths.get(annotation["category_id"], 0) + 1
+    parts: list[tuple[Any, ...]] = []
+    if scored is not None:
+        all_sizes = scored.params.areaRng[0]
+        for entry in filter(None, scored.evalImgs):
+            if entry["aRng"] == all_sizes and entry["dtIds"]:
+                many = len(entry["dtIds"])
+                areas = [scored.cocoDt.anns[number]["area"] for number in entry["dtIds"]]
+                where = [[entry[name]] * many for name in ("image_id", "category_id")]
+                parts.append(
+                    (*where, entry["dtScores"], areas, entry["dtMatches"] > 0, ~entry["dtIgnore"].astype(bool))
+                )
+    elif not counted and detections:  # nothing is there to be found, so all of them are wrong
+        many = len(detections)
+        wrong, all_counted = np.zeros((len(THRESHOLDS), many), bool), np.ones((len(THRESHOLDS), many), bool)
+        values = [[each[name] for each in detections] for name in ("image_id", "category_id", "score")]
+        parts.append((*values, [0.0] * many, wrong, all_counted))
+    if not parts:
+        nobody = np.zeros((len(THRESHOLDS), 0), np.bool_)
+        whole, real = np.zeros(0, np.int64), np.zeros(0)
+        return Matches(whole, whole, real, real, nobody, nobody, num_truths)
+    images, classes, scores, sizes, right, valid = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return Matches(images.astype(np.int64), classes.astype(np.int64), scores, sizes, right, valid, num_truths)
+
+
+def _graded(matches: Matches, names_of: Mapping[int, str]) -> Graded:
+    """Return what is right at IoU or OKS 0.5, without what is ignored."""
+    valid = matches.is_counted[0]
+    sizes = np.full(len(valid), "large", dtype="U6")
+    for name, (low, high) in _SIZES.items():
+        sizes[(matches.areas >= low) & (matches.areas < high)] = name
+    return Graded(
+        matches.scores[valid],
+        matches.is_right[0][valid],
+        matches.image_ids[valid],
+        np.array([names_of[number] for number in matches.category_ids[valid].tolist()], dtype=np.str_),
+        sizes[valid],
+        sum(matches.num_truths.values()),
+    )
+
+
 class _Evaluation(COCOeval):
     """COCO's evaluation for classes with different skeletons."""
 
@@ -297,6 +371,7 @@ def _per_class(
     names_of: dict[int, str],
     counted: list[dict[str, Any]],
     detections: list[dict[str, Any]],
+    matches: Matches,
 ) -> pd.DataFrame:
     truths = np.bincount([a["category_id"] for a in counted], minlength=len(names_of) + 1)
     found = np.bincount([d["category_id"] for d in detections], minlength=len(names_of) + 1)
@@ -307,8 +382,11 @@ def _per_class(
             # (IoU thresholds, recalls, classes, areas, detections): all sizes, most detections
             precision: NDArray[np.float64] = scored.eval["precision"][:, :, position, 0, -1]
             ap, ap50 = round(float(precision.mean()), 12), round(float(precision[0].mean()), 12)
-        rows.append((name, int(truths[category_id]), int(found[category_id]), ap, ap50))
-    return pd.DataFrame(rows, columns=["category", "num_ground_truth", "num_detections", "AP", "AP50"])
+        best = operating_points(matches.of(category_id))["0.5"]
+        point = [np.nan] * 4 if best is None else [np.nan if each is None else each for each in vars(best).values()]
+        rows.append((name, int(truths[category_id]), int(found[category_id]), ap, ap50, *point))
+    names = ["F1@0.5", "precision@0.5", "recall@0.5", "threshold@0.5"]
+    return pd.DataFrame(rows, columns=["category", "num_ground_truth", "num_detections", "AP", "AP50", *names])
 
 
 def _defined(value: float) -> float | None:

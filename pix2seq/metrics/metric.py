@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from pix2seq.metrics.calibration import Graded
 from pix2seq.types import Target
 
 
@@ -17,6 +18,7 @@ class Scores:
     headline: ClassVar[tuple[str, ...]] = ()  # names that a one-line summary shows; empty: all
 
     metrics: dict[str, float | None]
+    graded: Graded | None = field(default=None, kw_only=True, compare=False)  # answers that are right or wrong
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -26,10 +26,12 @@ from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import (
+    CALIBRATION_KEY,
     CONFIG_FILE,
     FORMAT,
     WEIGHTS_FILE,
     as_stored,
+    read_calibration,
     read_config,
     read_weights,
     write_checkpoint,
@@ -104,6 +106,7 @@ class Pix2Seq(nn.Module):
         self.categories = tuple(categories)
         self.text = text
         self.task_settings: dict[str, dict[str, Any]] = {}
+        self.calibration: dict[str, dict[str, Any]] = {}  # by task, as `TaskCalibration.to_json` gives it
         self.encoder_is_frozen = False
 
     @property
@@ -283,6 +286,7 @@ class Pix2Seq(nn.Module):
             "model": dataclasses.asdict(self.config),
             "categories": [category.to_json() for category in self.categories],
             "tasks": self.task_settings,
+            **({CALIBRATION_KEY: self.calibration} if self.calibration else {}),
         }
 
     @classmethod
@@ -303,7 +307,7 @@ class Pix2Seq(nn.Module):
         weights = read_weights(folder / WEIGHTS_FILE)
         _check_fit(config, weights, folder)
         model = build_model(config, categories, text, load_pretrained=False)
-        model.task_settings = task_settings
+        model.task_settings, model.calibration = task_settings, read_calibration(folder)
         model.load_state_dict(weights)
         broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
         if broken:

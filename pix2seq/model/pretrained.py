@@ -26,6 +26,7 @@ from pix2seq.types import Category
 
 CONFIG_FILE = "config.json"
 FORMAT = 1  # of config.json
+CALIBRATION_KEY = "calibration"  # in config.json; checkpoints without it are as readable
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "state.json"
@@ -116,6 +117,14 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[Category, ...], dict[s
         reason = f"{error} is missing" if type(error) is KeyError else str(error).partition("\n")[0]
         raise InputError(f"{path} is not a valid model config: {reason}; use a folder that training wrote") from error
     return config, categories, tasks
+
+
+def read_calibration(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what a readable config.json knows of the scores of each task. Raises `InputError` if it is no mapping."""
+    found = read_json(folder / CONFIG_FILE).get(CALIBRATION_KEY, {})
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise InputError(f"calibration in {folder / CONFIG_FILE} is no mapping by task; run pix2seq calibrate again")
+    return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

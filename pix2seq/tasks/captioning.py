@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +13,7 @@ import numpy as np
 from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.metrics.captions import CaptionMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
@@ -135,6 +136,12 @@ class Captioning(Task[CaptioningConfig]):
         logprobs = completion.logprobs[0][ids != PAD].astype(np.float64)
         score = float(logprobs.mean()) if len(logprobs) else float("-inf")
         return Caption(decode_caption(ids, self.tokenizer, self.vocab), score, bool(completion.truncated[0]))
+
+    def calibrated(self, answers: Sequence[Caption], calibration: TaskCalibration | None) -> list[Caption]:
+        """Add the probability that a caption is true; its score stays."""
+        if calibration is None:
+            return list(answers)
+        return [replace(each, probability=calibration.probability(each.confidence)) for each in answers]
 
     def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Any]:
         """Leave out images without captions."""

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
-from pix2seq.tasks.objects import Objects, instance_at
+from pix2seq.tasks.objects import Objects, calibrated_instances, instance_at
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.detection import (
@@ -161,6 +162,10 @@ class Detection(Task[DetectionConfig]):
             for b, label, score in zip(boxes, objects.labels[order].tolist(), objects.scores[order], strict=True)
             if b[2] > b[0] and b[3] > b[1]
         ]
+
+    def calibrated(self, answers: Sequence[Instance], calibration: TaskCalibration | None) -> list[Instance]:
+        """Turn scores into the probability that box and class are right."""
+        return list(answers) if calibration is None else calibrated_instances(answers, calibration)
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""

@@ -18,6 +18,7 @@ from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.settings import Range, Share
 from pix2seq.tasks.request import EncodedImage, Frame, Request
@@ -70,6 +71,7 @@ class ObjectTask(Task[Config]):
 
     needs = ("detection",)
     main_metric = f"{TRUE_BOXES}/AP"
+    graded_question = FOUND_BOXES
     scale_range = (0.3, 1.0)
     about_format = "objects as `x0,y0,x1,y1 CLASS`, in pixels, separated by semicolons"
 
@@ -157,6 +159,7 @@ class ObjectTask(Task[Config]):
         return [self._request(image, instance) for instance in usable]
 
     def _request(self, image: EncodedImage, instance: Instance) -> Request:
+        instance = replace(instance, score=instance.uncalibrated)  # what the answer's score is made from
         box = np.array(instance.box_xyxy, np.float64)
         region = None if self.crop_padding is None else padded_region(box, *image.size, self.crop_padding)
         closeup = image.frame().around(box, self.config.crop_padding) if self.config.closeup else None
@@ -181,6 +184,17 @@ class ObjectTask(Task[Config]):
             for request, completion in zip(requests, completions, strict=True)
         ]
         return sorted(found, key=lambda instance: -instance.score)
+
+    def calibrated(self, answers: Sequence[Instance], calibration: TaskCalibration | None) -> list[Instance]:
+        """Turn scores into the probability that box, class and answer are right.
+
+        This needs a box that a calibrated detector found; the score of a given box says nothing about the box.
+        """
+        if calibration is None:
+            return [replace(answer, raw_score=None) for answer in answers]
+        found = calibrated_instances([answer for answer in answers if answer.raw_score is not None], calibration)
+        given = [answer for answer in answers if answer.raw_score is None]
+        return sorted([*found, *given], key=lambda instance: -instance.score)
 
     def parse_about(self, text: str) -> Boxes:
         """Read `x0,y0,x1,y1 CLASS; ...`."""
@@ -248,13 +262,17 @@ class ObjectTask(Task[Config]):
     def subjects(self, found: Sequence[Instance]) -> list[Instance]:
         """Drop detections below `min_box_score`, and those of classes that cannot be asked about."""
         least = self.config.min_box_score
-        return [instance for instance in found if instance.score >= least and self.accepts(instance.category)]
+        return [instance for instance in found if instance.uncalibrated >= least and self.accepts(instance.category)]
 
     def merge(self, found: Sequence[Instance], answers: Sequence[Instance]) -> list[Instance]:
         """Put masks or keypoints onto the objects of the same box and class, which keep their own scores."""
         by_object = {(answer.box_xyxy, answer.category): answer for answer in answers}
         return [
-            replace(by_object.get((instance.box_xyxy, instance.category), instance), score=instance.score)
+            replace(
+                by_object.get((instance.box_xyxy, instance.category), instance),
+                score=instance.score,
+                raw_score=instance.raw_score,
+            )
             for instance in found
         ]
 
@@ -291,6 +309,15 @@ class ObjectTask(Task[Config]):
         tokens, ones = example.targets[None], np.zeros((1, len(example.targets)), np.float32)
         completion = Completion(tokens, ones, tokens, ones, np.zeros(1, np.bool_))
         return [replace(self.answer(instance, completion, frame, size[::-1]), score=1.0)]
+
+
+def calibrated_instances(instances: Sequence[Instance], calibration: TaskCalibration) -> list[Instance]:
+    """Return objects with the probability that they are right as their score, best first."""
+    found = [
+        replace(each, score=calibration.probability(each.score, each.category.name), raw_score=each.score)
+        for each in instances
+    ]
+    return sorted(found, key=lambda instance: -instance.score)
 
 
 def instance_at(coord_ids: NDArray[np.integer], category: Category, frame: Frame, vocab: Vocab) -> Instance:

@@ -109,8 +109,8 @@ class Segmentation(ObjectTask[SegmentationConfig]):
     def answer(self, instance: Instance, completion: Completion, frame: Frame, size: tuple[int, int]) -> Instance:
         """See `ObjectTask`."""
         likelihood, score = self.scores(completion, instance.score)
-        rings, rle = self.mask(completion.tokens, frame, size)
-        return replace(instance, score=score, polygons=rings, rle=rle, mask_score=likelihood)
+        rings, rle, agreement = self._vote(completion.tokens, frame, size)
+        return replace(instance, score=score, polygons=rings, rle=rle, mask_score=likelihood, mask_agreement=agreement)
 
     def mask(
         self, samples: NDArray[np.integer], frame: Frame, size: tuple[int, int]
@@ -120,16 +120,25 @@ class Segmentation(ObjectTask[SegmentationConfig]):
         `size` is width and height of the image. One sample is taken as it is, without run lengths; of several, each
         pixel goes with `threshold` of the votes.
         """
+        return self._vote(samples, frame, size)[:2]
+
+    def _vote(
+        self, samples: NDArray[np.integer], frame: Frame, size: tuple[int, int]
+    ) -> tuple[list[NDArray[np.float32]], dict[str, Any] | None, float | None]:
+        """Return a mask as `mask` does, and the IoU of the voted mask with the share of votes of each pixel.
+
+        The IoU is soft: 1 if all samples are the same, None for one sample, 0 if nothing was voted.
+        """
         width, height = size
         polygons = []
         for ids in samples:
             rings = [frame.to_image_xy(ring) for ring in decode_polygons(ids, self.vocab)]
             polygons.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
         if len(polygons) == 1:
-            return polygons[0], None
+            return polygons[0], None, None
         points = np.concatenate([ring for rings in polygons for ring in rings] or [np.zeros((0, 2), np.float32)])
         if not len(points):
-            return [], None
+            return [], None, 0.0
         # Nothing lies outside the points' own box, so only that part of the image is voted on.
         left, top = np.floor(points.min(axis=0)).astype(int)
         right, bottom = np.ceil(points.max(axis=0)).astype(int)
@@ -139,7 +148,9 @@ class Segmentation(ObjectTask[SegmentationConfig]):
         voted = votes >= self.config.threshold
         full = np.zeros((height, width), np.uint8, order="F")
         full[top:bottom, left:right] = voted[: height - top, : width - left]
-        return [ring + corner for ring in mask_to_rings(voted)], dict(mask_utils.encode(full))
+        common = float(votes[voted].sum())
+        agreement = common / max(float(votes.sum()) + int(voted.sum()) - common, 1.0)
+        return [ring + corner for ring in mask_to_rings(voted)], dict(mask_utils.encode(full)), agreement
 
     def scores(self, completion: Completion, box_score: float) -> tuple[float, float]:
         """Return the likelihood of the mask, and the object's score."""

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pix2seq.data.annotations import contents
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.metrics.metric import Metric
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.settings import BatchSize, NonNegativeFloat, NonNegativeInt, PositiveShare, Settings
@@ -54,6 +55,7 @@ class Task(ABC, Generic[Config]):
     needs: ClassVar[tuple[str, ...]] = ()  # the task whose answers supply `about` where nobody gave it
     main_metric: ClassVar[str]  # chooses the best checkpoint: QUESTION/METRIC, or METRIC for the question ""
     metric_prefix: ClassVar[str | None] = None  # of metric names; None: the task's name
+    graded_question: ClassVar[str] = ""  # whose answers say how far scores are probabilities, and calibrate them
 
     learns_from: ClassVar[str] = "object"  # what an image must have: object, mask, labelled keypoint or caption
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
@@ -136,6 +138,10 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
         """Read what the model said to each request, in pixels of the original image."""
+
+    def calibrated(self, answers: Sequence[Any], calibration: TaskCalibration | None) -> list[Any]:
+        """Turn scores into probabilities; None: the checkpoint is not calibrated for this task."""
+        return list(answers)
 
     def parse_about(self, text: str) -> Any:
         """Read the text of `predict --about`. Raises `InputError` if it is not of the `about_format`."""
