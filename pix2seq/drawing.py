@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Chip:
     color: Color
     counts: bool  # whether the loss counts it; others are hollow
     is_prompt: bool = False  # given rather than said; these have a dark border
+    ends_line: bool = False
 
 
 MIN_SIDE = 512  # the longer side of what is drawn on: labels on a thumbnail could not be read
@@ -126,20 +128,24 @@ def tile(images: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.
 
 
 def draw_chips(parts: Sequence[str | Chip], *, width: int = 512) -> Image.Image:
-    """Draw chips from left to right and line by line on white; a text starts a new line and stands alone on it."""
-    font, small, pad = ImageFont.load_default(15), ImageFont.load_default(12), 5
-    sheet = Image.new("RGB", (width, 46 * len(parts) + 60), "white")  # one chip a line fits
+    """Draw chips from left to right and line by line on white; each text stands on lines of its own.
+
+    A chip that `ends_line` is the last of its line.
+    """
+    font, small, height, pad = ImageFont.load_default(15), ImageFont.load_default(12), 42, 5
+    wrapped = [line for part in parts for line in (textwrap.wrap(part, 64) if isinstance(part, str) else [part])]
+    sheet = Image.new("RGB", (width, (height + 10) * (len(wrapped) + 1)), "white")  # room for a line each
     draw = ImageDraw.Draw(sheet)
-    left, top, height = 0, 0, 42
-    for part in parts:
+    left, top = 0, 0
+    for part in wrapped:
         if isinstance(part, str):
-            top += height + 10 if left else (10 if top else 0)
+            top += height + 10 if left else 0
             draw.text((0, top), part, font=font, fill="black")
             left, top = 0, top + 24
             continue
         number = str(part.token)
         wide = round(max(draw.textlength(number, font), draw.textlength(part.meaning, small))) + 2 * pad
-        if left and left + wide > width:
+        if left and left + wide >= width:
             left, top = 0, top + height + 4
         border = "black" if part.is_prompt else part.color
         fill = part.color if part.counts or part.is_prompt else "white"
@@ -147,7 +153,7 @@ def draw_chips(parts: Sequence[str | Chip], *, width: int = 512) -> Image.Image:
         ink = _ink(part.color) if fill != "white" else "black"
         draw.text((left + wide / 2, top + 12), number, font=font, fill=ink, anchor="mm")
         draw.text((left + wide / 2, top + 30), part.meaning, font=small, fill=ink, anchor="mm")
-        left += wide + 4
+        left, top = (0, top + height + 4) if part.ends_line else (left + wide + 4, top)
     return sheet.crop((0, 0, width, top + (height if left else 0) + 2))
 
 

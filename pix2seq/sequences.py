@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pix2seq.data.samples import TrainingStream
-from pix2seq.drawing import Canvas, Chip, category_color, draw_chips, tile
+from pix2seq.drawing import Canvas, Chip, Color, category_color, draw_chips, tile
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
 from pix2seq.tasks.task import Task
@@ -116,13 +116,15 @@ class SequenceView:
             weights = [0.0] * len(example.prompt) + [float(weight) for weight in example.weights]
             for position, (token, meaning, weight) in enumerate(zip(tokens, meanings, weights, strict=True)):
                 kind, _, name = meaning.partition(" ")
+                color: Color = (232, 232, 226)
                 if kind in "yx":  # y bin:31 = 23.4 px
-                    chip = Chip(token, f"{kind} {float(name.split()[2]):.0f}", (214, 228, 246), weight > 0)
+                    name, color = f"{kind} {float(name.split()[2]):.0f}", (214, 228, 246)
                 elif kind == "class":
-                    chip = Chip(token, name, category_color(name), weight > 0)
-                else:
-                    chip = Chip(token, name or kind.removeprefix("task:"), (232, 232, 226), weight > 0)
-                parts.append(chip if position >= len(example.prompt) else replace(chip, is_prompt=True))
+                    color = category_color(name)
+                is_prompt = position < len(example.prompt)
+                ends_line = not is_prompt and kind in ("class", "noise")  # of an object
+                word = name or kind.removeprefix("task:")
+                parts.append(Chip(token, word, color, weight > 0, is_prompt=is_prompt, ends_line=ends_line))
         if len(self.examples) > most:
             parts.append(f"and {len(self.examples) - most} more")
         return tile([self.drawing(), draw_chips(parts)], columns=2, gap=16)
