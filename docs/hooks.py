@@ -107,7 +107,13 @@ def in_words(hint: Any) -> str:
         return f"{number} of {' and '.join(each)}" if len(each) == 1 else f"{number}: {', '.join(each)}"
     if origin is dict:
         return f"mapping of names to {in_words(parts[1])}"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "text or a mapping of tasks"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        Any: "text or a mapping of tasks",
+    }
     return names[hint]
 
 
@@ -136,7 +142,7 @@ def field_comments(kind: type[Any]) -> dict[str, str]:
                 continue
             assert node.end_lineno is not None
             _, _, beside = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().partition("#")
-            above = []
+            above: list[str] = []
             for line in reversed(lines[: node.lineno - 1]):
                 if not line.strip().startswith("#"):
                     break

@@ -1,7 +1,7 @@
 """Check that a release can go out, and print its notes: `make release-check`, `make release-notes`.
 
-    python scripts/release.py check --tag v0.1.0    # without --tag: everything but the tag and the date
-    python scripts/release.py notes
+python scripts/release.py check --tag v0.1.0    # without --tag: everything but the tag and the date
+python scripts/release.py notes
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def release_notes(changelog: str, wanted: str) -> tuple[str, str]:
             if not text:
                 raise ValueError(f"CHANGELOG.md says nothing about {wanted}")
             return heading["date"], text
-    raise ValueError(f"CHANGELOG.md has no section '## {wanted}, DATE'; it has {[each['version'] for each in headings]}")
+    raise ValueError(
+        f"CHANGELOG.md has no section '## {wanted}, DATE'; it has {[each['version'] for each in headings]}"
+    )
 
 
 def card_problems(folder: Path) -> list[str]:

@@ -92,7 +92,9 @@ def test_blocks_without_a_language_hold_commands_that_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     for words in commands(page):
-        assert words[0] in COMMANDS, f"{shlex.join(words)}: give the block a language, as in ```text, or add the command"
+        assert words[0] in COMMANDS, (
+            f"{shlex.join(words)}: give the block a language, as in ```text, or add the command"
+        )
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets
         elif words[0] == "pip":
@@ -144,8 +146,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def workplace(tiny, tmp_path, monkeypatch):
     """A folder that looks as if the user had followed the page so far."""
-    for name in ("configs", "checkpoints", "examples"):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("configs", "checkpoints/shapes", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "checkpoints/vit-b").symlink_to(tiny / "run")  # as if converted
     for name in ("MY_DATA", "COCO", "shapes"):
         (tmp_path / name).symlink_to(tiny / "shapes")
     for name in ("mine", "first"):
@@ -155,7 +159,6 @@ def workplace(tiny, tmp_path, monkeypatch):
     person = {"bbox": [40, 20, 140, 290], "category_id": 1, "category": "person", "score": 0.9}
     content = {"image": "street.jpg", "width": 480, "height": 400, "instances": [person], "captions": []}
     (tmp_path / "street.json").write_text(json.dumps(content))
-    (tmp_path / "metrics.json").write_text(json.dumps({"metrics": {"AP": 0.5}, "num_images": 3}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -198,7 +201,9 @@ def test_the_python_of_a_page_runs(page, workplace):
         exec(compile(text, name_of(page), "exec"), {})
 
 
-@pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")], ids=name_of
+)
 def test_links_of_pages_outside_the_site_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))
     missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
@@ -356,4 +361,3 @@ def test_chips_are_filled_hollow_or_bordered_and_wrap():
 def test_tokens_without_a_file_to_draw_are_refused(tiny, capsys):
     assert cli.main(["data", "sequences", str(tiny / "shapes"), "--tokens", *TINY]) == 2
     assert "say where with --out FILE" in capsys.readouterr().err
-
