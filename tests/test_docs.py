@@ -35,7 +35,7 @@ from pix2seq.training.config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = ("pix2seq", "make", "pip", "torchrun", "gsutil", ".venv/bin/python", "source", "py")
+COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil")
 TESTED_ELSEWHERE = {"your-data.md": "tests/test_your_data.py"}
 
 # Options at the end of a command win over those before. A tiny model cannot start from another one, or share features
@@ -48,7 +48,8 @@ SMALLER = {
     "data sequences": ["device=cpu"],
     "data features": [*TINY, "trackers=[]", "device=cpu"],
 }
-FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg"]
+FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg"]
+DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
 # Read by the parser only: the subcommand, and why.
 NOT_RUN = {
     "convert": "the published checkpoint is on the network; tests/test_convert.py converts smaller ones",
@@ -97,9 +98,8 @@ def test_blocks_without_a_language_hold_commands_that_exist(page):
         )
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets
-        elif words[0] == "pip":
-            (what,) = (word for word in words[2:] if not word.startswith("-"))
-            folder, _, wanted = what.rstrip("]").partition("[")
+        elif "pip" in words[:2]:
+            folder, _, wanted = words[-1].rstrip("]").partition("[")
             assert (ROOT / folder / "pyproject.toml").is_file()
             assert set(filter(None, wanted.split(","))) <= extras
 
@@ -150,11 +150,12 @@ def workplace(tiny, tmp_path, monkeypatch):
     for name in ("configs", "checkpoints/shapes", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "checkpoints/vit-b").symlink_to(tiny / "run")  # as if converted
-    for name in ("MY_DATA", "COCO", "shapes"):
+    for name in DATA:
         (tmp_path / name).symlink_to(tiny / "shapes")
     for name in ("mine", "first"):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
     for name, path in zip(FILES, sorted((tiny / "shapes/train2017").iterdir()), strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.open(path).resize((480, 400)).save(tmp_path / name)
     person = {"bbox": [40, 20, 140, 290], "category_id": 1, "category": "person", "score": 0.9}
     content = {"image": "street.jpg", "width": 480, "height": 400, "instances": [person], "captions": []}
