@@ -38,15 +38,15 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil")
 TESTED_ELSEWHERE = {"your-data.md": "tests/test_your_data.py"}
 
-# Options at the end of a command win over those before. A tiny model cannot start from another one, or share features
-# of one, with other sizes: those are in TINY.
+# Options at the end of a command win over those before. All commands make and use one tiny model.
+MODEL = [*TINY, "model.encoder.stem=patch", "model.encoder.stem_blocks=0", "trackers=[]", "device=cpu"]
 SMALLER = {
-    "train": [*TINY, "trackers=[]", "steps=2", "checkpoint_every=2", "device=cpu"],
+    "train": [*MODEL, "steps=2", "checkpoint_every=2"],
     "eval": ["--device", "cpu"],
     "predict": ["--device", "cpu"],
     "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
     "data sequences": ["device=cpu"],
-    "data features": [*TINY, "trackers=[]", "device=cpu"],
+    "data features": MODEL,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg"]
 DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
