@@ -121,7 +121,7 @@ def range_in_words(rule: Range) -> str:
     """Return the limits of a number in words."""
     low, high = (rule.least, "from") if rule.least is not None else (rule.above, "above")
     most, under = (rule.most, "to") if rule.most is not None else (rule.below, "below")
-    return " ".join(f"{word} {number:g}" for number, word in ((low, high), (most, under)) if number is not None)
+    return " ".join(f"{word} {number:,.12g}" for number, word in ((low, high), (most, under)) if number is not None)
 
 
 def field_comments(kind: type[Any]) -> dict[str, str]:

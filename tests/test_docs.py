@@ -287,14 +287,14 @@ def test_links_to_files_of_the_repository_lead_there(site):
 
 def test_the_page_of_settings_has_every_key_with_its_default_range_and_meaning(site):
     rows = {row[0]: row[1:] for row in Page(site / "settings.html").rows if row}
-    assert rows["lr"] == ["0.0001", "number, above 0 to 1000", "peak, reached after warm-up"]
-    assert rows["steps"] == ["10000", "whole number, from 1 to 1e+09", "optimiser steps"]
+    assert rows["lr"] == ["0.0001", "number, above 0 to 1,000", "peak, reached after warm-up"]
+    assert rows["steps"] == ["10000", "whole number, from 1 to 1,000,000,000", "optimiser steps"]
     assert rows["detection.noise_objects"] == [
         "null",
-        "whole number, from 0 to 10000, or null",
+        "whole number, from 0 to 10,000, or null",
         "Invented objects a sequence; none given: fill up to max_objects, as published.",
     ]
-    assert rows["model.image_size"][:2] == ["[640, 640]", "2 values of whole number, from 1 to 8192"]
+    assert rows["model.image_size"][:2] == ["[640, 640]", "2 values of whole number, from 1 to 8,192"]
     assert rows["captioning.flip"][1] == "auto, always, never"
     assert rows["captioning.temperature"][0] == "1.0"  # of the base class
     assert rows["trackers"][:2] == ["[tensorboard]", "list of tensorboard, wandb, trackio"]
