@@ -9,10 +9,10 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo demo-train test test-slow mutants lint bench lock audit clean
+.PHONY: help setup demo demo-train test test-slow mutants lint docs bench lock audit release-check release-notes clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 setup: .venv/ready ## install the package and all that it needs in .venv (the other commands do it too)
 	@echo "The environment in .venv is ready"
@@ -32,7 +32,11 @@ test-slow: .venv/ready ## the tests that train or convert something larger
 mutants: .venv/ready ## put faults into the code, one at a time, and count those that no test notices; MUTANTS="--draw 50"
 	$(PY) benchmarks/mutants.py $(MUTANTS)
 
-lint: .venv/ready ## ruff, its formatter and mypy
+lint: .venv/ready ## ruff, its formatter, mypy, and the schemas of the files that GitHub reads
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(PY) -m check_jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@rm -rf .typecheck && mkdir -p .typecheck/pix2seq
@@ -52,6 +56,9 @@ lint: .venv/ready ## ruff, its formatter and mypy
 		echo "mypy checked $${checked:-0} files, but the package has" $$expected >&2; exit 1; \
 	fi
 
+docs: .venv/ready ## build the documentation site in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: .venv/ready ## AP against minutes and images on the generated shapes, about 20 minutes
 	$(PY) benchmarks/learning.py
 
@@ -63,8 +70,15 @@ audit: .venv/ready ## licences of all packages, and known vulnerabilities of the
 	$(PY) -m pytest -m "" tests/test_licences.py
 	uvx pip-audit@2.10.1 --strict --requirement requirements.txt --require-hashes --disable-pip
 
+release-check: .venv/ready ## version, change log, docs, cards, packages in a new environment; TAG=v0.1.0 the tag too
+	$(PY) scripts/release.py check $(if $(TAG),--tag $(TAG))
+	$(MAKE) docs
+
+release-notes: .venv/ready ## print the notes of this version, from CHANGELOG.md
+	@$(PY) scripts/release.py notes
+
 clean: ## remove .venv, caches and build leftovers; keeps demo/ and runs/
-	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist pix2seq.egg-info
+	rm -rf .venv .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site pix2seq.egg-info
 	find pix2seq $(BESIDE) tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp holds this folder's path, because an environment stops working when its folder is moved or copied.

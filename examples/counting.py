@@ -1,8 +1,8 @@
 """A whole task in one file: how many objects of a class are in an image?
 
-The prompt is the task's id and a class. The answer is one number n, written as coordinate bin n. The README walks
-through this file. Any package can bring a task like this: name it in the entry-point group `pix2seq.tasks`, as
-examples/pyproject.toml does, or call `pix2seq.register_task(Counting)`.
+The prompt is the task's id and a class. The answer is one number n, written as coordinate bin n.
+docs/adding-a-task.md walks through this file. Any package can bring a task like this: name it in the entry-point group
+`pix2seq.tasks`, as examples/pyproject.toml does, or call `pix2seq.register_task(Counting)`.
 """
 
 from __future__ import annotations

@@ -447,19 +447,22 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--config", help="YAML file of settings, see configs/")
     parser.add_argument("--out", type=Path, help="image to write")
+    parser.add_argument("--tokens", action="store_true", help="draw the tokens and their meaning beside the image")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:
         tasks = parse_tasks(args.task)
         if len(tasks) != 1:
             raise InputError(f"{args.task!r} names {len(tasks)} tasks; ask for one at a time")
+        if args.tokens and not args.out:
+            raise InputError("--tokens draws an image; say where with --out FILE")
         from pix2seq.sequences import SequenceView
         from pix2seq.training.config import load_config
 
         fixed = {"tasks": list(tasks), "data": str(args.folder), "train_split": args.split}
         view = SequenceView(load_config(args.config, args.settings, **fixed), tasks[0], args.index, epoch=args.epoch)
         if args.out:
-            view.save(args.out)
+            view.save(args.out, tokens=args.tokens)
         print(view.text())
 
     parser.set_defaults(run=run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import textwrap
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 from pix2seq.types import Category, Instance, Target
 
 Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token as a small labelled box."""
+
+    token: int
+    meaning: str
+    color: Color
+    counts: bool  # whether the loss counts it; others are hollow
+    is_prompt: bool = False  # given rather than said; these have a dark border
+    ends_line: bool = False
+
 
 MIN_SIDE = 512  # the longer side of what is drawn on: labels on a thumbnail could not be read
 
@@ -112,6 +127,36 @@ def tile(images: Sequence[Image.Image], *, columns: int, gap: int = 8) -> Image.
     return sheet
 
 
+def draw_chips(parts: Sequence[str | Chip], *, width: int = 512) -> Image.Image:
+    """Draw chips from left to right and line by line on white; each text stands on lines of its own.
+
+    A chip that `ends_line` is the last of its line.
+    """
+    font, small, height, pad = ImageFont.load_default(15), ImageFont.load_default(12), 42, 5
+    wrapped = [line for part in parts for line in (textwrap.wrap(part, 64) if isinstance(part, str) else [part])]
+    sheet = Image.new("RGB", (width, (height + 10) * (len(wrapped) + 1)), "white")  # room for a line each
+    draw = ImageDraw.Draw(sheet)
+    left, top = 0, 0
+    for part in wrapped:
+        if isinstance(part, str):
+            top += height + 10 if left else 0
+            draw.text((0, top), part, font=font, fill="black")
+            left, top = 0, top + 24
+            continue
+        number = str(part.token)
+        wide = round(max(draw.textlength(number, font), draw.textlength(part.meaning, small))) + 2 * pad
+        if left and left + wide >= width:
+            left, top = 0, top + height + 4
+        border = "black" if part.is_prompt else part.color
+        fill = part.color if part.counts or part.is_prompt else "white"
+        draw.rounded_rectangle((left, top, left + wide, top + height), 4, fill=fill, outline=border, width=2)
+        ink = _ink(part.color) if fill != "white" else "black"
+        draw.text((left + wide / 2, top + 12), number, font=font, fill=ink, anchor="mm")
+        draw.text((left + wide / 2, top + 30), part.meaning, font=small, fill=ink, anchor="mm")
+        left, top = (0, top + height + 4) if part.ends_line else (left + wide + 4, top)
+    return sheet.crop((0, 0, width, top + (height if left else 0) + 2))
+
+
 def category_color(name: str) -> Color:
     """Return a strong colour that depends on the name alone."""
     digest = zlib.crc32(name.encode("utf-8"))
@@ -167,9 +212,13 @@ def _label(
     x = min(max(x0, 0), max(size[0] - width, 0))
     y = y0 - height if y0 >= height else min(y0, max(size[1] - height, 0))
     draw.rectangle((x, y, x + width, y + height), fill=color)
+    draw.text((x + pad - left, y + pad - top), text, font=font, fill=_ink(color))
+
+
+def _ink(color: Color) -> str:
+    """Return the colour of letters that can be read on a colour."""
     luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    ink = "black" if luminance > 140 else "white"
-    draw.text((x + pad - left, y + pad - top), text, font=font, fill=ink)
+    return "black" if luminance > 140 else "white"
 
 
 def _skeleton(

@@ -173,7 +173,7 @@ def figures(result: EvalResult) -> dict[str, str]:
     charts = {}
     for name, score in result.scores.items():
         key = name.replace("/", "-")
-        if isinstance(score, ApResult) and sum(score.matches.num_truths.values()):
+        if isinstance(score, ApResult) and any(score.matches.num_truths.values()):
             found = curve(score.matches)
             lines = [
                 Line(f"{score.overlap} {level}", found.recall[row], found.precision[row])

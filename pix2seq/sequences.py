@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pix2seq.data.samples import TrainingStream
-from pix2seq.drawing import Canvas
+from pix2seq.drawing import Canvas, Chip, Color, category_color, draw_chips, tile
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
 from pix2seq.tasks.task import Task
@@ -106,10 +106,33 @@ class SequenceView:
         self.task.draw(canvas, shown)
         return canvas.finish()
 
-    def save(self, path: Path) -> None:
-        """Write the drawing."""
+    def sheet(self, *, most: int = 3) -> Image.Image:
+        """Return the drawing with the tokens of the first `most` sequences beside it, each with its meaning."""
+        parts: list[str | Chip] = []
+        for example in self.examples[:most]:
+            parts.append(self.task.summary(example))
+            tokens = [int(token) for token in (*example.prompt, *example.targets)]
+            meanings = self.meanings(tokens, example.closeup)
+            weights = [0.0] * len(example.prompt) + [float(weight) for weight in example.weights]
+            for position, (token, meaning, weight) in enumerate(zip(tokens, meanings, weights, strict=True)):
+                kind, _, name = meaning.partition(" ")
+                color: Color = (232, 232, 226)
+                if kind in "yx":  # y bin:31 = 23.4 px
+                    name, color = f"{kind} {float(name.split()[2]):.0f}", (214, 228, 246)
+                elif kind == "class":
+                    color = category_color(name)
+                is_prompt = position < len(example.prompt)
+                ends_line = not is_prompt and kind in ("class", "noise")  # of an object
+                word = name or kind.removeprefix("task:")
+                parts.append(Chip(token, word, color, weight > 0, is_prompt=is_prompt, ends_line=ends_line))
+        if len(self.examples) > most:
+            parts.append(f"and {len(self.examples) - most} more")
+        return tile([self.drawing(), draw_chips(parts)], columns=2, gap=16)
+
+    def save(self, path: Path, *, tokens: bool = False) -> None:
+        """Write the drawing, or with `tokens` the sheet."""
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.drawing().save(path)
+            (self.sheet() if tokens else self.drawing()).save(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be written ({error}); give a file name such as sequences.png") from None

@@ -1,0 +1,364 @@
+"""The README and the pages of docs/: their commands and Python run, their links lead somewhere, the site builds.
+
+Commands run in a folder of their own on tiny images and a tiny model. `SMALLER` and `FILES` say what stands in for the
+sizes and files that a page names. Commands that need the network or minutes are read by the real parser only.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config as load_site
+from nbclient import NotebookClient
+from PIL import Image
+from test_multi_task import ALL, TINY
+
+import pix2seq.tasks
+from pix2seq import cli, register_task
+from pix2seq.data.shapes import write_shapes
+from pix2seq.drawing import Chip, draw_chips
+from pix2seq.model.config import DecoderConfig, EncoderConfig
+from pix2seq.sequences import SequenceView
+from pix2seq.tasks.captioning import CaptioningConfig
+from pix2seq.training.config import TrainConfig, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil")
+TESTED_ELSEWHERE = {"your-data.md": "tests/test_your_data.py"}
+
+# Options at the end of a command win over those before. All commands make and use one tiny model.
+MODEL = [*TINY, "model.encoder.stem=patch", "model.encoder.stem_blocks=0", "trackers=[]", "device=cpu"]
+SMALLER = {
+    "train": [*MODEL, "steps=2", "checkpoint_every=2"],
+    "eval": ["--device", "cpu"],
+    "predict": ["--device", "cpu"],
+    "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
+    "data sequences": ["device=cpu"],
+    "data features": MODEL,
+}
+FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg"]
+DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
+# Read by the parser only: the subcommand, and why.
+NOT_RUN = {
+    "convert": "the published checkpoint is on the network; tests/test_convert.py converts smaller ones",
+    "demo": "tests/test_shipped_model.py runs it",
+    "serve": "it runs until it is stopped",
+}
+
+
+def blocks(page, language):
+    """The fenced blocks of a language in a page; commands have none."""
+    fenced = re.findall(r"^```([a-z]*)\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def commands(page):
+    """The commands of a page as lists of words."""
+    lines = [line for text in blocks(page, "") for line in text.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def arguments(page):
+    """What `pix2seq` is given by the commands of a page, those under torchrun too."""
+    for words in commands(page):
+        if words[0] == "pix2seq":
+            yield words[1:]
+        elif "pix2seq.cli" in words:
+            yield words[words.index("pix2seq.cli") + 1 :]
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def subcommand(words):
+    return " ".join(words[: 2 if words[0] == "data" else 1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_without_a_language_hold_commands_that_exist(page):
+    """`make` targets, folders that pip installs, and nothing that no test knows."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    for words in commands(page):
+        assert words[0] in COMMANDS, (
+            f"{shlex.join(words)}: give the block a language, as in ```text, or add the command"
+        )
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets
+        elif "pip" in words[:2]:
+            folder, _, wanted = words[-1].rstrip("]").partition("[")
+            assert (ROOT / folder / "pyproject.toml").is_file()
+            assert set(filter(None, wanted.split(","))) <= extras
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Let commands be parsed, and return what was parsed in place of running it."""
+    parsed = []
+    read = cli._Parser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        found, others = read(self, args, namespace)
+        if hasattr(found, "run"):
+            found.run = parsed.append
+        return found, others
+
+    monkeypatch.setattr(cli._Parser, "parse_known_args", parse)
+    return parsed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_is_one_that_the_parser_takes(page, read_only, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    counting = {"counting"} - set(pix2seq.tasks.task_names())
+    for words in arguments(page):
+        if words[-1] == "--help" or (counting and "counting" in shlex.join(words)):
+            continue  # run below
+        assert cli.main(words) == 0, capsys.readouterr().err
+        args = read_only[-1]
+        if hasattr(args, "settings") and getattr(args, "config", None):
+            load_config(args.config, args.settings)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Images, a model of all tasks that learned from them, and files under the names that pages use."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_shapes(folder / "shapes", num_train=20, num_val=3, size=48, seed=11, workers=1)
+    run = ["train", "--task", ALL, f"data={folder / 'shapes'}", f"out={folder / 'run'}", *SMALLER["train"]]
+    assert cli.main(run) == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch):
+    """A folder that looks as if the user had followed the page so far."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("configs", "checkpoints/shapes", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "checkpoints/vit-b").symlink_to(tiny / "run")  # as if converted
+    for name in DATA:
+        (tmp_path / name).symlink_to(tiny / "shapes")
+    for name in ("mine", "first"):
+        shutil.copytree(tiny / "run", tmp_path / "runs" / name)
+    for name, path in zip(FILES, sorted((tiny / "shapes/train2017").iterdir()), strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.open(path).resize((480, 400)).save(tmp_path / name)
+    person = {"bbox": [40, 20, 140, 290], "category_id": 1, "category": "person", "score": 0.9}
+    content = {"image": "street.jpg", "width": 480, "height": 400, "instances": [person], "captions": []}
+    (tmp_path / "street.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def counting():
+    """The worked example of a task, registered for one test."""
+    spec = importlib.util.spec_from_file_location("counting", ROOT / "examples/counting.py")
+    module = sys.modules["counting"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register_task(module.Counting)
+    yield
+    pix2seq.tasks._registered.pop("counting")
+    del sys.modules["counting"]
+
+
+RUN = [page for page in PAGES if page.name not in TESTED_ELSEWHERE and any(arguments(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
+    for words in arguments(page):
+        kind = subcommand(words)
+        if words[0] in NOT_RUN:
+            continue
+        if words[-1] == "--help":
+            with pytest.raises(SystemExit, match="0"):
+                cli.main(words)
+            continue
+        for word in words:  # what an earlier page, or an earlier command, wrote
+            out = Path(word.removeprefix("out="))
+            if word.startswith("out=") or (kind == "data shapes" and word == words[2]):
+                out.unlink() if out.is_symlink() else shutil.rmtree(out, ignore_errors=True)
+        assert cli.main([*words, *SMALLER.get(kind, [])]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_the_python_of_a_page_runs(page, workplace):
+    for text in blocks(page, "python"):
+        exec(compile(text, name_of(page), "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")], ids=name_of
+)
+def test_links_of_pages_outside_the_site_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert missing == []
+
+
+def test_images_of_sequences_are_small():
+    images = list((ROOT / "docs").glob("sequence-*.jpg"))
+    assert len(images) == 4
+    assert all(path.stat().st_size < 150_000 for path in images)
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    notebook = nbformat.read(ROOT / "docs/tour.ipynb", 4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # so that a change shows what changed
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
+    assert not [output for output in shown if output.get("name") == "stderr" and "Warning" in output["text"]]
+
+
+# The site
+
+
+class Page(HTMLParser):
+    """The text of a page's table cells, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.rows, self.loads, self.cell = [], [], None
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.cell = True
+        elif tag in ("script", "img", "iframe"):
+            self.loads.append(attributes.get("src") or "")
+        elif tag == "link" and attributes.get("rel") != "canonical":
+            self.loads.append(attributes.get("href") or "")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.cell = None
+
+    def handle_data(self, text):
+        if self.cell:
+            self.rows[-1][-1] += text
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site, where a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    config = load_site(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True, repo_url="https://example.org/it")
+    try:
+        build(config)
+    finally:
+        logging.getLogger("mkdocs").handlers.clear()
+    return folder
+
+
+def test_the_site_builds_without_a_warning_and_needs_no_network(site):
+    pages = [site / path.relative_to(ROOT / "docs").with_suffix(".html") for path in PAGES[2:]]
+    assert all(page.is_file() for page in pages)
+    loads = {load for page in pages for load in Page(page).loads}
+    assert [load for load in loads if re.match("(https?:)?//", load)] == []
+    assert not (site / "hooks.py").exists()
+
+
+def test_links_to_files_of_the_repository_lead_there(site):
+    text = (site / "tasks/segmentation.html").read_text() + (site / "adding-a-task.html").read_text()
+    assert 'href="https://example.org/it/blob/main/examples/counting.py"' in text
+    assert 'href="../' not in (site / "adding-a-task.html").read_text()
+
+
+def test_the_page_of_settings_has_every_key_with_its_default_range_and_meaning(site):
+    rows = {row[0]: row[1:] for row in Page(site / "settings.html").rows if row}
+    assert rows["lr"] == ["0.0001", "number, above 0 to 1,000", "peak, reached after warm-up"]
+    assert rows["steps"] == ["10000", "whole number, from 1 to 1,000,000,000", "optimiser steps"]
+    assert rows["detection.noise_objects"] == [
+        "null",
+        "whole number, from 0 to 10,000, or null",
+        "Invented objects a sequence; none given: fill up to max_objects, as published.",
+    ]
+    assert rows["model.image_size"][:2] == ["[640, 640]", "2 values of whole number, from 1 to 8,192"]
+    assert rows["captioning.flip"][1] == "auto, always, never"
+    assert rows["captioning.temperature"][0] == "1.0"  # of the base class
+    assert rows["trackers"][:2] == ["[tensorboard]", "list of tensorboard, wandb, trackio"]
+
+    def keys(config, prefix=""):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            inner = dataclasses.is_dataclass(value)
+            yield from keys(value, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+
+    expected = set(keys(load_config(None)))
+    assert expected <= rows.keys()
+    for own in (TrainConfig, EncoderConfig, DecoderConfig, CaptioningConfig):
+        assert {field.name for field in dataclasses.fields(own)} <= {key.split(".")[-1] for key in rows} | {
+            "schedule", "augment", "model",
+        }  # fmt: skip
+
+
+# The drawing of tokens
+
+
+def test_a_sheet_has_a_chip_for_each_token_with_its_meaning(tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pix2seq.sequences.draw_chips", lambda parts: drawn.extend(parts) or Image.new("RGB", (8, 8)))
+    settings = [f"data={tiny / 'shapes'}", *TINY, "augment.enabled=false"]
+    view = SequenceView(load_config(None, settings, tasks=["detection"]), "detection", 0)
+    view.sheet()
+    title, prompt, *chips = drawn
+    (example,) = view.examples
+    assert title == view.task.summary(example)
+    assert (prompt.token, prompt.meaning, prompt.is_prompt, prompt.counts) == (10, "detection", True, False)
+    assert [chip.token for chip in chips] == example.targets.tolist()
+    assert [chip.counts for chip in chips] == (example.weights > 0).tolist()
+    height, width = view.sample.image.shape[:2]
+    for start in range(0, len(chips) - 1, 5):  # the last one is the end
+        y0, x0, y1, x1, name = chips[start : start + 5]
+        for chip, axis, side in ((y0, "y", height), (x0, "x", width), (y1, "y", height), (x1, "x", width)):
+            assert chip.meaning == f"{axis} {(chip.token - 1000) / 31 * side:.0f}"
+        label = name.token - 100
+        assert name.meaning == ("noise" if name.token == 30 else view.task.categories[label].name)
+        assert [chip.ends_line for chip in (y0, x0, y1, x1, name)] == [False] * 4 + [True]
+    assert (chips[-1].token, chips[-1].meaning) == (0, "end")
+
+
+def test_chips_are_filled_hollow_or_bordered_and_wrap():
+    red = (200, 0, 0)
+    chips = [Chip(1000, "y 1", red, True), Chip(1000, "y 1", red, False), Chip(11, "task", red, False, is_prompt=True)]
+    pixels = np.asarray(draw_chips(chips, width=200))
+    row = pixels[6]  # above the numbers, inside the border
+    is_red = (row == red).all(axis=1)
+    ends = np.flatnonzero(np.diff(np.r_[0, is_red, 0]))
+    runs = list(zip(ends[::2], ends[1::2], strict=True))
+    widths = [stop - start for start, stop in runs]
+    assert len(runs) == 4  # a filled chip, the two borders of a hollow one, a filled prompt between black borders
+    assert widths[1] == widths[2] == 2
+    assert min(widths[0], widths[3]) > 20
+    assert (row[runs[3][0] - 1] == 0).all()
+    one_line, heights = draw_chips([chips[0]], width=200).height, []
+    for many in (chips[:1] * 4, chips[:1] * 5, [dataclasses.replace(chips[0], ends_line=True), chips[0]]):
+        heights.append(draw_chips(many, width=200).height)
+    assert heights == [one_line, one_line + 46, one_line + 46]
+    assert draw_chips(["word " * 40, chips[0]], width=600).height > one_line + 48  # two lines of text
+
+
+def test_tokens_without_a_file_to_draw_are_refused(tiny, capsys):
+    assert cli.main(["data", "sequences", str(tiny / "shapes"), "--tokens", *TINY]) == 2
+    assert "say where with --out FILE" in capsys.readouterr().err
