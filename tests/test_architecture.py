@@ -18,7 +18,7 @@ LEVELS = [
     "types",
     "vocab",
     "geometry",
-    "tokenizers drawing",
+    "tokenizers drawing results",
     "examples",
     "data | model | metrics",
     "tasks",
