@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
-from pix2seq.geometry.polygons import rasterize
+from pix2seq.geometry.polygons import rasterize, rle_to_mask
 from pix2seq.types import Instance
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ class Instances(list[Instance]):
 def mask_of(instance: Instance, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask (H, W) of an object in an image of `size` (width, height); empty if it has none."""
     if instance.rle is not None:
-        from pycocotools import mask as mask_utils
-
-        coder: Any = mask_utils  # its stubs know lists of masks only
-        return coder.decode(instance.rle).astype(np.bool_)
+        return rle_to_mask(instance.rle)
     return rasterize(instance.polygons, size[1], size[0])
 
 

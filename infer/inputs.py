@@ -1,0 +1,44 @@
+"""Images and videos named on the command line: files, folders, and patterns such as `photos/*.jpg`."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from pix2seq.data.image_files import image_files
+from pix2seq.errors import InputError
+
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .ts".split())
+
+
+def find_inputs(given: Iterable[Path], *, own: frozenset[Path] = frozenset()) -> list[Path]:
+    """Return the files that are meant, each once, in the order given; those of folders and patterns are sorted.
+
+    A folder stands for the images and videos in it and below. `own` are absolute paths of files that `predict` wrote,
+    which are left out unless they are named themselves. Raises `InputError` for a folder or pattern without any.
+    """
+    found: dict[Path, None] = {}
+    for path in given:
+        if path.is_dir():
+            files = _others((path / name for name in image_files(path, also=VIDEO_SUFFIXES)), own)
+            if not files:
+                raise InputError(f"folder {path} holds no image and no video; name files, or another folder")
+        elif glob.has_magic(str(path)) and not path.exists():
+            matching = (Path(name) for name in glob.glob(str(path), recursive=True))
+            files = _others((each for each in matching if each.is_file()), own)
+            if not files:
+                raise InputError(f"no file matches {path}; check the pattern")
+        else:
+            files = [path]
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def is_video(path: Path) -> bool:
+    """Whether a name is that of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _others(paths: Iterable[Path], own: frozenset[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.absolute() not in own)
