@@ -25,6 +25,7 @@ from pix2seq.files import output_folder, read_json
 from pix2seq.infer.inputs import find_inputs, is_video
 from pix2seq.infer.outputs import SUFFIXES, VIDEO_SUFFIXES, Outputs, as_json, output_names
 from pix2seq.infer.video import Frame, VideoReader, VideoWriter
+from pix2seq.model.hub import local_folder
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from pix2seq.predictor import Prediction, Predictor
@@ -74,8 +75,7 @@ def predict_files(
         raise InputError("no image was given; name one or more image files")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    outputs = Outputs(output_folder(out))
-    names = output_names(find_inputs(images, own=outputs.written))
+    names = output_names(find_inputs(images))
     videos = [path for path in names if is_video(path)]
     if videos and (boxes is not None or label_format is not None):
         what = "--boxes" if boxes is not None else "--format"
@@ -84,7 +84,8 @@ def predict_files(
     box_files: dict[Path, Path] = {}
     if boxes is not None:
         box_files = {path: boxes / f"{name}.json" if os.path.isdir(boxes) else boxes for path, name in names.items()}
-    folder = find_checkpoint(checkpoint)
+    folder = find_checkpoint(local_folder(checkpoint))
+    outputs = Outputs(output_folder(out))
     planned = {name: VIDEO_SUFFIXES if is_video(path) else SUFFIXES for path, name in names.items()}
     planned |= _planned_labels(label_format, label_names, names)
     outputs.check(planned, [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)

@@ -333,7 +333,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the options of exporting a trained model."""
-    _add_examples(parser, "export runs/mine --out shared/mine --dtype float16 --licence Apache-2.0")
+    _add_examples(
+        parser,
+        "export runs/mine --out shared/mine --dtype float16 --licence Apache-2.0",
+        "export runs/mine --out shared/mine --push me/my-detector",
+    )
     parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
@@ -342,6 +346,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", type=Path, help="folder that the metrics were measured on")
     parser.add_argument("--eval-split", default="val")
     parser.add_argument("--licence", help="licence of the weights, for the card")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: only you can see it")
 
     def run(args: argparse.Namespace) -> None:
         if (args.metrics is None) != (args.eval_data is None):
@@ -353,6 +359,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
             scored = Scored.read(args.metrics, describe_data(args.eval_data, args.eval_split))
         export_model(args.source, args.out, dtype=args.dtype, data=args.data, scored=scored, licence=args.licence)
         print(f"checkpoint: {args.out}")
+        if args.push is not None:
+            from pix2seq.model.hub import push_to_hub
+
+            print(f"uploaded: {push_to_hub(args.out, args.push, private=args.private)}")
 
     parser.set_defaults(run=run)
 

@@ -28,6 +28,7 @@ from pix2seq.drawing import Canvas
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.hub import local_folder
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.results import Instances
@@ -134,9 +135,20 @@ class Predictor:
             self._check_length(task, "config.json", f"lower {task.length_setting} in it")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
-        """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises `InputError` if it cannot be."""
-        model = Pix2Seq.from_pretrained(find_checkpoint(Path(path)))
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        bf16: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Open a checkpoint folder, the newest checkpoint of a run folder, or a model of the hub, USER/NAME.
+
+        For `revision` and `token`, see `pix2seq.model.hub.local_folder`. Raises `InputError` if it cannot be opened.
+        """
+        model = Pix2Seq.from_pretrained(find_checkpoint(local_folder(path, revision=revision, token=token)))
         return cls(model.to(pick_device(device)), bf16=bf16)
 
     def encode(self, image: ImageLike) -> EncodedImage:

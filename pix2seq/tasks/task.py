@@ -55,6 +55,8 @@ class Task(ABC, Generic[Config]):
     main_metric: ClassVar[str]  # chooses the best checkpoint: QUESTION/METRIC, or METRIC for the question ""
     metric_prefix: ClassVar[str | None] = None  # of metric names; None: the task's name
 
+    hub_pipeline: ClassVar[str | None] = None  # what the Hugging Face Hub calls such models
+
     learns_from: ClassVar[str] = "object"  # what an image must have: object, mask, labelled keypoint or caption
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
     length_setting: ClassVar[str]  # the setting to lower if sequences are too long
