@@ -77,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = "/".join(filter(None, [asked.get("organization"), asked["name"]]))
             self.repositories.setdefault(name, {})
-            return self._send({"url": f"http://hub/{name}", "id": name})
+            return self._send({"url": f"http://{self.headers['Host']}/{name}", "id": name})
         name = "/".join(self.path.split("/")[3:5])
         if "/preupload/" in self.path:
             files = [
@@ -89,7 +89,9 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self._send({"commitUrl": f"http://hub/{name}/commit/{SHA}", "commitOid": SHA, "success": True})
+            return self._send(
+                {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{SHA}", "commitOid": SHA, "success": True}
+            )
         if self.path.startswith("/api/validate-yaml"):
             return self._send({"errors": [], "warnings": []})
         return self._missing()
@@ -159,7 +161,7 @@ def test_what_cannot_be_had_is_one_line(hub, name, revision, message):
 def test_without_a_network_a_line_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="ann/cats is no folder, and the hub did not answer") as error:
+    with pytest.raises(InputError, match="no folder ann/cats, and the hub did not answer") as error:
         Predictor.from_pretrained("ann/cats")
     assert "\n" not in str(error.value)
 

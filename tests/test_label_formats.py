@@ -170,8 +170,8 @@ def test_what_is_written_trains_again(tmp_path, kind):
     folder.mkdir(parents=True)
     Image.new("RGB", (200, 100)).save(folder / "a.jpg")
     dataset = open_dataset(tmp_path / "yolo" if kind == "yolo" else tmp_path, "train")
-    target = dataset[0]
-    assert {dataset.categories[label - 1].name for label in target.labels.tolist()} == {"big cat"}
+    target = dataset.target(0)
+    assert {{c.label: c.name for c in dataset.categories}[label] for label in target.labels.tolist()} == {"big cat"}
     masks = [ring for rings in target.segmentations for ring in rings]
     assert [ring.round(3).ravel().tolist() for ring in masks] == [SQUARE, TRIANGLE]
 

@@ -59,7 +59,7 @@ def push_to_hub(
             raise InputError(f"{folder} has no {file}; give a folder that pix2seq export wrote")
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r} is no name on the hub; expected USER/NAME")
-    with _hub_errors(name, revision):
+    with _hub_errors(name, revision, uploads=True):
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
@@ -71,7 +71,7 @@ def push_to_hub(
 
 
 @contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str, revision: str | None, *, uploads: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises into an `InputError` of one line."""
     from huggingface_hub import errors
 
@@ -94,6 +94,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "huggingface_hub")):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"{name} was not uploaded:" if uploads else f"there is no folder {name}, and"
         raise InputError(
-            f"{name} is no folder, and the hub did not answer as expected ({reason}); try again"
+            f"{what} the hub did not answer as expected ({reason}); check the name and the network"
         ) from error
