@@ -96,7 +96,7 @@ def label_studio_files(images: Sequence[LabelledImage], categories: Sequence[Cat
             for value in values:
                 ElementTree.SubElement(labels, "Label", value=value)
     ElementTree.SubElement(view, "TextArea", name="text", toName="image")
-    return {"labelstudio.json": _json(tasks), "labelstudio.xml": _xml(view)}
+    return {"labelstudio.json": _json(tasks), "labelstudio.xml": _xml(view, declared=False)}
 
 
 def cvat_files(images: Sequence[LabelledImage], categories: Sequence[Category]) -> dict[str, str]:
@@ -237,6 +237,8 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _xml(root: ElementTree.Element) -> str:
+def _xml(root: ElementTree.Element, *, declared: bool = True) -> str:
+    """Return the text of an XML file; Label Studio refuses an interface with a declaration of its encoding."""
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    head = '<?xml version="1.0" encoding="utf-8"?>\n' if declared else ""
+    return f"{head}{ElementTree.tostring(root, encoding='unicode')}\n"
