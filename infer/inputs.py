@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,13 +22,13 @@ def find_inputs(given: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in given:
-        if path.is_dir():
+        if os.path.isdir(path):  # which takes names that are too long, too
             files = _others(path / name for name in image_files(path, also=VIDEO_SUFFIXES))
             if not files:
                 raise InputError(f"folder {path} holds no image and no video; name files, or another folder")
-        elif glob.has_magic(str(path)) and not path.exists():
+        elif glob.has_magic(str(path)) and not os.path.lexists(path):
             matching = (Path(name) for name in glob.glob(str(path), recursive=True))
-            files = _others(each for each in matching if each.is_file())
+            files = _others(each for each in matching if os.path.isfile(each))
             if not files:
                 raise InputError(f"no file matches {path}; check the pattern")
         else:

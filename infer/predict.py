@@ -86,7 +86,9 @@ def predict_files(
         box_files = {path: boxes / f"{name}.json" if os.path.isdir(boxes) else boxes for path, name in names.items()}
     folder = find_checkpoint(local_folder(checkpoint))
     outputs = Outputs(output_folder(out))
-    planned = {name: VIDEO_SUFFIXES if is_video(path) else SUFFIXES for path, name in names.items()}
+    planned: dict[str, tuple[str, ...]] = {
+        name: VIDEO_SUFFIXES if is_video(path) else SUFFIXES for path, name in names.items()
+    }
     planned |= _planned_labels(label_format, label_names, names)
     outputs.check(planned, [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
 
@@ -220,12 +222,12 @@ def _planned_labels(
     """Return the files that a format will write, as `Outputs.check` takes them."""
     if label_format is None:
         return {}
-    planned = dict.fromkeys(FORMATS[label_format]([], []), ("",))
+    planned: dict[str, tuple[str, ...]] = dict.fromkeys(FORMATS[label_format]([], []), ("",))
     taken = {f"{name}{suffix}".casefold(): path for path, name in names.items() for suffix in SUFFIXES}
     for file in planned:
         if file in taken:
             raise InputError(f"{taken[file]} and --format {label_format} would both write {file}; rename the image")
-    if "yolo/data.yaml" in planned:
+    if label_format == "yolo":
         labels: dict[str, Path] = {}
         for path, name in label_names.items():
             other = labels.setdefault(yolo_label_file(name).casefold(), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class VideoReader:
 
     def __init__(self, path: Path, *, stride: int = 1) -> None:
         """Raises `InputError` if it cannot be opened."""
-        if not path.is_file():
-            raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; check the path")
+        if not os.path.isfile(path):
+            raise InputError(f"{path} {'is no file' if os.path.lexists(path) else 'does not exist'}; check the path")
         self.path, self.stride = path, stride
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():

@@ -338,10 +338,9 @@ class Predictor:
         `about` holds, by task, what each image is asked about; for `threshold` and `classes`, see `ask`. `settings`
         are those of `configure`, for this call.
         """
+        options: dict[str, Any] = {"threshold": threshold, "classes": classes, "seed": seed}
         if settings:
-            options = {"threshold": threshold, "classes": classes, "seed": seed}
             return self.with_settings(**settings).predict_batch(images, tasks, about, **options)
-        options = {"threshold": threshold, "classes": classes, "seed": seed}
         keeps = self._filter(threshold, classes)
         tasks = _listed(tasks, "tasks")
         about = about or {}

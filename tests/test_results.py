@@ -67,7 +67,7 @@ def test_a_table_has_a_row_for_each_object_and_the_same_columns_without_any(foun
 
 
 def test_detections_of_supervision_hold_boxes_masks_and_names(found):
-    sv = pytest.importorskip("supervision", reason="needs supervision, which is no dependency")
+    sv = pytest.importorskip("supervision")
     detections = found.to_supervision()
     assert detections.xyxy.tolist() == [[1, 2, 4.5, 6], [2, 1, 8, 6], [0, 0, 3, 3]]
     assert detections.class_id.tolist() == [7, 9, 9]

@@ -23,7 +23,7 @@ def local_folder(path: str | Path, *, revision: str | None = None, token: str | 
     `InputError` if the hub cannot be reached, has no such model or revision, or the model is none of this project.
     """
     name = Path(path).as_posix()
-    if not _NAME.fullmatch(name) or os.path.lexists(path) or Path(path).parent.exists():
+    if not _NAME.fullmatch(name) or os.path.lexists(path) or os.path.exists(Path(path).parent):
         return Path(path)
     with _hub_errors(name, revision):
         from huggingface_hub import snapshot_download

@@ -93,8 +93,8 @@ def label_studio_files(images: Sequence[LabelledImage], categories: Sequence[Cat
     ):
         if values:
             labels = ElementTree.SubElement(view, tag, name=control, toName="image")
-            for value in values:
-                ElementTree.SubElement(labels, "Label", value=value)
+            for text in values:
+                ElementTree.SubElement(labels, "Label", value=text)
     ElementTree.SubElement(view, "TextArea", name="text", toName="image")
     return {"labelstudio.json": _json(tasks), "labelstudio.xml": _xml(view, declared=False)}
 
@@ -109,8 +109,8 @@ def cvat_files(images: Sequence[LabelledImage], categories: Sequence[Category]) 
     points_of = {category.id: category.keypoints for category in categories}
     group = 0
     for number, image in enumerate(images):
-        sides = {"width": str(image.width), "height": str(image.height)}
-        element = ElementTree.SubElement(root, "image", id=str(number), name=image.name, **sides)
+        size = {"width": str(image.width), "height": str(image.height)}
+        element = ElementTree.SubElement(root, "image", {"id": str(number), "name": image.name} | size)
         for order, found in enumerate(reversed(image.instances)):  # the best on top
             common = {"label": found["category"], "source": "auto", "occluded": "0", "z_order": str(order)}
             rings, points = found["segmentation"], found["keypoints"]
@@ -122,13 +122,14 @@ def cvat_files(images: Sequence[LabelledImage], categories: Sequence[Category]) 
             if points:
                 skeleton = ElementTree.SubElement(element, "skeleton", common)
                 for name, x, y, seen in zip(points_of[found["category_id"]], *_columns(points), strict=True):
+                    place = {"label": name, "points": _pairs([x, y])}
                     flags = {"occluded": str(int(seen == 1)), "outside": str(int(seen == 0))}
-                    ElementTree.SubElement(skeleton, "points", label=name, points=_pairs([x, y]), **flags)
+                    ElementTree.SubElement(skeleton, "points", place | flags)
             if not rings and not points:
                 x, y, width, height = found["bbox"]
                 corners = {"xtl": x, "ytl": y, "xbr": x + width, "ybr": y + height}
                 texts = {key: f"{value:.2f}" for key, value in corners.items()}
-                ElementTree.SubElement(element, "box", common, **texts)
+                ElementTree.SubElement(element, "box", common | texts)
     return {"cvat.xml": _xml(root)}
 
 
