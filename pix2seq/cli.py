@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pix2seq.errors import InputError, InputErrorElsewhere, Stopped, unknown_name
 from pix2seq.tasks import DEFAULT_TASK, task_names
+
+LABEL_FORMATS = ("coco", "labelstudio", "cvat", "yolo")  # of pix2seq.data.formats.predictions
+SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
 T = TypeVar("T")
 
@@ -82,15 +85,55 @@ def _spin_briefly() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong command line in one line, without the usage."""
+    """A parser that reports a wrong command line in one line, without the usage, and suggests near names."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.set_defaults(parser=self)  # the innermost one stays: that of the command that was given
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse`, which would complain of what is missing before it named a misspelt option."""
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:
+            for word in words[: words.index("--") if "--" in words else None]:
+                self._check_option(word.partition("=")[0])
+        return super().parse_known_args(words, namespace)
 
-def _main(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="pix2seq", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    def _check_option(self, name: str) -> None:
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        if name.startswith("--") and not any(option.startswith(name) for option in known):
+            raise unknown_name(f"option of {self.prog}:", name, known)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest).lower()
+            raise unknown_name(kind, str(value), map(str, action.choices))
+
+
+class _Version(argparse.Action):
+    """Print the version of the installed package; it is looked up only then."""
+
+    def __call__(self, *_: Any) -> None:
+        """See `argparse.Action`."""
+        from importlib.metadata import version
+
+        print(f"pix2seq {version('pix2seq')}")
+        raise SystemExit(0)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    parser = _Parser(
+        prog="pix2seq",
+        description="Detection, segmentation, keypoints and captions as one language of tokens.",
+        epilog="`pix2seq COMMAND --help` shows the options of a command, with examples.\n"
+        "Wrong input ends with one line and exit code 2, a bug with 1.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     add_train(commands.add_parser("train", help="train a model on a COCO, Pascal VOC or YOLO folder"))
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
     add_calibrate(commands.add_parser("calibrate", help="make scores probabilities, and choose what is worth showing"))
@@ -98,20 +141,36 @@ def _main(argv: Sequence[str]) -> int:
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     add_export(commands.add_parser("export", help="write a trained model for others: weights and a model card"))
     data = commands.add_parser("data", help="make or check a data set")
-    data_commands = data.add_subparsers(dest="data_command", required=True, parser_class=_Parser)
+    _add_examples(data, "data shapes shapes --train 2000 --val 200", "data check MY_DATA")
+    data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND", parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="show the trained model on new images, or train one"))
+    add_completion(commands.add_parser("completion", help="print a script that completes commands in a shell"))
+    return parser
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = make_parser()
     # argparse takes positional words from one position only; people put key=value before and after options.
     args, others = parser.parse_known_args(argv)
     if others and not (hasattr(args, "settings") and all("=" in word and word[0] != "-" for word in others)):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
         args.settings = [*args.settings, *others]
+    if not hasattr(args, "run"):  # a command that has commands of its own
+        args.parser.print_help()
+        return 0
     return args.run(args) or 0
+
+
+def _add_examples(parser: argparse.ArgumentParser, *commands: str) -> None:
+    """Let the help of a command end with examples."""
+    lines = "\n".join(f"  pix2seq {command}" for command in commands)
+    parser.epilog = "\n\n".join(part for part in (parser.epilog, f"examples:\n{lines}") if part)
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -127,6 +186,11 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Add the options of training."""
+    _add_examples(
+        parser,
+        "train --task detection --config configs/detection_voc.yaml data=MY_DATA out=runs/mine",
+        "train --task detection data=MY_DATA out=runs/mine steps=20000 lr=3e-4 --resume auto",
+    )
     help_task = f"tasks to train, separated by commas: {', '.join(task_names())}; by default those of --config"
     parser.add_argument("--task", help=help_task)
     parser.add_argument("--config", help="YAML file of settings, see configs/")
@@ -151,6 +215,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Add the options of evaluation."""
+    _add_examples(parser, "eval --checkpoint runs/mine --data MY_DATA --split val --out metrics.json")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--data", required=True, type=Path, help="COCO, Pascal VOC or YOLO folder")
     _add_task(parser)
@@ -252,7 +317,19 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the options of prediction."""
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
+    _add_examples(
+        parser,
+        "predict street.jpg --checkpoint runs/mine --out predictions",
+        "predict photos/ 'more/*.png' --checkpoint runs/mine --task detection --format cvat",
+        "predict clip.mp4 --checkpoint runs/mine --stride 5",
+    )
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image or video, folder of them, or pattern such as 'a/*.jpg'",
+    )
     parser.add_argument("--image", action="append", type=Path, default=[], help="another way to name an image")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     _add_task(parser)
@@ -262,8 +339,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score",
         type=_share,
-        help="least score of a drawn box, by default as calibrated, else 0.3; JSON has them all",
+        help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all",
     )
+    parser.add_argument("--format", choices=LABEL_FORMATS, help="also write files that a labelling tool imports")
+    parser.add_argument("--stride", type=_positive, default=1, help="of videos: ask about every N-th frame")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--resume", action="store_true", help="leave out images that an earlier run has done")
     _add_overwrite(parser)
@@ -289,6 +368,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             bf16=args.bf16,
             resume=args.resume,
             overwrite=args.overwrite,
+            stride=args.stride,
+            label_format=args.format,
         )
 
     parser.set_defaults(run=run)
@@ -298,8 +379,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     """Add the options of conversion."""
     from pix2seq.convert.presets import preset_table
 
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"published checkpoints (copy one with gsutil cp -r):\n\n{preset_table()}"
+    _add_examples(parser, "convert vit_b_640x640 --config vit-b-640-coco --out checkpoints/vit-b")
     parser.add_argument("prefix", type=Path, metavar="CKPT_PREFIX", help="PREFIX of PREFIX.index, or its folder")
     parser.add_argument("--config", required=True, help="a preset below, or the official config as JSON")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
@@ -316,6 +397,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the options of exporting a trained model."""
+    _add_examples(
+        parser,
+        "export runs/mine --out shared/mine --dtype float16 --licence Apache-2.0",
+        "export runs/mine --out shared/mine --push me/my-detector",
+    )
     parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
@@ -324,6 +410,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", type=Path, help="folder that the metrics were measured on")
     parser.add_argument("--eval-split", default="val")
     parser.add_argument("--licence", help="licence of the weights, for the card")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: only you can see it")
 
     def run(args: argparse.Namespace) -> None:
         if (args.metrics is None) != (args.eval_data is None):
@@ -335,12 +423,17 @@ def add_export(parser: argparse.ArgumentParser) -> None:
             scored = Scored.read(args.metrics, describe_data(args.eval_data, args.eval_split))
         export_model(args.source, args.out, dtype=args.dtype, data=args.data, scored=scored, licence=args.licence)
         print(f"checkpoint: {args.out}")
+        if args.push is not None:
+            from pix2seq.model.hub import push_to_hub
+
+            print(f"uploaded: {push_to_hub(args.out, args.push, private=args.private)}")
 
     parser.set_defaults(run=run)
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """Add the options of the generated data set."""
+    _add_examples(parser, "data shapes shapes --train 2000 --val 200 --size 96")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=4000, help="training images")
     parser.add_argument("--val", type=int, default=500, help="validation images")
@@ -372,6 +465,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     """Add the options of the data check."""
+    _add_examples(parser, "data check MY_DATA", "data check MY_DATA --json --images")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", help="one split; all that are found by default")
     _add_annotations(parser)
@@ -392,6 +486,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 def add_shard(parser: argparse.ArgumentParser) -> None:
     """Add the options of writing shards."""
+    _add_examples(parser, "data shard MY_DATA shards")
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder to write; data=OUT, or its http address, trains from it")
     parser.add_argument("--split", help="one split; all that are found by default")
@@ -411,6 +506,7 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
 
 def add_features(parser: argparse.ArgumentParser) -> None:
     """Add the options of storing features."""
+    _add_examples(parser, "data features MY_DATA features --checkpoint runs/first")
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder to write; features=OUT trains from it")
     encoder = parser.add_mutually_exclusive_group(required=True)
@@ -440,6 +536,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 
 def add_sequences(parser: argparse.ArgumentParser) -> None:
     """Add the options of showing training sequences."""
+    _add_examples(parser, "data sequences MY_DATA --task detection --out seen.png")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", default=DEFAULT_TASK, help=f"one task: {', '.join(task_names())}")
     parser.add_argument("--index", type=int, default=0, help="number of the sample, from 0")
@@ -470,6 +567,7 @@ def add_sequences(parser: argparse.ArgumentParser) -> None:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the options of the demo."""
+    _add_examples(parser, "demo", "demo --checkpoint runs/mine --images 8 --seed 3")
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder; by default the repository's model")
     parser.add_argument("--images", type=_positive, help="number of new images")
@@ -494,6 +592,37 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
             show_demo(args.out, **given)
 
     parser.set_defaults(run=run)
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Add the options of shell completion."""
+    _add_examples(
+        parser,
+        "completion bash > ~/.local/share/bash-completion/completions/pix2seq",
+        "completion zsh > ~/.zfunc/_pix2seq     # a folder of $fpath",
+        "completion fish > ~/.config/fish/completions/pix2seq.fish",
+    )
+    parser.add_argument("shell", choices=SHELLS)
+
+    def run(args: argparse.Namespace) -> None:
+        import shtab
+
+        whole = make_parser()
+        for action in _actions(whole):
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(whole, args.shell))
+
+    parser.set_defaults(run=run)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield what a parser and the parsers of its commands take."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)
 
 
 def _add_annotations(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from pix2seq.errors import InputError
 from pix2seq.files import output_folder, read_json, report_write_errors
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import WEIGHTS_FILE, find_checkpoint
+from pix2seq.tasks import get_task, task_names
 from pix2seq.training.config import SETTINGS_FILE
 from pix2seq.training.log import LOG_FILE
 from pix2seq.training.yaml_file import read_yaml
@@ -116,6 +117,7 @@ def model_card(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     start, init = ("from another checkpoint", " init=CHECKPOINT") if settings.get("init") else ("from scratch", "")
     lines = [
+        *_front_matter(model, name, scored, licence),
         f"# {name}",
         "",
         f"A model for {', '.join(model.task_settings)}, trained and written by Pix2Seq in PyTorch.",
@@ -149,6 +151,31 @@ def model_card(
     if licence is not None:
         lines += ["", "## Licence", "", licence]
     return "\n".join(lines) + "\n"
+
+
+def _front_matter(model: Pix2Seq, name: str, scored: Scored | None, licence: str | None) -> list[str]:
+    """Return the YAML in front of a card, by which the Hugging Face Hub sorts, filters and compares models."""
+    installed = [get_task(task) for task in model.task_settings if task in task_names()]
+    kinds = [task.hub_pipeline for task in installed if task.hub_pipeline is not None]
+    content: dict[str, Any] = {"library_name": "pix2seq", "tags": ["pix2seq", *model.task_settings]}
+    if kinds:
+        content["pipeline_tag"] = kinds[0]
+    if licence is not None:
+        known = re.fullmatch(r"[A-Za-z0-9.-]+", licence) is not None  # an identifier such as Apache-2.0
+        content |= {"license": licence.lower()} if known else {"license": "other", "license_name": "see-below"}
+    if scored is not None:
+        metrics = [
+            {"type": key, "name": key, "value": round(value, 4)}
+            for key, value in scored.metrics.items()
+            if value is not None and not DETAIL.search(key)
+        ]
+        result = {
+            "task": {"type": kinds[0] if kinds else "other"},
+            "dataset": {"type": "custom", "name": scored.data},
+            "metrics": metrics,
+        }
+        content["model-index"] = [{"name": name, "results": [result]}]
+    return ["---", *yaml.safe_dump(content, sort_keys=False, allow_unicode=True).splitlines(), "---", ""]
 
 
 def _data_folder(settings: Mapping[str, Any]) -> Path:

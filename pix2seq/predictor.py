@@ -6,14 +6,15 @@ came in.
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -24,20 +25,26 @@ from torch import Tensor
 from pix2seq.data.image import read_image, warp_image
 from pix2seq.device import pick_device
 from pix2seq.drawing import Canvas
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, unknown_name
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.hub import local_folder
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import CONFIG_FILE, find_checkpoint
+from pix2seq.results import Instances
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
-from pix2seq.types import Caption, Instance
+from pix2seq.types import Caption, Instance, category_key
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+
+OneImage = EncodedImage | ImageLike
+OneBoxes = Sequence[Instance] | ArrayLike
+Names = str | Sequence[str] | None
 
 DEFAULT_THRESHOLD = 0.3  # least score of what is drawn, of a checkpoint that is not calibrated
 MAX_ROWS = 512  # sequences that are decoded side by side
@@ -45,6 +52,22 @@ MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are de
 MAX_CROPS = 16  # crops that are encoded side by side
 MAX_CLOSEUPS = 64  # closeups that are encoded side by side
 _Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
+
+
+class Options(TypedDict, total=False):
+    """Options of one call."""
+
+    seed: int  # fixes what sampling draws
+    top_p: float  # of the probability, from which tokens are sampled; by default as the checkpoint says
+
+
+class ObjectOptions(Options, total=False):
+    """Options of one call about objects."""
+
+    threshold: float  # least score, 0 to 1; objects below it are neither asked about nor returned
+    classes: str | Sequence[str]  # names of the classes to keep; by default all
+    num_objects: int  # to ask for, where objects are detected first
+    num_samples: int  # masks drawn for each object, which vote
 
 
 @dataclass(frozen=True)
@@ -57,9 +80,10 @@ class Prediction:
     thresholds: Mapping[str, float] = field(default_factory=dict)  # by task: least score of the objects that are drawn
 
     @property
-    def instances(self) -> list[Instance]:
+    def instances(self) -> Instances:
         """Objects, with masks and keypoints where those were asked for."""
-        return [answer for answers in self.answers.values() for answer in answers if isinstance(answer, Instance)]
+        found = [answer for answers in self.answers.values() for answer in answers if isinstance(answer, Instance)]
+        return Instances(found, size=self.image.size)
 
     @property
     def likely(self) -> list[Instance]:
@@ -128,9 +152,20 @@ class Predictor:
         }
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str = "auto", bf16: bool = False) -> Self:
-        """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises `InputError` if it cannot be."""
-        model = Pix2Seq.from_pretrained(find_checkpoint(Path(path)))
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        bf16: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Open a checkpoint folder, the newest checkpoint of a run folder, or a model of the hub, USER/NAME.
+
+        For `revision` and `token`, see `pix2seq.model.hub.local_folder`. Raises `InputError` if it cannot be opened.
+        """
+        model = Pix2Seq.from_pretrained(find_checkpoint(local_folder(path, revision=revision, token=token)))
         return cls(model.to(pick_device(device)), bf16=bf16)
 
     @property
@@ -162,18 +197,27 @@ class Predictor:
         images: Sequence[EncodedImage | ImageLike],
         about: Sequence[Any] | None = None,
         *,
+        threshold: float = 0.0,
+        classes: str | Sequence[str] | None = None,
         seed: int = 0,
+        **settings: Any,
     ) -> list[list[Any]]:
         """Ask a task about images, and return its answers for each of them.
 
         `about` holds what each image is asked about, in the form that the task takes: `Boxes` or instances for masks
         and keypoints, nothing for tasks about whole images. Without it, a task that needs another one asks about what
-        that one finds. An answer depends on the image, the question and `seed`, not on what else is asked. Raises
-        `InputError` if the model does not know the task, or cannot be asked so.
+        that one finds. Objects with a score below `threshold`, and with `classes` those of other classes, are neither
+        asked about nor returned. `settings` go over the task's own for this call, or over those of the task that it
+        needs. An answer depends on the image, the question, the settings and `seed`, not on what else is asked.
+        Raises `InputError` if the model does not know the task, or cannot be asked so.
         """
         self.require(task)
         self._check_ready()
         seed = _checked_seed(seed)
+        keeps = self._filter(threshold, classes)
+        if settings:
+            other = self._with(task, settings)
+            return other.ask(task, images, about, threshold=threshold, classes=classes, seed=seed)
         asked = self.tasks[task]
         encoded = self._encoded(images)
         if about is None and asked.needs:
@@ -182,10 +226,11 @@ class Predictor:
                     f"{task} is asked about the answers of {asked.needs[0]}, for which this checkpoint was not "
                     "trained; give it boxes to ask about"
                 )
-            about = [asked.subjects(found) for found in self.ask(asked.needs[0], encoded, seed=seed)]
+            found = self.ask(asked.needs[0], encoded, threshold=threshold, classes=classes, seed=seed)
+            about = [asked.subjects(each) for each in found]
         abouts = [None] * len(encoded) if about is None else _one_each(encoded, about)
         requests = [
-            asked.requests(image, asked.check_about(image, each) if each is not None else None)
+            asked.requests(image, keeps(asked.check_about(image, each)) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
         ]
         completions = iter(self._complete(asked, encoded, requests, seed))
@@ -193,45 +238,88 @@ class Predictor:
             asked.answers(image, some, [next(completions) for _ in some])
             for image, some in zip(encoded, requests, strict=True)
         ]
-        return [asked.calibrated(each, self.calibration.get(task)) for each in answers]
+        return [keeps(asked.calibrated(each, self.calibration.get(task))) for each in answers]
 
-    def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
-        """Return the objects of an image, best first."""
-        return self.ask("detection", [image], seed=seed)[0]
+    @overload
+    def detect(self, image: OneImage, **options: Unpack[ObjectOptions]) -> Instances: ...  # type: ignore[overload-overlap]
+    @overload
+    def detect(self, image: Sequence[OneImage], **options: Unpack[ObjectOptions]) -> list[Instances]: ...
+    def detect(
+        self, image: OneImage | Sequence[OneImage], **options: Unpack[ObjectOptions]
+    ) -> Instances | list[Instances]:
+        """Return the objects of an image, best first, or of each image of a list. For `options`, see `ObjectOptions`.
 
+        `Instances` is a list that converts: `to_coco()`, `to_supervision()`, `to_pandas()`.
+        """
+        return self._find("detection", image, None, None, options)
+
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self,
+        image: OneImage,
+        boxes: OneBoxes | None = None,
+        *,
+        categories: Names = None,
+        **options: Unpack[ObjectOptions],
+    ) -> Instances: ...
+    @overload
     def segment(
         self,
-        image: EncodedImage | ImageLike,
-        boxes: Sequence[Instance] | ArrayLike | None = None,
+        image: Sequence[OneImage],
+        boxes: Sequence[OneBoxes] | None = None,
         *,
-        categories: str | Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> list[Instance]:
+        categories: str | Sequence[Names] | None = None,
+        **options: Unpack[ObjectOptions],
+    ) -> list[Instances]: ...
+    def segment(
+        self, image: Any, boxes: Any = None, *, categories: Any = None, **options: Unpack[ObjectOptions]
+    ) -> Instances | list[Instances]:
         """Return objects with their masks: those of `boxes`, or all that `detect` finds.
 
         Boxes are instances, or numbers (N, 4) as x0, y0, x1, y1 in pixels of the image. Numbers need `categories`,
         one name for all or one for each, unless the model knows a single class. Several masks are drawn for each
-        object and vote; see `segmentation.num_samples`.
+        object and vote; see `segmentation.num_samples`. A list of images takes and gives a list with one entry each.
+        For `options`, see `ObjectOptions`.
         """
-        return self.ask("segmentation", [image], _about(boxes, categories), seed=seed)[0]
+        return self._find("segmentation", image, boxes, categories, options)
 
+    @overload
+    def keypoints(  # type: ignore[overload-overlap]
+        self,
+        image: OneImage,
+        boxes: OneBoxes | None = None,
+        *,
+        categories: Names = None,
+        **options: Unpack[ObjectOptions],
+    ) -> Instances: ...
+    @overload
     def keypoints(
         self,
-        image: EncodedImage | ImageLike,
-        boxes: Sequence[Instance] | ArrayLike | None = None,
+        image: Sequence[OneImage],
+        boxes: Sequence[OneBoxes] | None = None,
         *,
-        categories: str | Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> list[Instance]:
+        categories: str | Sequence[Names] | None = None,
+        **options: Unpack[ObjectOptions],
+    ) -> list[Instances]: ...
+    def keypoints(
+        self, image: Any, boxes: Any = None, *, categories: Any = None, **options: Unpack[ObjectOptions]
+    ) -> Instances | list[Instances]:
         """Return objects with their keypoints: those of `boxes`, or all that `detect` finds, if their class has some.
 
-        For `boxes` and `categories`, see `segment`.
+        For lists of images, `boxes`, `categories` and `options`, see `segment`.
         """
-        return self.ask("keypoint", [image], _about(boxes, categories), seed=seed)[0]
+        return self._find("keypoint", image, boxes, categories, options)
 
-    def caption(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> Caption:
-        """Return a sentence about an image."""
-        return self.ask("captioning", [image], seed=seed)[0][0]
+    @overload
+    def caption(self, image: OneImage, **options: Unpack[Options]) -> Caption: ...  # type: ignore[overload-overlap]
+    @overload
+    def caption(self, image: Sequence[OneImage], **options: Unpack[Options]) -> list[Caption]: ...
+    def caption(self, image: OneImage | Sequence[OneImage], **options: Unpack[Options]) -> Caption | list[Caption]:
+        """Return a sentence about an image, or one about each image of a list. For `options`, see `Options`."""
+        images, many = _many(image)
+        _check_options(options, Options)
+        captions = [found[0] for found in self.ask("captioning", images, **options)]
+        return captions if many else captions[0]
 
     def predict(
         self,
@@ -240,19 +328,23 @@ class Predictor:
         boxes: Sequence[Instance] | ArrayLike | None = None,
         *,
         categories: str | Sequence[str] | None = None,
+        threshold: float = 0.0,
+        classes: str | Sequence[str] | None = None,
         seed: int = 0,
+        **settings: Any,
     ) -> Prediction:
         """Run several tasks on one image, encoding it once.
 
         Objects are detected, or taken from `boxes`; masks and keypoints are added to them, and they keep the score of
-        their box. For `boxes` and `categories`, see `segment`.
+        their box. For `boxes` and `categories`, see `segment`; for what else may be given, `predict_batch`.
         """
         names = [tasks] if isinstance(tasks, str) else tasks
         for name in names:
             self.require(name)
         given = _about(boxes, categories)
         about = {} if given is None else {name: given for name in names if self.tasks[name].needs}
-        return self.predict_batch([image], names, about, seed=seed)[0]
+        options = {"threshold": threshold, "classes": classes, "seed": seed, **settings}
+        return self.predict_batch([image], names, about, **options)[0]
 
     def predict_batch(
         self,
@@ -260,9 +352,20 @@ class Predictor:
         tasks: Sequence[str],
         about: Mapping[str, Sequence[Any]] | None = None,
         *,
+        threshold: float = 0.0,
+        classes: str | Sequence[str] | None = None,
         seed: int = 0,
+        **settings: Any,
     ) -> list[Prediction]:
-        """Run several tasks on several images. `about` holds, by task, what each image is asked about; see `ask`."""
+        """Run several tasks on several images.
+
+        `about` holds, by task, what each image is asked about; for `threshold` and `classes`, see `ask`. `settings`
+        are those of `configure`, for this call.
+        """
+        options: dict[str, Any] = {"threshold": threshold, "classes": classes, "seed": seed}
+        if settings:
+            return self.with_settings(**settings).predict_batch(images, tasks, about, **options)
+        keeps = self._filter(threshold, classes)
         tasks = _listed(tasks, "tasks")
         about = about or {}
         for name in (*tasks, *about):
@@ -274,13 +377,13 @@ class Predictor:
             task = self.tasks[name]
             if task.needs:  # what is given takes the place of what would have been found
                 given = zip(encoded, _one_each(encoded, about[name]), strict=True)
-                answers[task.needs[0]] = [task.check_about(image, each) for image, each in given]
+                answers[task.needs[0]] = [keeps(task.check_about(image, each)) for image, each in given]
         for name in sorted(dict.fromkeys(tasks), key=lambda name: bool(self.tasks[name].needs)):
             task = self.tasks[name]
             key = task.needs[0] if task.needs else name
             writers[key] = task
             if key not in answers:
-                answers[key] = self.ask(key, encoded, about.get(key), seed=seed)
+                answers[key] = self.ask(key, encoded, about.get(key), **options)
             if task.needs:
                 found = answers[key]
                 refined = self.ask(name, encoded, [task.subjects(each) for each in found], seed=seed)
@@ -313,9 +416,87 @@ class Predictor:
             if not having:
                 raise InputError(f"none of this checkpoint's tasks ({', '.join(self.tasks)}) has the setting {key}")
             for name in having:
-                changed = self.tasks[name].with_settings(**{key: value})
-                self._check_length(changed, f"{key}={value}", f"give a smaller {key}")
-                self.tasks[name] = changed
+                self._set(name, key, value)
+
+    def with_settings(self, **settings: Any) -> Self:
+        """Return a predictor of the same model with other settings, see `configure`; this one stays as it is."""
+        other = self._copy()
+        other.configure(**settings)
+        return other
+
+    def _copy(self) -> Self:
+        other = copy.copy(self)
+        other.tasks = dict(self.tasks)
+        return other
+
+    def _with(self, name: str, settings: Mapping[str, Any]) -> Self:
+        """Return a predictor in which a task, or else the one that it needs, has other settings."""
+        other = self._copy()
+        asked = [name, *(need for need in self.tasks[name].needs if need in self.tasks)]
+        for key, value in settings.items():
+            known = {each: {field.name for field in fields(self.tasks[each].config)} for each in asked}
+            having = next((each for each in asked if key in known[each]), None)
+            if having is None:
+                raise unknown_name(f"setting of {name}", key, known[name])
+            other._set(having, key, value)
+        return other
+
+    def _set(self, name: str, key: str, value: Any) -> None:
+        changed = self.tasks[name].with_settings(**{key: value})
+        self._check_length(changed, f"{key}={value}", f"give a smaller {key}")
+        self.tasks[name] = changed
+
+    def _filter(self, threshold: float, classes: str | Sequence[str] | None) -> Callable[[Any], Any]:
+        """Return a function that drops objects of other classes or lower scores from a list, and changes nothing else.
+
+        Raises `InputError` if the threshold is no share, or a class unknown.
+        """
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise InputError(f"threshold is {threshold!r}; expected a number from 0 to 1")
+        names = None
+        if classes is not None:
+            names = {self._class_key(name) for name in ([classes] if isinstance(classes, str) else classes)}
+
+        def keeps(found: Any) -> Any:
+            if not isinstance(found, list) or (names is None and not threshold):
+                return found
+            return [
+                each
+                for each in found
+                if not isinstance(each, Instance)
+                or (each.score >= threshold and (names is None or category_key(each.category.name) in names))
+            ]
+
+        return keeps
+
+    def _class_key(self, name: Any) -> str:
+        known = {each.name for task in self.tasks.values() for each in task.categories.values()}
+        if not isinstance(name, str) or category_key(name) not in map(category_key, known):
+            raise unknown_name("class", str(name), known)
+        return category_key(name)
+
+    def _find(
+        self, task: str, image: Any, boxes: Any, categories: Any, options: ObjectOptions
+    ) -> Instances | list[Instances]:
+        """Ask a task about the objects of an image, or of each image of a list."""
+        images, many = _many(image)
+        _check_options(options, ObjectOptions)
+        if not many:
+            about = _about(boxes, categories)
+        elif boxes is None:
+            about = None
+        else:
+            names = [categories] * len(images) if categories is None or isinstance(categories, str) else categories
+            if len(_listed(boxes, "boxes, one entry for each image")) != len(images) or len(names) != len(images):
+                raise InputError(
+                    f"{len(images)} images were given with boxes for {len(boxes)} and categories for {len(names)}; "
+                    "give one entry for each image"
+                )
+            about = [(_about(*each) or [[]])[0] for each in zip(boxes, names, strict=True)]
+        encoded = self._encoded(images)
+        answers = self.ask(task, encoded, about, **options)
+        found = [Instances(each, size=image.size) for image, each in zip(encoded, answers, strict=True)]
+        return found if many else found[0]
 
     def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
         """Raise `InputError` if a task, as `source` sets it, needs longer sequences than the model has."""
@@ -462,6 +643,18 @@ def _calibration(content: dict[str, Any]) -> TaskCalibration:
 
 def _chunks(keys: list[_Key], size: int) -> list[list[_Key]]:
     return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def _many(image: Any) -> tuple[Sequence[Any], bool]:
+    """Return images as a list, and whether a list was given."""
+    many = isinstance(image, list | tuple)
+    return (image if many else [image]), many
+
+
+def _check_options(options: Options, kind: type[Options]) -> None:
+    for name in options:
+        if name not in kind.__annotations__:
+            raise unknown_name("option", name, kind.__annotations__)
 
 
 def _listed(values: Sequence[Any], what: str) -> Sequence[Any]:

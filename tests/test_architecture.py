@@ -18,7 +18,7 @@ LEVELS = [
     "types",
     "vocab",
     "geometry",
-    "tokenizers drawing charts",
+    "tokenizers drawing charts results",
     "examples",
     "data | model | metrics",
     "tasks",
@@ -40,8 +40,9 @@ TASK = re.compile(
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
 TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption")}  # each names its task
-COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms below and in `to_json` of types.py
+COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
 COCO_ROOMS = ("data.formats", "data.shapes")
+COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}
 
 
 def read_modules():
@@ -158,8 +159,8 @@ def names_of_tasks(module):
         return is_docstring or (is_function(node) and getattr(node, "name", "") in TASK_METHODS.get(module, ()))
 
     path, tree = MODULES[module]
-    to_json = [node for node in ast.walk(tree) if module == "pix2seq.types" and getattr(node, "name", "") == "to_json"]
-    says_keys = {id(node) for part in ([tree] if within(module, COCO_ROOMS) else to_json) for node in ast.walk(part)}
+    methods = [node for node in ast.walk(tree) if getattr(node, "name", "") == COCO_METHODS.get(module, 0)]
+    says_keys = {id(node) for part in ([tree] if within(module, COCO_ROOMS) else methods) for node in ast.walk(part)}
     for node in nodes(tree, skips):
         for text in filter(TASK.search, texts(node)):
             if text != COCO_KEY or id(node) not in says_keys:

@@ -137,9 +137,9 @@ class _Index:
                 yield from self.by_path[key]
 
 
-def image_files(root: Path, folder: str) -> list[str]:
-    """Return the paths below `root` of all images in a folder and below it, in order."""
-    return [path for path in _walk(root, folder) if _is_image(path)]
+def image_files(root: Path, folder: str = "", *, also: frozenset[str] = frozenset()) -> list[str]:
+    """Return the paths below `root` of all images in a folder and below it, and of files `also` with these suffixes."""
+    return [path for path in _walk(root, folder) if _is_image(path) or os.path.splitext(path)[1].lower() in also]
 
 
 def _walk(root: Path, folder: str = "") -> Iterator[str]:

@@ -23,6 +23,7 @@ from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder, Maps
+from pix2seq.model.hub import local_folder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
 from pix2seq.model.positions import GridPositions, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import (
@@ -290,13 +291,14 @@ class Pix2Seq(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Pix2Seq:
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Pix2Seq:
         """Load a model from a folder with config.json and model.safetensors, in evaluation mode on the CPU.
 
+        USER/NAME is downloaded from the Hugging Face Hub if there is no such folder; see `pix2seq.model.hub`.
         Raises `InputError` if a file is missing or damaged, if a value is out of range, or if the weights do not fit
         the config or are not finite. Nothing of the folder is executed.
         """
-        folder = Path(folder)
+        folder = local_folder(folder, revision=revision, token=token)
         config, categories, task_settings = read_config(folder)
         text = load_text_tokenizer(folder) if has_text_tokenizer(folder) else None
         if text is not None and text.size > config.vocab.num_text:

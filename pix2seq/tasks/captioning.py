@@ -51,6 +51,7 @@ class Captioning(Task[CaptioningConfig]):
     """Sentences."""
 
     name = "captioning"
+    hub_pipeline = "image-to-text"
     config_type = CaptioningConfig
     main_metric = "BLEU-4"
     learns_from = "caption"

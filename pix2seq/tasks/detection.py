@@ -67,6 +67,7 @@ class Detection(Task[DetectionConfig]):
     config_type = DetectionConfig
     main_metric = "AP"
     metric_prefix = ""
+    hub_pipeline = "object-detection"
     length_setting = "detection.max_objects"
 
     @property

@@ -48,6 +48,7 @@ class Keypoint(ObjectTask[KeypointConfig]):
     """Points of a skeleton, of any class that has one."""
 
     name = "keypoint"
+    hub_pipeline = "keypoint-detection"
     config_type = KeypointConfig
     learns_from = "labelled keypoint"
     length_setting = "the number of keypoints"

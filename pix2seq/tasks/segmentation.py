@@ -45,6 +45,7 @@ class Segmentation(ObjectTask[SegmentationConfig]):
     """Polygons of objects."""
 
     name = "segmentation"
+    hub_pipeline = "image-segmentation"
     config_type = SegmentationConfig
     learns_from = "mask"
     length_setting = "segmentation.max_points"

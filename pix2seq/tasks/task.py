@@ -57,6 +57,8 @@ class Task(ABC, Generic[Config]):
     metric_prefix: ClassVar[str | None] = None  # of metric names; None: the task's name
     graded_question: ClassVar[str] = ""  # whose answers say how far scores are probabilities, and calibrate them
 
+    hub_pipeline: ClassVar[str | None] = None  # what the Hugging Face Hub calls such models
+
     learns_from: ClassVar[str] = "object"  # what an image must have: object, mask, labelled keypoint or caption
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
     length_setting: ClassVar[str]  # the setting to lower if sequences are too long
