@@ -49,7 +49,7 @@ class CrossEntropy:
         and would cost a row of V logits each.
         """
         images = batch.images.to(model.device)
-        memory = self._memories(model, images, batch)
+        memory = memories(model, images, batch)
         layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
@@ -59,19 +59,19 @@ class CrossEntropy:
         sums = torch.where(is_task, losses, 0.0).sum(1)
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
-    @staticmethod
-    def _memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
-        """Return the memories (B + C, N, D) of images, then of closeups."""
-        if images.ndim == 3:
-            return model.project(images.float())
-        memory, maps = model.encode_with_maps(images.float() / 255)
-        if not maps:
-            return memory
-        frames, image_index = batch.closeups, batch.closeup_images.tolist()
-        if not image_index:  # every step uses all weights, which ranks with other batches rely on
-            frames, image_index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), [0]
-        frames = frames.to(memory.device, non_blocking=True)
-        return torch.cat([memory, model.look_closer(maps, frames, image_index)])
+
+def memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
+    """Return the memories (B + C, N, D) of a batch: of its images, given on the model's device, then of closeups."""
+    if images.ndim == 3:
+        return model.project(images.float())
+    memory, maps = model.encode_with_maps(images.float() / 255)
+    if not maps:
+        return memory
+    frames, image_index = batch.closeups, batch.closeup_images.tolist()
+    if not image_index:  # every step uses all weights, which ranks with other batches rely on
+        frames, image_index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), [0]
+    frames = frames.to(memory.device, non_blocking=True)
+    return torch.cat([memory, model.look_closer(maps, frames, image_index)])
 
 
 def token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
