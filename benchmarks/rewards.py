@@ -5,8 +5,8 @@
 Starts from checkpoints/shapes, or another model of configs/shapes.yaml given by --init, and trains on generated images
 that it has not seen, all tasks together. Minutes are of CPU time, without reading the data set and without evaluation,
 so that other work on the machine does not count; set OMP_NUM_THREADS=1. The cost of a step is measured first, and says
-how many steps a run has. Settings as `reward:lr=1e-5` or `likelihood:lr=1e-4` are for one objective only. Dated results:
-benchmarks/results/.
+how many steps a run has. Settings as `reward:lr=1e-5` or `likelihood:lr=1e-4` are for one objective only. Dated
+results: benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Captioning(Task[CaptioningConfig]):
         return self.generation()
 
     def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
-        """Reward a caption by a tenth of its CIDEr-D, and by `truth_weight` if it is true of the input."""
+        """Reward a caption by its CIDEr-D, and by `truth_weight` if it is true of the input."""
         cider, names = CiderD(captions), {label: category.name for label, category in self.categories.items()}
 
         def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
@@ -153,7 +153,7 @@ class Captioning(Task[CaptioningConfig]):
             rewards = []
             for ids in completion.tokens:
                 text = decode_caption(ids, self.tokenizer, self.vocab)
-                rewards.append(cider(text, target.captions) / 10)
+                rewards.append(cider(text, target.captions))
                 if self.config.truth_weight:
                     verdict = is_true_of(text, target, names=names)
                     if verdict is None:

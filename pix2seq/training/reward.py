@@ -129,20 +129,18 @@ class Rewards:
         found: list[tuple[Placed, Completion]] = []
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             memory = memories(model, batch.images.to(model.device), batch)
-            for task in batch.tasks:  # whose answers are of like length
-                own = [each for each in placed if each.task == task]
-                for start in range(0, len(own), at_once := max(ROWS_AT_ONCE // num_samples, 1)):
-                    some = own[start : start + at_once]
-                    first, last = some[0].memory, some[-1].memory
-                    out = model.generate_mixed(
-                        memory[first : last + 1],
-                        [torch.from_numpy(each.example.prompt) for each in some],
-                        [replace(self._generation(each), with_logprobs=with_logprobs) for each in some],
-                        memory_index=[each.memory - first for each in some],
-                        num_samples=num_samples,
-                        generator=[self._generator(step, batch.samples[each.image].image_id, each) for each in some],
-                    )
-                    found += zip(some, out.completions(num_samples), strict=True)
+            for start in range(0, len(placed), at_once := max(ROWS_AT_ONCE // num_samples, 1)):
+                some = placed[start : start + at_once]
+                first, last = some[0].memory, some[-1].memory
+                out = model.generate_mixed(
+                    memory[first : last + 1],
+                    [torch.from_numpy(each.example.prompt) for each in some],
+                    [replace(self._generation(each), with_logprobs=with_logprobs) for each in some],
+                    memory_index=[each.memory - first for each in some],
+                    num_samples=num_samples,
+                    generator=[self._generator(step, batch.samples[each.image].image_id, each) for each in some],
+                )
+                found += zip(some, out.completions(num_samples), strict=True)
         return found
 
     def _generation(self, asked: Placed) -> GenerationConfig:
