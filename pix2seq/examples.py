@@ -149,17 +149,12 @@ def collate(
     memory_index, task_of, examples = zip(*parts, strict=True)
     tokens, targets, weights = zip(*(example.shifted() for example in examples), strict=True)
     lengths = np.array([len(each) for each in tokens], np.int64)
-    scored, scored_targets, scored_weights = _scored(targets, weights)
+    terms = [_scored(targets, weights)]
     if any(example.second is not None for example in examples):
-        seconds = [_second(example) for example in examples]
-        more = _scored([each for each, _ in seconds], [each for _, each in seconds])
-        scored, scored_targets, scored_weights = (
-            np.append(*pair) for pair in zip((scored, scored_targets, scored_weights), more, strict=True)
-        )
-    unused = -len(scored) % bucket
-    scored, scored_targets, scored_weights = (
-        np.append(each, np.zeros(unused, each.dtype)) for each in (scored, scored_targets, scored_weights)
-    )
+        terms.append(_scored(*zip(*(_second(example) for example in examples), strict=True)))
+    unused = -sum(len(each) for each, _, _ in terms) % bucket
+    terms.append((np.zeros(unused, np.int64), np.zeros(unused, np.int64), np.zeros(unused, np.float32)))
+    scored, scored_targets, scored_weights = (np.concatenate(each) for each in zip(*terms, strict=True))
     task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)
     empty = -len(lengths) % max(bucket // 8, 1)
     return Batch(
