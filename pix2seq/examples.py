@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pix2seq.types import Target
-from pix2seq.vocab import PAD
+from pix2seq.vocab import MAX_SIZE, PAD
 
 PADDING_LENGTH = 64  # tokens of a sequence of padding at most
 
@@ -33,6 +33,8 @@ class Example:
     closeup: NDArray[np.float32] | None = None  # (4,) `yxyx` of what it reads, in [0, 1] of the input; None: all
     target: Target | None = None  # what it was made from, in pixels of what it reads; for rewards
     second: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None  # (R,) another target of each token; its weight
+    # (R, 4) which ids each response token was sampled from: a range [low, high), and two more ids or -1; None: all
+    choices: NDArray[np.int64] | None = None
 
     def shifted(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """Return tokens, targets and weights (P + R - 1,): at each position the decoder predicts the next token."""
@@ -74,6 +76,7 @@ class Batch:
     counts: tuple[float, ...]  # sum of the weights of each task
     image_ids: Mapping[str, tuple[int, ...]]  # by task
     samples: tuple[Sample, ...] = ()  # that it was made of, without their images; only where rewards need them
+    choices: Tensor | None = None  # (K, 4) int64, of the examples; None: all ids
     layout: Any = None  # where the sequences lie, a `pix2seq.model.packing.Layout`; None: made from `lengths`
 
     def to(self, device: torch.device) -> Batch:
@@ -157,6 +160,9 @@ def collate(
     scored, scored_targets, scored_weights = (np.concatenate(each) for each in zip(*terms, strict=True))
     task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)
     empty = -len(lengths) % max(bucket // 8, 1)
+    choices = None
+    if any(example.choices is not None for example in examples):
+        choices = torch.from_numpy(np.concatenate([_choices(example) for example in examples])[scored])
     return Batch(
         images=torch.from_numpy(_stack([sample.image for sample in samples])) if images is None else images,
         tokens=torch.from_numpy(np.concatenate(tokens)),
@@ -172,6 +178,7 @@ def collate(
         tasks=tuple(tasks),
         counts=tuple(np.bincount(task_index, scored_weights, len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
+        choices=choices,
         samples=tuple(replace(sample, image=sample.image[:0]) for sample in samples) if keep_samples else (),
     )
 
@@ -183,6 +190,15 @@ def _scored(
     flat = np.concatenate(weights)
     scored = np.flatnonzero(flat)
     return scored, np.concatenate(targets)[scored], flat[scored]
+
+
+def _choices(example: Example) -> NDArray[np.int64]:
+    """Return the choices (P + R - 1, 4) of an example's tokens, all ids where it has none."""
+    length = len(example.prompt) + len(example.inputs) - 1
+    choices = np.tile(np.array([0, MAX_SIZE, -1, -1]), (length, 1))
+    if example.choices is not None:
+        choices[len(example.prompt) - 1 :] = example.choices
+    return choices
 
 
 def _second(example: Example) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -209,11 +209,11 @@ def test_the_gradient_is_that_of_the_log_probabilities_times_the_advantages():
     model, toy = tiny_model(), Toy(1003, 1006, 1001, 1007)
     batch = toy_batch(toy)
     ids, shares = np.zeros((4, 4), np.int64), np.zeros((4, 4))
-    ids[:, 1], shares[:, 1] = 1002, 0.75
-    ids[:, 3], shares[:, 3] = 30, 1.0
+    ids[:, 0], shares[:, 0] = 1002, 0.75
+    ids[:, 2], shares[:, 2] = 41, 1.0
     toy.judge = lambda captions: (
         lambda example, completion, size: Verdict(
-            np.array([0.0, 1.0, 5.0, 2.0]), Confidence(ids, shares, otherwise=30, weight=1.5)
+            np.array([0.0, 1.0, 5.0, 2.0]), Confidence(ids, shares, otherwise=41, weight=1.5)
         )
     )
     rewards = Rewards(model, {"toy": toy}, {}, RewardConfig(num_samples=4, likelihood_weight=0.5), seed=0, bf16=False)
@@ -227,16 +227,23 @@ def test_the_gradient_is_that_of_the_log_probabilities_times_the_advantages():
     ours = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
 
-    def log_probs(image, tokens):
+    def log_probs(image, tokens, choices=None):
         images = batch.images[image : image + 1].float() / 255
-        return model(images, torch.tensor([[10, *tokens[:-1]]]))[0].log_softmax(-1)
+        logits = model(images, torch.tensor([[10, *tokens[:-1]]]))[0]
+        shut = torch.tensor([[choices is not None and i not in choices[row] for i in range(1016)] for row in range(4)])
+        return logits.masked_fill(shut, -torch.inf).log_softmax(-1)
+
+    def choices(tokens):
+        """Two coordinates or the invisible token twice."""
+        pairs = [[41] if tokens[i] == 41 else range(1000, 1008) for i in (0, 2)]
+        return [[*range(1000, 1008), 41], pairs[0], [*range(1000, 1008), 41], pairs[1]]
 
     loss = torch.zeros(())
     for asked, completion in drawn:
         for tokens, advantage in zip(completion.tokens, [-8 / 3, -4 / 3, 4, 0], strict=True):
-            table = log_probs(asked.image, tokens.tolist())
-            loss = loss - advantage * (table[0, tokens[0]] + table[2, tokens[2]]) / 8
-            loss = loss - 1.5 * (0.75 * table[1, 1002] + 0.25 * table[1, 30] + table[3, 30]) / 8
+            table = log_probs(asked.image, tokens.tolist(), choices(tokens))
+            loss = loss - advantage * (table[1, tokens[1]] + table[3, tokens[3]]) / 8
+            loss = loss - 1.5 * (0.75 * table[0, 1002] + 0.25 * table[0, 41] + table[2, 41]) / 8
         table = log_probs(asked.image, [1000] * 4)
         loss = loss - 0.5 * table[:, 1000].sum() / 2
     loss.backward()
@@ -304,6 +311,7 @@ def test_two_processes_learn_as_one_does(finished, data, checkpoint, tmp_path):
     [
         ("parallel=fsdp", "objective=reward samples with full weights, so set parallel=ddp"),
         ("label_smoothing=0.1", "objective=reward has no use for label_smoothing"),
+        ("init=null", "objective=reward tunes a model that was trained by likelihood; give init=CHECKPOINT"),
         ("reward.num_samples=1", "reward.num_samples must be at least 2, got 1"),
     ],
 )
@@ -318,7 +326,7 @@ def test_a_task_without_a_reward_and_images_without_truth_are_refused(rewards):
     example = next(e for s in rewards.samples for e in s.examples.get("captioning", []))
     task = rewards.tasks["captioning"].with_settings(truth_weight=1.0)
     unknown = replace(example, target=replace(example.target, attributes=()))
-    with pytest.raises(InputError, match=r"captioning.truth_weight: the annotations of image \d+ do not tell"):
+    with pytest.raises(InputError, match=r"captioning.truth_weight: what is left of image \d+ does not tell"):
         task.judge([])(unknown, said(example.targets), (96, 96))
 
 

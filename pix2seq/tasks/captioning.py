@@ -158,8 +158,8 @@ class Captioning(Task[CaptioningConfig]):
                     verdict = is_true_of(text, target, names=names)
                     if verdict is None:
                         raise InputError(
-                            f"captioning.truth_weight: the annotations of image {target.image.id} do not tell whether "
-                            "a caption is true, which only those of generated shapes do; set it to 0"
+                            f"captioning.truth_weight: what is left of image {target.image.id} does not tell whether a "
+                            "caption is true; train on generated shapes with augment.scale_max=1, or set it to 0"
                         )
                     rewards[-1] += self.config.truth_weight * verdict
             return Verdict(np.array(rewards))

@@ -4,7 +4,8 @@ A step has two turns. `Rewards.sample` draws K answers to each prompt with the f
 by their task's reward, and makes a batch of them. The loss of an answer is minus its log-probability times its
 advantage: its reward less the mean reward of the other answers to the prompt. This is REINFORCE with a leave-one-out
 baseline, as in arXiv 2302.08242. The step then recomputes the log-probabilities in one pass with teacher forcing, as it
-does for annotated sequences.
+does for annotated sequences, but among the ids that the grammar allowed, which answers are drawn from. Without that,
+each answer would also move the share of all that is not allowed: 5 % a token for boxes of checkpoints/shapes.
 
 Shapes: K samples of a prompt, T tokens of an answer, T' tokens of the longest one.
 """
@@ -27,13 +28,15 @@ from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex
 from pix2seq.examples import Batch, Example, Placed, collate, place
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.grammar import NONE, Grammar
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.settings import NonNegativeFloat, Range, Settings
 from pix2seq.tasks.task import Confidence, Judge, Task, Verdict
 from pix2seq.training.objective import CrossEntropy, memories
 from pix2seq.vocab import PAD
 
-ROWS_AT_ONCE = 512  # samples that are drawn side by side
+MAX_ROWS = 512  # answers that are drawn side by side
+MAX_CACHE_BYTES = 2**31  # keys and values of answers that are drawn side by side
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Rewards:
         found: list[tuple[Placed, Completion]] = []
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             memory = memories(model, batch.images.to(model.device), batch)
-            for start in range(0, len(placed), at_once := max(ROWS_AT_ONCE // num_samples, 1)):
+            for start in range(0, len(placed), at_once := self._prompts_at_once()):
                 some = placed[start : start + at_once]
                 first, last = some[0].memory, some[-1].memory
                 out = model.generate_mixed(
@@ -142,6 +145,12 @@ class Rewards:
                 )
                 found += zip(some, out.completions(num_samples), strict=True)
         return found
+
+    def _prompts_at_once(self) -> int:
+        decoder = self.model.decoder
+        width = decoder.token_embedding.weight.shape[1]
+        row_bytes = 2 * len(decoder.blocks) * width * decoder.max_seq_len * (2 if self.bf16 else 4)
+        return max(min(MAX_ROWS, MAX_CACHE_BYTES // row_bytes) // self.config.num_samples, 1)
 
     def _generation(self, asked: Placed) -> GenerationConfig:
         generation = self.tasks[asked.task].generation_of(asked.example)
@@ -171,13 +180,27 @@ def answers_to_learn(
     Tokens that say how sure the model is are taught instead. An answer that would teach nothing is left out.
     """
     found = []
+    choices = None if generation.grammar is None else choices_of(generation.grammar, completion.tokens)
     for i, advantage in enumerate(advantages(verdict.rewards).tolist()):
         ids = response(completion.tokens[i], generation)
         answer = Example(example.prompt, ids, ids, np.full(len(ids), advantage, np.float32), example.closeup)
+        if choices is not None:
+            answer = replace(answer, choices=choices[i, : len(ids)])
         if verdict.confidence is not None:
             answer = _with_confidence(answer, verdict.confidence, i)
         if answer.weights.any() or answer.second is not None:
             found.append(answer)
+    return found
+
+
+def choices_of(grammar: Grammar, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which ids a grammar allowed at each of the tokens (K, T'), as the `choices` (K, T', 4) of examples."""
+    ids = torch.from_numpy(tokens)
+    found = np.full((*tokens.shape, 4), NONE, np.int64)
+    for step in range(tokens.shape[1]):
+        allowed = grammar.allowed(ids[:, :step])
+        columns = torch.column_stack([allowed.low, allowed.high, allowed.singles])
+        found[:, step, : columns.shape[1]] = columns.numpy()
     return found
 
 
