@@ -273,7 +273,7 @@ def test_a_run_logs_rewards_and_the_share_of_sampling(finished):
     assert len(lines) == 4
     for line in lines:
         parts = [line[f"loss/{name}"] for name in ALL]
-        parts += [0.1 * line[f"loss/{name}/likelihood"] for name in ALL]
+        parts += [0.01 * line[f"loss/{name}/likelihood"] for name in ALL]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
         assert -1 <= line["loss/segmentation"] < 0
         assert 0 < line["sampling_share"] < 1

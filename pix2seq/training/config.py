@@ -115,8 +115,6 @@ class TrainConfig(Settings):
         if self.features is not None and self.share_images:
             raise ValueError("features cannot be combined with share_images=true; set share_images=false")
         if self.objective == "reward":
-            if self.init is None:
-                raise ValueError("objective=reward tunes a model that was trained by likelihood; give init=CHECKPOINT")
             if self.parallel == "fsdp":
                 raise ValueError("objective=reward samples with full weights, so set parallel=ddp")
             if self.label_smoothing:

@@ -61,6 +61,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
 
     A run that is `resumed` keeps its words and the ids of its tasks.
     """
+    if config.objective == "reward" and config.init is None:
+        raise InputError("objective=reward tunes a model that was trained by likelihood; give init=CHECKPOINT")
     kinds = {name: get_task(name) for name in config.tasks}
     sources = {name: config.train_source(name) for name in config.tasks}
     val_sources = {name: config.val_source(name) for name in config.tasks}
