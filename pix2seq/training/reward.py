@@ -46,8 +46,8 @@ class RewardConfig(Settings):
     section = "reward"
 
     num_samples: Annotated[int, Range(least=2, most=256)] = 6  # answers to each prompt
-    # Of the log-probability of annotated sequences, which holds the model. Advantages are mostly below 1, those of masks
-    # below 0.1, so more would train by likelihood.
+    # Of the log-probability of annotated sequences, which holds the model. Most advantages are below 1, and those of
+    # masks below 0.1, so more would train by likelihood.
     likelihood_weight: NonNegativeFloat = 0.01
 
 
