@@ -12,6 +12,7 @@ results: benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -53,7 +54,8 @@ def train(objective: str, settings: Sequence[str], out: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     config, own = OBJECTIVES[objective]
     started = time.process_time()
-    run(load_config(config_file(config), [*own, *settings], out=str(out)))
+    with contextlib.redirect_stdout(sys.stderr):
+        run(load_config(config_file(config), [*own, *settings], out=str(out)))
     return time.process_time() - started
 
 
