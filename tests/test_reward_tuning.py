@@ -105,20 +105,19 @@ def test_recomputed_log_probabilities_are_the_sampled_ones(rewards, task):
         assert len(again.closeups) == len(batch.closeups) == len(drawn)
 
 
-def test_what_is_drawn_depends_on_seed_step_and_image_and_not_on_its_neighbours(rewards):
-    tokens = lambda images, step: [  # noqa: E731
-        (rewards.samples[images[asked.image]].image_id, asked.task, asked.number, completion.tokens.tolist())
-        for asked, completion in rewards.draw(kept([rewards.samples[i] for i in images]), step)
-    ]
-    strip = lambda drawn, image: [  # noqa: E731
-        (task, number, [[t for t in row if t] for row in rows]) for i, task, number, rows in drawn if i == image
-    ]
-    image = rewards.samples[2].image_id
-    together = strip(tokens([0, 1, 2, 3], 7), image)
-    assert together == strip(tokens([2], 7), image) == strip(tokens([5, 2], 7), image)
-    assert together != strip(tokens([2], 8), image)
-    first = strip(tokens([2, 3], 7), image)
-    assert first != strip(tokens([2, 3], 7), rewards.samples[3].image_id)
+def test_what_is_drawn_depends_on_step_and_image_and_not_on_its_neighbours(rewards):
+    def drawn(samples, step, wanted):
+        """The answers to a sample, without padding, which depends on others."""
+        found = rewards.draw(kept(samples), step)
+        mine = [(asked.task, asked.number, c.tokens) for asked, c in found if samples[asked.image] is wanted]
+        return [(task, number, [[t for t in row if t] for row in rows.tolist()]) for task, number, rows in mine]
+
+    one = rewards.samples[2]
+    alone = drawn([one], 7, one)
+    assert alone == drawn(rewards.samples[:4], 7, one) == drawn([rewards.samples[5], one], 7, one)
+    assert alone != drawn([one], 8, one)
+    twin = replace(one, image_id=one.image_id + 1)  # the same pixels and prompts
+    assert alone != drawn([twin], 7, twin)
 
 
 def said(ids, best=None):
