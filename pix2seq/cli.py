@@ -194,6 +194,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     help_task = f"tasks to train, separated by commas: {', '.join(task_names())}; by default those of --config"
     parser.add_argument("--task", help=help_task)
     parser.add_argument("--config", help="YAML file of settings, see configs/")
+    parser.add_argument(
+        "--objective",
+        choices=("likelihood", "reward"),
+        help="reward: tune a trained model, init=CHECKPOINT, on its answers",
+    )
     parser.add_argument("--resume", default="never", help="never, auto (newest checkpoint of the run) or a checkpoint")
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on with other settings, such as lr, than the run started with"
@@ -201,7 +206,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that go over the file's")
 
     def run(args: argparse.Namespace) -> None:
-        fixed = {"tasks": list(parse_tasks(args.task))} if args.task is not None else {}
+        fixed: dict[str, Any] = {"tasks": list(parse_tasks(args.task))} if args.task is not None else {}
+        if args.objective is not None:
+            fixed["objective"] = args.objective
         from pix2seq.training.config import load_config
         from pix2seq.training.loop import run as train
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pix2seq.vocab import PAD
+from pix2seq.types import Target
+from pix2seq.vocab import MAX_SIZE, PAD
 
 PADDING_LENGTH = 64  # tokens of a sequence of padding at most
 
@@ -30,6 +31,10 @@ class Example:
     targets: NDArray[np.int64]  # (R,) response that the decoder should predict
     weights: NDArray[np.float32]  # (R,) loss weight of each response token
     closeup: NDArray[np.float32] | None = None  # (4,) `yxyx` of what it reads, in [0, 1] of the input; None: all
+    target: Target | None = None  # what it was made from, in pixels of what it reads; for rewards
+    second: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None  # (R,) another target of each token; its weight
+    # (R, 4) which ids each response token was sampled from: a range [low, high), and two more ids or -1; None: all
+    choices: NDArray[np.int64] | None = None
 
     def shifted(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """Return tokens, targets and weights (P + R - 1,): at each position the decoder predicts the next token."""
@@ -70,6 +75,8 @@ class Batch:
     tasks: tuple[str, ...]
     counts: tuple[float, ...]  # sum of the weights of each task
     image_ids: Mapping[str, tuple[int, ...]]  # by task
+    samples: tuple[Sample, ...] = ()  # that it was made of, without their images; only where rewards need them
+    choices: Tensor | None = None  # (K, 4) int64, of the examples; None: all ids
     layout: Any = None  # where the sequences lie, a `pix2seq.model.packing.Layout`; None: made from `lengths`
 
     def to(self, device: torch.device) -> Batch:
@@ -89,53 +96,119 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1) -> Batch:
+@dataclass(frozen=True)
+class Placed:
+    """An example at its place in a batch."""
+
+    image: int  # number of its sample
+    task: str
+    number: int  # among the task's examples of the image
+    example: Example
+    memory: int  # that it reads: images, then closeups
+
+
+def place(samples: Sequence[Sample]) -> tuple[list[Placed], list[tuple[int, NDArray[np.float32]]]]:
+    """Return the examples of samples in the order of a batch, and the closeups (image, frame) that they read.
+
+    Examples of an image share a closeup, and so its memory, if they hold the same array.
+    """
+    found: list[Placed] = []
+    frames: dict[tuple[int, int], tuple[int, NDArray[np.float32]]] = {}
+    numbers: dict[tuple[int, int], int] = {}
+    for image, sample in enumerate(samples):
+        for task, examples in sample.examples.items():
+            for number, example in enumerate(examples):
+                memory = image
+                if example.closeup is not None:
+                    key = (image, id(example.closeup))
+                    frames[key] = (image, example.closeup)
+                    memory = len(samples) + numbers.setdefault(key, len(numbers))
+                found.append(Placed(image, task, number, example, memory))
+    return sorted(found, key=lambda each: each.memory), list(frames.values())
+
+
+def collate(
+    samples: Sequence[Sample],
+    tasks: Sequence[str],
+    *,
+    bucket: int = 1,
+    images: Tensor | None = None,
+    keep_samples: bool = False,
+) -> Batch:
     """Join samples to a batch for these tasks.
 
     L and K are padded to multiples of `bucket` (the padding is sequences of the last memory without a weight), and S to
-    multiples of an eighth of it by empty sequences. L and K are at least 1.
+    multiples of an eighth of it by empty sequences. L and K are at least 1. `images` are those of the batch, if they
+    were stacked before.
     """
-    found = [
-        (image, tasks.index(name), example)
-        for image, sample in enumerate(samples)
-        for name, examples in sample.examples.items()
-        for example in examples
-    ]
-    near = [entry for entry in found if entry[2].closeup is not None]
-    parts = [(image, task, *example.shifted()) for image, task, example in found if example.closeup is None]
-    parts += [(len(samples) + i, task, *example.shifted()) for i, (_, task, example) in enumerate(near)]
-    length = sum(len(part[2]) for part in parts)
+    placed, frames = place(samples)
+    parts = [(each.memory, tasks.index(each.task), each.example) for each in placed]
+    length = sum(len(example.prompt) + len(example.inputs) - 1 for _, _, example in parts)
     missing = -max(length, 1) % bucket + (length == 0)
-    last = len(samples) + len(near) - 1
+    last = len(samples) + len(frames) - 1
     for start in range(0, missing, PADDING_LENGTH):
         padding = np.full(min(PADDING_LENGTH, missing - start), PAD, np.int64)
-        parts.append((last, 0, padding, padding, np.zeros(len(padding), np.float32)))
-    memory_index, task_of, tokens, targets, weights = zip(*parts, strict=True)
+        parts.append((last, 0, Example(padding[:1], padding, padding, np.zeros(len(padding), np.float32))))
+    memory_index, task_of, examples = zip(*parts, strict=True)
+    tokens, targets, weights = zip(*(example.shifted() for example in examples), strict=True)
     lengths = np.array([len(each) for each in tokens], np.int64)
-    flat_weights = np.concatenate(weights)
-    scored = np.flatnonzero(flat_weights)
-    num_scored = len(scored)
-    scored = np.append(scored, np.zeros(-num_scored % bucket, np.int64))
-    scored_weights = flat_weights[scored]
-    scored_weights[num_scored:] = 0
+    terms = [_scored(targets, weights)]
+    if any(example.second is not None for example in examples):
+        terms.append(_scored(*zip(*(_second(example) for example in examples), strict=True)))
+    unused = -sum(len(each) for each, _, _ in terms) % bucket
+    terms.append((np.zeros(unused, np.int64), np.zeros(unused, np.int64), np.zeros(unused, np.float32)))
+    scored, scored_targets, scored_weights = (np.concatenate(each) for each in zip(*terms, strict=True))
     task_index = np.repeat(task_of, lengths)[scored].astype(np.int64)
     empty = -len(lengths) % max(bucket // 8, 1)
+    choices = None
+    if any(example.choices is not None for example in examples):
+        choices = torch.from_numpy(np.concatenate([_choices(example) for example in examples])[scored])
     return Batch(
-        images=torch.from_numpy(_stack([sample.image for sample in samples])),
+        images=torch.from_numpy(_stack([sample.image for sample in samples])) if images is None else images,
         tokens=torch.from_numpy(np.concatenate(tokens)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         lengths=torch.from_numpy(np.append(lengths, np.zeros(empty, np.int64))),
         memory_index=torch.tensor([*memory_index, *[last] * empty]),
-        closeups=torch.from_numpy(np.array([each.closeup for _, _, each in near], np.float32).reshape(-1, 4)),
-        closeup_images=torch.tensor([image for image, _, _ in near], dtype=torch.int64),
+        closeups=torch.from_numpy(np.array([frame for _, frame in frames], np.float32).reshape(-1, 4)),
+        closeup_images=torch.tensor([image for image, _ in frames], dtype=torch.int64),
         scored=torch.from_numpy(scored),
-        targets=torch.from_numpy(np.concatenate(targets)[scored]),
+        targets=torch.from_numpy(scored_targets),
         weights=torch.from_numpy(scored_weights),
         task_index=torch.from_numpy(task_index),
         tasks=tuple(tasks),
         counts=tuple(np.bincount(task_index, scored_weights, len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
+        choices=choices,
+        samples=tuple(replace(sample, image=sample.image[:0]) for sample in samples) if keep_samples else (),
     )
+
+
+def _scored(
+    targets: Sequence[NDArray[np.int64]], weights: Sequence[NDArray[np.float32]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Return the indices of tokens with a weight, their targets and their weights."""
+    flat = np.concatenate(weights)
+    scored = np.flatnonzero(flat)
+    return scored, np.concatenate(targets)[scored], flat[scored]
+
+
+def _choices(example: Example) -> NDArray[np.int64]:
+    """Return the choices (P + R - 1, 4) of an example's tokens, all ids where it has none."""
+    length = len(example.prompt) + len(example.inputs) - 1
+    choices = np.tile(np.array([0, MAX_SIZE, -1, -1]), (length, 1))
+    if example.choices is not None:
+        choices[len(example.prompt) - 1 :] = example.choices
+    return choices
+
+
+def _second(example: Example) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the second targets and their weights (P + R - 1,) of an example, weights 0 where there are none."""
+    if example.second is None:
+        length = len(example.prompt) + len(example.inputs) - 1
+        return np.zeros(length, np.int64), np.zeros(length, np.float32)
+    targets, weights = example.second
+    _, targets, weights = replace(example, targets=targets, weights=weights).shifted()
+    return targets, weights
 
 
 def _stack(images: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -52,6 +52,7 @@ def batches(
     world_size: int = 1,
     timeout: float = WORKER_TIMEOUT,
     bucket: int = 1,
+    keep_samples: bool = False,
 ) -> Iterator[Batch]:
     """Yield endless micro-batches over all ranks; each rank gets its contiguous part of each source's images.
 
@@ -59,13 +60,18 @@ def batches(
     skipped. The ranks together get the batches of a single process, for any `num_workers`. From shards, the order
     depends on ranks x workers, so a run resumes exactly only if both are unchanged. The workers end with the iterator
     and with the process that made it; they ignore SIGINT and SIGTERM, because that process may have a checkpoint to
-    save. `bucket` is that of `collate`. Raises `InputError` if data cannot be used, if a worker dies, if no batch
-    arrives for `timeout` seconds, or if there are more than `WORKERS_PER_CORE` workers a core.
+    save. `bucket` and `keep_samples` are those of `collate`. Raises `InputError` if data cannot be used, if a worker
+    dies, if no batch arrives for `timeout` seconds, or if there are more than `WORKERS_PER_CORE` workers a core.
     """
     _check_num_workers(num_workers)
     loader = DataLoader(
         _Batches(
-            sources, start=start, num_workers=max(num_workers, 1), rank=rank, world_size=world_size, bucket=bucket
+            sources,
+            start=start,
+            num_workers=max(num_workers, 1),
+            rank=rank,
+            world_size=world_size,
+            collate=partial(collate, bucket=bucket, keep_samples=keep_samples),
         ),
         batch_size=None,
         collate_fn=_identity,  # each item is a full batch
@@ -105,10 +111,10 @@ class _Batches(IterableDataset["Batch | InputError"]):
         num_workers: int,
         rank: int,
         world_size: int,
-        bucket: int,
+        collate: Callable[[list[Sample], list[str]], Batch],
     ) -> None:
         self.sources = sources
-        self.bucket = bucket
+        self.collate = collate
         self.start = start
         self.num_workers = num_workers
         self.rank = rank
@@ -123,7 +129,7 @@ class _Batches(IterableDataset["Batch | InputError"]):
         parts = [self._parts(samples, size, first) for samples, size in self.sources]
         while True:
             try:
-                yield collate([sample for part in parts for sample in next(part)], self.tasks, bucket=self.bucket)
+                yield self.collate([sample for part in parts for sample in next(part)], self.tasks)
             except InputError as error:
                 yield error
                 return

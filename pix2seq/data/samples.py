@@ -131,11 +131,17 @@ class SampleMaker:
         )
         mirrored = affine.scale_x < 0
         examples = {
-            task.name: task.examples(task.after_flip(moved) if mirrored else moved, self.size, task_rng)
+            task.name: _examples(task, task.after_flip(moved) if mirrored else moved, self.size, task_rng)
             for task, task_rng in zip(self.tasks, task_rngs, strict=True)
             if task.learns_from in found and (task.flips or not mirrored)
         }
         return Sample(pixels, examples, target.image.id)
+
+
+def _examples(task: ExampleMaker, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
+    """Return a task's examples of a target, each with what it was made from."""
+    examples = task.examples(target, size, rng)
+    return [example if example.target is not None else replace(example, target=target) for example in examples]
 
 
 def _mirror_order(category: Category, augment: AugmentConfig) -> NDArray[np.int64] | None:

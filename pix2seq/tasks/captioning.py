@@ -14,12 +14,13 @@ from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.metrics.calibration import TaskCalibration
+from pix2seq.metrics.caption_reward import CiderD
 from pix2seq.metrics.captions import CaptionMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, Range, ShareBelowOne
 from pix2seq.tasks.request import EncodedImage, Request
-from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tasks.task import Judge, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
 from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
 from pix2seq.types import Caption, Category, Target
@@ -43,6 +44,7 @@ class CaptioningConfig(TaskConfig):
     max_tokens: Annotated[int, Range(least=2, most=10_000)] = 128  # of a caption, end included
     eos_weight: NonNegativeFloat = 0.1  # loss weight of the end token
     input_drop: ShareBelowOne = 0.5  # share of the words that the decoder reads as the noise token
+    truth_weight: NonNegativeFloat = 0.0  # in the reward: of being true, where the annotations can tell
     # Mirrored images: auto leaves out captions that name a side, always keeps them, never: no flips.
     flip: Literal["auto", "always", "never"] = "auto"
 
@@ -143,6 +145,34 @@ class Captioning(Task[CaptioningConfig]):
         if calibration is None:
             return list(answers)
         return [replace(each, probability=calibration.probability(each.confidence)) for each in answers]
+
+    def generation_of(self, example: Example) -> GenerationConfig:
+        """See `Task`."""
+        return self.generation()
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Reward a caption by its CIDEr-D, and by `truth_weight` if it is true of the input."""
+        cider, names = CiderD(captions), {label: category.name for label, category in self.categories.items()}
+
+        def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
+            assert example.target is not None
+            height, width = size
+            target = replace(example.target, image=replace(example.target.image, width=width, height=height))
+            rewards = []
+            for ids in completion.tokens:
+                text = decode_caption(ids, self.tokenizer, self.vocab)
+                rewards.append(cider(text, target.captions))
+                if self.config.truth_weight:
+                    verdict = is_true_of(text, target, names=names)
+                    if verdict is None:
+                        raise InputError(
+                            f"captioning.truth_weight: what is left of image {target.image.id} does not tell whether a "
+                            "caption is true; train on generated shapes with augment.scale_max=1, or set it to 0"
+                        )
+                    rewards[-1] += self.config.truth_weight * verdict
+            return Verdict(np.array(rewards))
+
+        return score
 
     def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Any]:
         """Leave out images without captions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
+from pix2seq.metrics.box_rewards import precision_reward, recall_reward, true_scores
 from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
@@ -18,7 +19,7 @@ from pix2seq.model.decoding.grammar import BoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import Objects, calibrated_instances, instance_at
 from pix2seq.tasks.request import EncodedImage, Frame, Request
-from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tasks.task import Confidence, Judge, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.detection import (
     TOKENS_PER_OBJECT,
     ClassCorruption,
@@ -27,7 +28,7 @@ from pix2seq.tokenizers.detection import (
     encode_objects,
 )
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import CLASS_BASE, EOS, NOISE
+from pix2seq.vocab import CLASS_BASE, EOS, NOISE, PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
@@ -52,6 +53,9 @@ class DetectionConfig(TaskConfig):
     # Orders and noise are drawn anew for each; the image is encoded once.
     sequences_per_image: Annotated[int, Range(least=1, most=1000)] = 1
     num_objects: Objects | None = None  # objects to ask for; none given: until the model ends, or max_objects
+    reward: Literal["recall", "precision"] = "recall"  # as published; precision: average precision in the image
+    # In reward tuning, of teaching classes of sampled boxes the IoU as their probability; 0: rewarded as other tokens.
+    confidence_weight: NonNegativeFloat = 0.3
     top_p: PositiveShare = 0.4
 
     @property
@@ -168,6 +172,40 @@ class Detection(Task[DetectionConfig]):
         """Turn scores into the probability that box and class are right."""
         return list(answers) if calibration is None else calibrated_instances(answers, calibration)
 
+    def generation_of(self, example: Example) -> GenerationConfig:
+        """See `Task`."""
+        return self.generation()
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Reward a list of boxes by the setting `reward`, each with its best real class, as it would be answered.
+
+        Classes are not rewarded but taught: that of the object which a box finds, with the IoU as its probability, and
+        noise otherwise. This is what the published confidence token does. Its loss is a mean over boxes where that of
+        rewards is one over tokens; here both are sums over a sequence, so its weight is multiplied by the tokens of a
+        box.
+        """
+
+        def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
+            assert example.target is not None
+            ids, shares = np.full(completion.tokens.shape, PAD), np.zeros(completion.tokens.shape)
+            rewards = []
+            for i, (tokens, best, logprobs) in enumerate(_scored_rows(completion)):
+                objects = decode_objects(tokens, best, logprobs, self.vocab)
+                boxes = box_xyxy_to_yxyx(objects.boxes_yxyx * np.array([*size, *size], np.float32))
+                labels, shares_of = true_scores(boxes, example.target)
+                at_class = np.arange(len(labels)) * TOKENS_PER_OBJECT + TOKENS_PER_OBJECT - 1
+                ids[i, at_class] = np.where(labels, CLASS_BASE + labels, NOISE)
+                shares[i, at_class] = np.where(labels, shares_of, 1.0)
+                rewards.append(
+                    recall_reward(boxes, objects.labels, example.target)
+                    if self.config.reward == "recall"
+                    else precision_reward(boxes, objects.labels, objects.scores, example.target)
+                )
+            weight = self.config.confidence_weight * TOKENS_PER_OBJECT
+            return Verdict(np.array(rewards), Confidence(ids, shares, NOISE, weight) if weight else None)
+
+        return score
+
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
         return ApMetric(categories, "box")
@@ -196,6 +234,13 @@ class Detection(Task[DetectionConfig]):
         categories = {CLASS_BASE + label: category for label, category in self.categories.items()}
         categories[NOISE] = NOISE_CATEGORY
         return [instance_at(group[:4], categories[int(group[4])], frame, self.vocab) for group in groups]
+
+
+def _scored_rows(completion: Completion) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Yield the tokens of each sample with their best real classes and the log-probabilities of these."""
+    assert completion.best_tokens is not None
+    assert completion.best_logprobs is not None
+    yield from zip(completion.tokens, completion.best_tokens, completion.best_logprobs, strict=True)
 
 
 def object_order(boxes_yxyx: NDArray[np.float32], order: ObjectOrder, rng: np.random.Generator) -> NDArray[np.int64]:

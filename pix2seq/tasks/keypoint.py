@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.keypoints import point_key
-from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.metrics.coco_ap import ApMetric, keypoint_sigmas
+from pix2seq.metrics.keypoint_reward import keypoint_similarity
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import KeypointGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, Padding, token_score, weighted_score
 from pix2seq.tasks.request import Frame
+from pix2seq.tasks.task import Judge, Verdict
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
 from pix2seq.tokenizers.text import TextTokenizer
@@ -143,6 +145,28 @@ class Keypoint(ObjectTask[KeypointConfig]):
             logprobs = np.where(completion.tokens == INVISIBLE, completion.best_logprobs, logprobs)
         likelihood = float(token_score(completion.tokens, logprobs)[0])
         return likelihood, weighted_score(box_score, likelihood, self.config.score_weight)
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Reward points by their OKS.
+
+        A point that the model calls invisible has no position here: the likeliest one would be worth more than a
+        sampled one, and all points would become invisible.
+        """
+
+        def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
+            target = example.target
+            assert target is not None
+            category = self.categories[int(target.labels[0])]
+            sigmas = keypoint_sigmas(category.keypoints, self.config.sigmas)
+            rewards = []
+            for ids in completion.tokens:
+                points_yx, given = decode_keypoints(ids, len(sigmas), self.vocab)
+                points = np.column_stack([(points_yx * np.array(size))[:, ::-1], given])
+                true_points = target.keypoints[0, : len(sigmas)]
+                rewards.append(keypoint_similarity(points, true_points, float(target.areas[0]), sigmas))
+            return Verdict(np.array(rewards))
+
+        return score
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""

@@ -91,6 +91,10 @@ class ObjectTask(Task[Config]):
     def answer(self, instance: Instance, completion: Completion, frame: Frame, size: tuple[int, int]) -> Instance:
         """Return the object with what was answered, in pixels of an image of `size` (width, height)."""
 
+    def generation_of(self, example: Example) -> GenerationConfig:
+        """See `Task`."""
+        return self.generation(self.categories[int(example.prompt[-1]) - CLASS_BASE])
+
     @property
     def num_samples(self) -> int:
         """Answers to draw for each object."""
@@ -138,13 +142,15 @@ class ObjectTask(Task[Config]):
             is_asked = np.arange(len(target.labels))[:, None] == i
             target = replace(target, boxes_xyxy=np.where(is_asked, box, target.boxes_xyxy))
         if not self.config.closeup:
-            return self.example(target, i, size, rng)
+            example = self.example(target, i, size, rng)
+            return example and replace(example, target=target.only(i))
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
         frame = whole.around(box, self.config.crop_padding)
         scale = float(size[1] / frame.size[0])  # the same on both axes: a frame has the aspect ratio of the input
         near = transform_target(target.only(i), Affine(scale, scale, *(-scale * frame.origin).tolist()), size)
         example = self.example(near, 0, size, rng)
-        return example and replace(example, closeup=whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32))
+        closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
+        return example and replace(example, closeup=closeup, target=near)
 
     def object_prompt(self, target: Target, i: int, size: tuple[int, int]) -> NDArray[np.int64]:
         """Return the prompt (6,) about object `i` of a target in pixels of an input of `size` (height, width)."""

@@ -13,11 +13,13 @@ from pycocotools import mask as mask_utils
 from pix2seq.examples import Example
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize, space_evenly
 from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.metrics.mask_reward import mask_iou
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
 from pix2seq.tasks.request import Frame
+from pix2seq.tasks.task import Judge, Verdict
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.types import Category, Instance, Target
@@ -157,6 +159,19 @@ class Segmentation(ObjectTask[SegmentationConfig]):
         """Return the likelihood of the mask, and the object's score."""
         likelihood = float(token_score(completion.tokens, completion.logprobs).mean())
         return likelihood, weighted_score(box_score, likelihood, self.config.score_weight)
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Reward a mask by its IoU with the annotated one."""
+
+        def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
+            assert example.target is not None
+            (true_rings,) = example.target.segmentations
+            assert isinstance(true_rings, list)
+            scale = np.array(size, np.float32)
+            answers = ([ring * scale for ring in decode_polygons(ids, self.vocab)] for ids in completion.tokens)
+            return Verdict(np.array([mask_iou([r[:, ::-1] for r in rings], true_rings, size) for rings in answers]))
+
+        return score
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""

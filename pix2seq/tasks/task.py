@@ -7,9 +7,9 @@ them, draws them and writes them as JSON. A new task is a subclass of `Task` in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.metrics.metric import Metric
-from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.settings import BatchSize, NonNegativeFloat, NonNegativeInt, PositiveShare, Settings
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tokenizers.text import TextTokenizer, names_side
@@ -45,6 +45,28 @@ class TaskConfig(Settings):
 
 
 Config = TypeVar("Config", bound=TaskConfig)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What tokens that say how sure the model is should have said; they are taught it in place of being rewarded."""
+
+    ids: NDArray[np.int64]  # (S, T') PAD where a token says nothing of the kind
+    shares: NDArray[np.float64]  # (S, T') the probability that an id should have; the rest goes to `otherwise`
+    otherwise: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What S sampled answers to one prompt are worth."""
+
+    rewards: NDArray[np.float64]  # (S,)
+    confidence: Confidence | None = None
+
+
+Judge: TypeAlias = Callable[[Example, Completion, tuple[int, int]], Verdict]
+"""Scores the samples of an example's prompt; the last argument is the (height, width) of the model's input."""
 
 
 class Task(ABC, Generic[Config]):
@@ -115,6 +137,19 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return the training sequences, maybe none, of a target in pixels of an input of `size` (height, width)."""
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Return what reward tuning scores samples by. `captions` are those of each training image, if it `reads_text`.
+
+        Raises `InputError` if the task has no reward.
+        """
+        raise InputError(f"{self.name} has no reward; train it with objective=likelihood")
+
+    def generation_of(self, example: Example) -> GenerationConfig:
+        """Return how the answer to an example's prompt is generated; needed of tasks that have a reward."""
+        raise NotImplementedError(
+            f"{self.name} has a reward, and does not say how answers to rewarded prompts are made"
+        )
 
     @classmethod
     def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:

@@ -32,6 +32,7 @@ from pix2seq.settings import (
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.training.optimizer import OptimizerName, ScheduleConfig
+from pix2seq.training.reward import RewardConfig
 from pix2seq.training.yaml_file import parse_yaml, read_yaml
 
 SETTINGS_FILE = "config.yaml"  # in the folder of a run
@@ -78,6 +79,8 @@ class TrainConfig(Settings):
     eval_batch_size: BatchSize = 16
     log_every: PositiveInt = 20  # steps
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # beside log.jsonl
+    # likelihood of the annotated sequences, or reward of sampled ones: for a model that was trained by likelihood.
+    objective: Literal["likelihood", "reward"] = "likelihood"
     max_skipped: PositiveInt = 10  # steps in a row without a finite loss and gradient, after which the run stops
     # Processes that prepare samples; 0 prepares them between steps.
     num_workers: Annotated[int, Range(least=0, most=256)] = 1
@@ -100,6 +103,7 @@ class TrainConfig(Settings):
     init: str | None = None  # checkpoint to start from
     freeze: Literal["encoder"] | None = None  # encoder: it keeps its weights; None: everything is trained
     features: str | None = None  # folder that `pix2seq data features` wrote; replaces images and the encoder's forward
+    reward: RewardConfig = field(default_factory=RewardConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -110,6 +114,11 @@ class TrainConfig(Settings):
             raise ValueError(f"tasks={list(self.tasks)} must name at least one task, and none of them twice")
         if self.features is not None and self.share_images:
             raise ValueError("features cannot be combined with share_images=true; set share_images=false")
+        if self.objective == "reward":
+            if self.parallel == "fsdp":
+                raise ValueError("objective=reward samples with full weights, so set parallel=ddp")
+            if self.label_smoothing:
+                raise ValueError("objective=reward has no use for label_smoothing; set it to 0")
         for task in self.tasks:
             if self.batch_size_of(task) % self.accumulate:
                 raise ValueError(

@@ -42,6 +42,7 @@ class Report:
         options: dict[str, Any] = {"unit": "step", "smoothing": 0.05, "mininterval": 1.0, "disable": not ranks.first}
         self._bar = tqdm(total=config.steps, initial=state.step, **options)
         self._waited = 0.0  # seconds of waiting for data since the last line
+        self._sampled = 0.0  # seconds of sampling answers since then
         self._logged_step, self._logged_seconds = state.step, state.seconds
         if ranks.first:
             for note in recipe.notes:
@@ -51,10 +52,11 @@ class Report:
             count = f"{ranks.size} processes, " if ranks.size > 1 else ""
             print(f"{sizes}, {millions:.1f} M parameters, {count}{ranks.device}, from step {state.step}", flush=True)
 
-    def step(self, state: RunState, result: StepResult, *, rate: float, waited: float) -> None:
-        """Report optimiser step `state.step`, which waited `waited` seconds for its data."""
+    def step(self, state: RunState, result: StepResult, *, rate: float, waited: float, sampled: float = 0.0) -> None:
+        """Report optimiser step `state.step`, which waited `waited` seconds for data and sampled for `sampled`."""
         self._bar.update()
         self._waited += waited
+        self._sampled += sampled
         config = self.config
         if self._log is None or not (state.step % config.log_every == 0 or state.step == config.steps):
             return
@@ -66,6 +68,7 @@ class Report:
         values |= {
             "images_per_second": steps * self.images_per_step / seconds,
             "data_wait_share": self._waited / seconds,
+            **({"sampling_share": self._sampled / seconds} if config.objective == "reward" else {}),
             **memory_mb(),
             "minutes_left": (config.steps - state.step) * seconds / steps / 60,
             "skipped_steps": state.skipped,
@@ -73,7 +76,7 @@ class Report:
         }
         self._log.write(state.step, "train", values)
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", img_s=f"{values['images_per_second']:.0f}")
-        self._waited = 0.0
+        self._waited = self._sampled = 0.0
         self._logged_step, self._logged_seconds = state.step, state.seconds
 
     def evaluation(self, state: RunState, result: EvalResult) -> None:

@@ -40,11 +40,12 @@ from pix2seq.training.ema import Ema
 from pix2seq.training.initialize import initialize_from, with_init_model
 from pix2seq.training.log import LOG_FILE, Report
 from pix2seq.training.memory import keep_freed_memory
-from pix2seq.training.objective import CrossEntropy
+from pix2seq.training.objective import CrossEntropy, Objective
 from pix2seq.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from pix2seq.training.recipe import Recipe, check_val_images, prepare
 from pix2seq.training.recorded_step import BUCKET, RecordedStep
 from pix2seq.training.resume import Change, check_data, check_settings, is_measured_anew, keep_settings, run_record
+from pix2seq.training.reward import PolicyGradient, Rewards
 from pix2seq.training.run_lock import run_lock
 from pix2seq.training.step import Step, StepResult, TrainingModel, compile_model, train_step
 from pix2seq.training.stop import Interrupted, StopRequest
@@ -127,7 +128,8 @@ class _Trainer:
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
         model = _new_model(config, recipe)
-        model.to(ranks.device).train()
+        # Rewards are of what the model says without dropout, so it learns from that without dropout too.
+        model.to(ranks.device).train(config.objective == "likelihood")
         if config.freezes_encoder:
             model.freeze_encoder()
         model.set_activation_checkpointing(config.activation_checkpointing)
@@ -135,7 +137,13 @@ class _Trainer:
             keep_freed_memory()
         if config.compile:
             compile_model(model)
-        objective = CrossEntropy(config.label_smoothing)
+        self.rewards: Rewards | None = None
+        objective: Objective = CrossEntropy(config.label_smoothing)
+        if config.objective == "reward":
+            self.rewards = Rewards(
+                model, recipe.tasks, recipe.train_data, config.reward, seed=config.seed, bf16=config.bf16
+            )
+            objective = PolicyGradient()
         self.training_model = TrainingModel(model, objective, bf16=config.bf16, ranks=ranks, parallel=config.parallel)
         optimizer = build_optimizer(
             model, name=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas
@@ -159,9 +167,12 @@ class _Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             bucket=BUCKET if recorded else 1,
+            keep_samples=self.rewards is not None,
         )
         step: Step = RecordedStep() if recorded else train_step
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
+        if self.rewards is not None:
+            loss_weights |= self.rewards.likelihood_weights(loss_weights)
         may_try = self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile
         trial = ThreadTrial(state.one_thread if may_try else False)
         while True:
@@ -180,6 +191,10 @@ class _Trainer:
             waited = time.perf_counter() - started
             trial.before_step(state.step)
 
+            sampling = time.perf_counter()
+            if self.rewards is not None:
+                micro_batches = [self.rewards.sample(batch, state.step) for batch in micro_batches]
+            sampled = time.perf_counter() - sampling
             torch.manual_seed(self._seed_of_step())
             rate = learning_rate(state.step, config.steps, config.lr, config.schedule)
             set_learning_rate(state.optimizer, rate)
@@ -194,7 +209,7 @@ class _Trainer:
             state.seconds += seconds
             trial.after_step(state.step - 1, seconds - waited)
             state.one_thread = trial.one_thread
-            report.step(state, result, rate=rate, waited=waited)
+            report.step(state, result, rate=rate, waited=waited, sampled=sampled)
             self._pending.append(_Outcome.of(state.step, result, micro_batches))
             saving = state.step % config.checkpoint_every == 0 or state.step == config.steps
             self._count_skipped(report, leave=0 if saving or self.ranks.device.type != "cuda" else STEPS_BEHIND)
@@ -210,6 +225,7 @@ class _Trainer:
         alone = ranks.device.type == "cuda" and ranks.size == 1 and config.accumulate == 1
         return (
             alone
+            and self.rewards is None
             and not config.model.encoder.closeups
             and config.cuda_graphs
             and config.optimizer == "adamw"

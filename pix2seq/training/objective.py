@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pix2seq.examples import Batch
 from pix2seq.model.decoder import Decoder
+from pix2seq.model.decoding.grammar import Allowed
 from pix2seq.model.packing import Layout
 from pix2seq.model.pix2seq import Pix2Seq
 
@@ -49,45 +50,58 @@ class CrossEntropy:
         and would cost a row of V logits each.
         """
         images = batch.images.to(model.device)
-        memory = self._memories(model, images, batch)
+        memory = memories(model, images, batch)
         layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
-        losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing) * batch.weights
+        losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing, batch.choices)
+        losses = losses * batch.weights
         # A table of tasks, because adding by index is not the same from run to run on a GPU.
         is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
         sums = torch.where(is_task, losses, 0.0).sum(1)
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
-    @staticmethod
-    def _memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
-        """Return the memories (B + C, N, D) of images, then of closeups."""
-        if images.ndim == 3:
-            return model.project(images.float())
-        memory, maps = model.encode_with_maps(images.float() / 255)
-        if not maps:
-            return memory
-        frames, image_index = batch.closeups, batch.closeup_images.tolist()
-        if not image_index:  # every step uses all weights, which ranks with other batches rely on
-            frames, image_index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), [0]
-        frames = frames.to(memory.device, non_blocking=True)
-        return torch.cat([memory, model.look_closer(maps, frames, image_index)])
+
+def memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
+    """Return the memories (B + C, N, D) of a batch: of its images, given on the model's device, then of closeups."""
+    if images.ndim == 3:
+        return model.project(images.float())
+    memory, maps = model.encode_with_maps(images.float() / 255)
+    if not maps:
+        return memory
+    frames, image_index = batch.closeups, batch.closeup_images.tolist()
+    if not image_index:  # every step uses all weights, which ranks with other batches rely on
+        frames, image_index = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), [0]
+    frames = frames.to(memory.device, non_blocking=True)
+    return torch.cat([memory, model.look_closer(maps, frames, image_index)])
 
 
-def token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def token_losses(
+    decoder: Decoder,
+    hidden: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    choices: Tensor | None = None,
+) -> Tensor:
     """Return the cross entropy (K,) of hidden states (K, D) in float32, without all logits in memory.
 
     Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass. `F.cross_entropy`
-    explains the smoothing.
+    explains the smoothing, which does not go with `choices` (K, 4): those of `Example`, among which ids are drawn.
     """
 
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return cast("Tensor", _CrossEntropy.apply(decoder.logits(hidden), targets, label_smoothing))
+    def loss(hidden: Tensor, targets: Tensor, choices: Tensor | None = None) -> Tensor:
+        logits = decoder.logits(hidden)
+        if choices is not None:
+            ids = torch.arange(logits.shape[1], device=logits.device)
+            allowed = Allowed(choices[:, 0], choices[:, 1], choices[:, 2:])
+            logits = logits.masked_fill(allowed.forbids(ids), -torch.inf)
+        return cast("Tensor", _CrossEntropy.apply(logits, targets, label_smoothing))
 
     size = max(LOGITS_AT_ONCE // len(decoder.output_weight), 1)
     if len(hidden) <= size:
-        return loss(hidden, targets)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return loss(hidden, targets, choices)
+    parts = [hidden, targets] if choices is None else [hidden, targets, choices]
+    chunks = zip(*(part.split(size) for part in parts), strict=True)
     # The chunks draw no random numbers, so the random state does not have to be saved.
     return torch.cat([checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 

@@ -46,6 +46,7 @@ class Recipe:
     categories: tuple[Category, ...]
     text: TextTokenizer | None
     vocab: Vocab
+    tasks: dict[str, Task[Any]]
     features: FeatureStore | None = None  # in place of the images of the training split
     notes: tuple[str, ...] = ()  # what the user should know before the first step
 
@@ -60,6 +61,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
 
     A run that is `resumed` keeps its words and the ids of its tasks.
     """
+    if config.objective == "reward" and config.init is None:
+        raise InputError("objective=reward tunes a model that was trained by likelihood; give init=CHECKPOINT")
     kinds = {name: get_task(name) for name in config.tasks}
     sources = {name: config.train_source(name) for name in config.tasks}
     val_sources = {name: config.val_source(name) for name in config.tasks}
@@ -139,7 +142,9 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             notes += _compare_classes(name, dataset, train_data[name], categories)
-    return Recipe(tuple(samples), train_data, val_data, categories, text, vocab, features, tuple(dict.fromkeys(notes)))
+    return Recipe(
+        tuple(samples), train_data, val_data, categories, text, vocab, tasks, features, tuple(dict.fromkeys(notes))
+    )
 
 
 def _warn_of_unflipped(samples: Sequence[Samples]) -> None:
