@@ -165,11 +165,19 @@ class Predictor:
             asked.requests(image, asked.check_about(image, each) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
         ]
-        completions = iter(self._complete(asked, encoded, requests, seed))
-        return [
-            asked.answers(image, some, [next(completions) for _ in some])
-            for image, some in zip(encoded, requests, strict=True)
-        ]
+        answers: list[list[Any]] = [[] for _ in encoded]
+        left = list(range(len(encoded)))
+        while left:
+            images = [encoded[i] for i in left]
+            completions = iter(self._complete(asked, images, requests, seed))
+            said = [[next(completions) for _ in some] for some in requests]
+            further = [asked.follow_up(*each) for each in zip(images, requests, said, strict=True)]
+            for i, image, some, completed, more in zip(left, images, requests, said, further, strict=True):
+                if not more:
+                    answers[i] = asked.answers(image, some, completed)
+            left = [i for i, more in zip(left, further, strict=True) if more]
+            requests = [more for more in further if more]
+        return answers
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
         """Return the objects of an image, best first."""

@@ -30,6 +30,10 @@ class Frame:
         """Convert boxes (N, 4) in pixels of the image to `yxyx` in [0, 1] of the model's input."""
         return box_xyxy_to_yxyx((boxes_xyxy - np.tile(self.origin, 2)) / np.tile(self.size, 2))
 
+    def to_input_yx(self, points_xy: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Convert points (N, 2), x, y in pixels of the image, to `yx` in [0, 1] of the model's input."""
+        return ((points_xy - self.origin) / self.size)[..., ::-1]
+
     def to_image_xy(self, points_yx: NDArray[np.floating]) -> NDArray[np.float64]:
         """Convert points (N, 2), `yx` in [0, 1] of the model's input, to x, y in pixels of the image."""
         return points_yx[..., ::-1] * self.size + self.origin

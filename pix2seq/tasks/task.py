@@ -59,6 +59,7 @@ class Task(ABC, Generic[Config]):
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
     length_setting: ClassVar[str]  # the setting to lower if sequences are too long
     uses_classes: ClassVar[bool] = True  # whether the model must know the classes of the data
+    reads_masks: ClassVar[bool] = False  # whether examples need masks, where an image need not have any
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
 
@@ -133,9 +134,18 @@ class Task(ABC, Generic[Config]):
     def requests(self, image: EncodedImage, about: Any) -> list[Request]:
         """Return the questions to ask about an image; `about` went through `check_about`."""
 
+    def follow_up(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Request]:
+        """Return requests that build on what the model said to these and take their place; none if that is the answer.
+
+        So a question can be answered in steps: a box from the whole image, then its outline from a closeup.
+        """
+        return []
+
     @abstractmethod
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
-        """Read what the model said to each request, in pixels of the original image."""
+        """Read what the model said to each request of the last step, in pixels of the original image."""
 
     def parse_about(self, text: str) -> Any:
         """Read the text of `predict --about`. Raises `InputError` if it is not of the `about_format`."""
