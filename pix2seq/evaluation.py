@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pix2seq.data.dataset import ClassMap, needed_categories
@@ -19,6 +20,8 @@ from pix2seq.files import output_file, read_json, report_write_errors, write_ato
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.predictor import Predictor
 from pix2seq.tasks import get_task
+
+TIMED_IMAGES = 20  # of those that are scored
 
 Measured = dict[tuple[str, str], Metric]
 """The metric of each question of each task."""
@@ -117,7 +120,26 @@ def evaluate(
     images = range(min(limit or len(dataset), len(dataset)))
     names = tuple(predictor.tasks) if tasks is None else tasks
     measured = measure(predictor, dataset, names, images, batch_size=batch_size, seed=seed, progress=progress)
-    return EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
+    result = EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
+    return replace(result, metrics=result.metrics | time_questions(predictor, dataset, names, images[:TIMED_IMAGES]))
+
+
+def time_questions(
+    predictor: Predictor, dataset: Dataset, tasks: Sequence[str], images: range
+) -> dict[str, float | None]:
+    """Return the median milliseconds of the questions that tasks want timed, each asked alone, after encoding."""
+    milliseconds: dict[str, list[float]] = {}
+    for target in map(dataset.target, images):
+        asked = [(name, *each) for name in tasks for each in predictor.tasks[name].timed(target).items()]
+        image = predictor.encode(read_record_image(target.image)) if asked else None
+        for name, metric, about in asked:
+            assert image is not None
+            started = time.perf_counter()
+            predictor.ask(name, [image], [about])
+            milliseconds.setdefault(get_task(name).metric_name(metric), []).append(
+                1e3 * (time.perf_counter() - started)
+            )
+    return {name: float(np.median(values)) for name, values in milliseconds.items()}
 
 
 def measure(

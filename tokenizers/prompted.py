@@ -4,9 +4,9 @@
     outline   task  y x sign ...  [SEPARATOR rings]  SEPARATOR y0 x0 y1 x1                ->  rings, end
     rate      task  y x sign ...  [SEPARATOR rings]  SEPARATOR y0 x0 y1 x1  rings, end    ->  quality
 
-The first prompt is about the whole image, with the box that a user may have drawn; the others are about the surroundings
-of the found box, and their coordinates are relative to those. The rings in brackets are the previous answer in few
-points. Rings are those of `pix2seq.tokenizers.segmentation`. A quality is an IoU in tenths.
+The first prompt is about the whole image, with the box that a user may have drawn; the others are about the
+surroundings of the found box, and their coordinates are relative to those. The rings in brackets are the previous
+answer in few points. Rings are those of `pix2seq.tokenizers.segmentation`. A quality is an IoU in tenths.
 
 Converts to ids and back, without model or I/O. Points are `yx` in [0, 1] of what the model sees.
 """

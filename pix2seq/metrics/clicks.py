@@ -22,16 +22,19 @@ OBJECT = Category(1, 1, "object")
 class Trial:
     """An object that a simulated user clicks on until it is found."""
 
+    annotation_id: int
     truth: NDArray[np.bool_]  # (H, W) mask in pixels of the image
     clicks: tuple[Click, ...] = ()
     ious: tuple[float, ...] = ()  # of the best answer after each click
     scores: tuple[float, ...] = ()  # what the model said these would be
     best_ious: tuple[float, ...] = ()  # of the best of all candidates
+    outlines: tuple[tuple[NDArray[np.float32], ...], ...] = ()  # rings of the answer after each click
 
-    def with_answer(self, ious: Sequence[float], score: float) -> Trial:
-        """Add the IoUs of the candidates after another click, the first choice first, and the score of that."""
+    def with_answer(self, ious: Sequence[float], score: float, outline: tuple[NDArray[np.float32], ...]) -> Trial:
+        """Add the IoUs of the candidates after another click, and score and rings of the first of them."""
         return replace(
             self,
+            outlines=(*self.outlines, outline),
             ious=(*self.ious, ious[0]),
             scores=(*self.scores, score),
             best_ious=(*self.best_ious, max(ious)),

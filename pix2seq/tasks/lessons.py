@@ -1,16 +1,17 @@
-"""Simulated clicks on annotated objects, for training: what is meant, where was clicked, and what was answered before."""
+"""Simulated clicks on annotated objects: what is meant, where it is clicked, and what was answered before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.geometry.boxes import intersects_xyxy
-from pix2seq.geometry.clicks import Click, Mask, disturb, first_click, next_click
+from pix2seq.geometry.clicks import Click, Mask, disturb, first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import clip_rings, mask_to_rings, rasterize, rle_to_rings
 from pix2seq.tasks.request import Frame
 from pix2seq.types import Target
@@ -53,7 +54,9 @@ class Lesson:
     points_xy: NDArray[np.float64]  # (N, 2)
     positive: NDArray[np.bool_]  # (N,)
     previous: list[Ring]  # the answer to all clicks but the last; none before the first
-    quality: float  # IoU of the answer to these clicks
+    quality: float  # IoU of the model's answer to these clicks; 1 where it is not known
+    answer: list[Ring]  # an answer to rate, none to rate nothing
+    answer_quality: float  # its IoU
 
     @property
     def box_xyxy(self) -> NDArray[np.float64]:
@@ -113,19 +116,40 @@ def draw_lesson(rings: list[Ring], scene: Scene, max_clicks: int, rng: np.random
         if click is None:
             break
         clicks.append(click)
-    answered = answer is not None and len(clicks) > 1
+    rated = disturb(scene.truth, scene.others, float(rng.random()), rng)
     return Lesson(
         rings,
         np.array([scene.point(click) for click in clicks]),
         np.array([click.positive for click in clicks]),
-        scene.rings(answer) if answered and answer is not None else [],
+        scene.rings(answer) if answer is not None and len(clicks) > 1 else [],
         1.0,
+        scene.rings(rated),
+        mask_iou(scene.truth, rated),
     )
 
 
-def neighbours_of(
-    target: Target, i: int, outlines: Sequence[list[Ring]]
-) -> list[list[Ring]]:
+def recorded_lesson(
+    record: Mapping[str, Any], rings: list[Ring], target: Target, size: tuple[int, int], rng: np.random.Generator
+) -> Lesson | None:
+    """Return what a model was asked and answered about an object; None if the input has lost some of the clicks.
+
+    `record` is in pixels of the image: `clicks` (x, y, positive), and after each of them `outlines` and `ious`.
+    """
+    number = int(rng.integers(len(record["clicks"]))) + 1
+
+    def moved(points: Any) -> NDArray[np.float64]:
+        return np.array(points, np.float64).reshape(-1, 2) * target.scale_xy + target.offset_xy
+
+    clicks = np.array(record["clicks"][:number], np.float64)
+    points = moved(clicks[:, :2])
+    if not ((points >= 0) & (points < size[::-1])).all():
+        return None
+    quality = float(record["ious"][number - 1])
+    previous, answer = ([moved(ring) for ring in record["outlines"][i]] for i in (max(number - 2, 0), number - 1))
+    return Lesson(rings, points, clicks[:, 2] > 0, previous if number > 1 else [], quality, answer, quality)
+
+
+def neighbours_of(target: Target, i: int, outlines: Sequence[list[Ring]]) -> list[list[Ring]]:
     """Return the outlines of the objects of a target whose boxes reach into that of object `i`."""
     near = intersects_xyxy(target.boxes_xyxy[i], target.boxes_xyxy)
     return [outlines[j] for j in np.flatnonzero(near) if j != i and outlines[j]]

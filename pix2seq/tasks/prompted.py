@@ -1,32 +1,45 @@
 """The prompted task: clicks on any object, of no class, are answered by its outline.
 
-The model is asked up to three times about a set of clicks. `find` reads the whole image and answers which box is meant;
-several samples give the candidates where clicks can mean several objects. `outline` reads a closeup of a box and answers
-with polygons, `rate` how well they fit. Without clicks, all objects are asked for: a grid of clicks is answered side by
-side, and boxes are kept that several clicks agree on.
+The model is asked up to three times about a set of clicks. `find` reads the whole image and answers which box is
+meant; several samples give the candidates where clicks can mean several objects. `outline` reads a closeup of a box and
+answers with polygons, `rate` how well they fit. Without clicks, all objects are asked for: a grid of clicks is answered
+side by side, and boxes are kept that several clicks agree on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
+from pix2seq.data.answers import read_answers
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
-from pix2seq.geometry.clicks import disturb, first_click, mask_iou, next_click
+from pix2seq.geometry.clicks import first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, rasterize, space_evenly
 from pix2seq.metrics.clicks import GOOD, Checked, ClickMetric, Trial
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
-from pix2seq.model.decoding.grammar import PolygonGrammar, RatedBoxGrammar
+from pix2seq.model.decoding.grammar import PolygonGrammar, RangeGrammar, RatedBoxGrammar
 from pix2seq.settings import PositiveInt, PositiveShare, Range, Share
-from pix2seq.tasks.lessons import Lesson, Ring, Scene, bounds, draw_lesson, neighbours_of, other_meaning, visible_rings
+from pix2seq.tasks.lessons import (
+    Lesson,
+    Ring,
+    Scene,
+    bounds,
+    draw_lesson,
+    neighbours_of,
+    other_meaning,
+    recorded_lesson,
+    visible_rings,
+)
 from pix2seq.tasks.objects import Objects, Padding, jitter_box
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
@@ -49,7 +62,9 @@ if TYPE_CHECKING:
 SAME_OBJECT = 0.7  # IoU from which two boxes, or two masks, mean the same object
 MIN_FOUND = 0.5  # quality that the model must say of a box for a click of the grid
 MIN_VOTES = 2  # clicks of the grid that must agree on a box
-SCORED_CLICKS = 8  # evaluation clicks so often, and up to `max_clicks` times while an answer is below the best of `GOOD`
+SCORED_CLICKS = (
+    8  # evaluation clicks so often, and up to `max_clicks` times while an answer is below the best of `GOOD`
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,8 @@ class PromptedConfig(TaskConfig):
     box_share: Share = 0.1  # the user draws a box, half of the time instead of clicks
     rate_share: Share = 0.3  # an outline with mistakes is rated
     background_share: Share = 0.2  # an image is clicked where no object is
+    answer_share: Share = 0.7  # the model's own answers are learned from, where `answers` has some
+    answers: str | None = None  # file that `pix2seq data answers` wrote
     num_samples: PositiveInt = 8  # boxes drawn for a set of clicks
     num_candidates: PositiveInt = 3  # answers at most to clicks without a previous answer
     grid: Annotated[int, Range(least=1, most=256)] = 16  # clicks along each side of an image to find all objects
@@ -86,12 +103,16 @@ class Exam:
     """What evaluation asks: objects to click on, and all objects without a click."""
 
     outlines: tuple[tuple[Ring, ...], ...]  # of each object, x, y in pixels of the image
+    annotation_ids: tuple[int, ...]
+    seed: int | None = None  # of clicks near the middle of what is wrong; None: clicks in the middle
+    with_grid: bool = True
 
 
 @dataclass
 class _Results:
     """What the questions of an exam came to."""
 
+    exam: Exam
     trials: list[Trial]
     found: list[ObjectMask]
 
@@ -118,7 +139,9 @@ class Prompted(Task[PromptedConfig]):
     length_setting = "prompted.max_points"
     uses_classes = False
     reads_masks = True
-    about_format = "clicks as `x,y` or `x,y,-` for what does not belong to it, or a box as `x0,y0,x1,y1`, separated by semicolons"
+    about_format = (
+        "clicks as `x,y` or `x,y,-` for what does not belong to it, or a box as `x0,y0,x1,y1`, separated by semicolons"
+    )
 
     @property
     def max_seq_len(self) -> int:
@@ -133,30 +156,40 @@ class Prompted(Task[PromptedConfig]):
 
     # Learning
 
+    @cached_property
+    def _records(self) -> dict[int, dict[str, Any]]:
+        """The model's recorded answers by the annotation's id."""
+        if self.config.answers is None:
+            return {}
+        return {record["annotation_id"]: record for record in read_answers(Path(self.config.answers))}
+
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return the sequences about up to `max_objects` objects, drawn at random, each with simulated clicks."""
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
-        outlines = [
-            [] if crowd else visible_rings(target, i, size) for i, crowd in enumerate(target.iscrowd.tolist())
-        ]
+        outlines = [[] if crowd else visible_rings(target, i, size) for i, crowd in enumerate(target.iscrowd.tolist())]
         found: list[Example] = []
         usable = [i for i, rings in enumerate(outlines) if rings]
         for i in rng.permutation(usable)[: self.config.max_objects].tolist():
             near = neighbours_of(target, i, outlines)
             config = self.config
+            record = self._records.get(int(target.annotation_ids[i])) if rng.random() < config.answer_share else None
+            lesson = recorded_lesson(record, outlines[i], target, size, rng) if record is not None else None
+            if lesson is not None:
+                found += self._examples(lesson, size, bool(target.segmentations[i]), rng)
+                continue
             rings = other_meaning(
                 outlines[i], near, whole, rng, part_share=config.part_share, group_share=config.group_share
             )
             scene = Scene.around(rings, near, whole)
             if scene.truth.any():
                 lesson = draw_lesson(rings, scene, config.max_clicks, rng)
-                found += self._examples(lesson, scene, size, bool(target.segmentations[i]), rng)
+                found += self._examples(lesson, size, bool(target.segmentations[i]), rng)
         if rng.random() < self.config.background_share:
             found += self._background(outlines, size, rng)
         return found
 
     def _examples(
-        self, lesson: Lesson, scene: Scene, size: tuple[int, int], has_mask: bool, rng: np.random.Generator
+        self, lesson: Lesson, size: tuple[int, int], has_mask: bool, rng: np.random.Generator
     ) -> list[Example]:
         """Return the sequences of the steps about one object."""
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
@@ -183,9 +216,8 @@ class Prompted(Task[PromptedConfig]):
             response = np.append(outline, EOS)
             found.append(Example(prompt, response, response, np.ones(len(response), np.float32), closeup))
         if rng.random() < self.config.rate_share:
-            answer = disturb(scene.truth, scene.others, float(rng.random()), rng)
-            outline = self._outline(scene.rings(answer), frame, size)
-            quality = np.array([quality_id(mask_iou(scene.truth, answer))])
+            outline = self._outline(lesson.answer, frame, size)
+            quality = np.array([quality_id(lesson.answer_quality)])
             prompt = np.concatenate([prompt, outline, [EOS]])
             found.append(Example(prompt, quality, quality, np.ones(1, np.float32), closeup))
         return found
@@ -256,9 +288,10 @@ class Prompted(Task[PromptedConfig]):
             return self._grid(image, None)
         height, width = image.pixels.shape[:2]
         masks = [rasterize(rings, height, width) for rings in about.outlines]
-        results = _Results([Trial(mask) for mask in masks if mask.any()], [])
+        asked = zip(about.annotation_ids, masks, strict=True)
+        results = _Results(about, [Trial(number, mask) for number, mask in asked if mask.any()], [])
         trials = [self._next_click(image, number, results) for number in range(len(results.trials))]
-        return [*chain.from_iterable(trials), *(self._grid(image, results) if self.config.outlines else [])]
+        return [*chain.from_iterable(trials), *(self._grid(image, results) if about.with_grid else [])]
 
     def follow_up(
         self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
@@ -279,9 +312,7 @@ class Prompted(Task[PromptedConfig]):
                 step.results.found = self._suppressed(image, self._masks(image, some))
         return further
 
-    def answers(
-        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
-    ) -> list[Any]:
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
         """Return the masks that clicks can mean, or all that were found, best first; of an exam its results."""
         if not requests:
             return []
@@ -304,7 +335,7 @@ class Prompted(Task[PromptedConfig]):
     def _candidates(
         self, image: EncodedImage, asked: Sequence[tuple[Request, Completion]]
     ) -> list[tuple[Clicks, ObjectMask]]:
-        """Return the boxes that samples, or clicks of the grid, agree on, the most votes first, each with its clicks."""
+        """Return the boxes that samples, or clicks of the grid, agree on, most votes first, with clicks."""
         clicks, qualities, boxes = [], [], []
         for request, completion in asked:
             for ids in completion.tokens:
@@ -377,7 +408,7 @@ class Prompted(Task[PromptedConfig]):
         mask = replace(step.mask, polygons=[ring.astype(np.float32) for ring in rings], box_xyxy=box)
         return Request(
             np.concatenate([request.prompt, outline, [EOS]]),
-            GenerationConfig(1, temperature=0.0, grammar=RatedBoxGrammar(QUALITY[0], QUALITY[-1], 0, 0), eos_id=None),
+            GenerationConfig(1, temperature=0.0, grammar=RangeGrammar(QUALITY[0], QUALITY[-1]), eos_id=None),
             subject=replace(step, kind="rate", mask=mask),
             closeup=request.closeup,
         )
@@ -398,7 +429,9 @@ class Prompted(Task[PromptedConfig]):
         width, height = image.size
         coder: Any = mask_utils  # pycocotools accepts more than its stubs say
         rles = [
-            coder.merge(coder.frPyObjects([ring.astype(np.float64).ravel().tolist() for ring in mask.polygons], height, width))
+            coder.merge(
+                coder.frPyObjects([ring.astype(np.float64).ravel().tolist() for ring in mask.polygons], height, width)
+            )
             for mask in good
         ]
         overlaps = coder.iou(rles, rles, [0] * len(rles))
@@ -425,9 +458,11 @@ class Prompted(Task[PromptedConfig]):
             ious = [mask_iou(trial.truth, each) for each in drawn] or [0.0]
             if drawn:
                 answer, previous = drawn[0], tuple(masks[0].polygons)
-            trial = trial.with_answer(ious, masks[0].score if masks else 0.0)
+            trial = trial.with_answer(ious, masks[0].score if masks else 0.0, previous)
         over = len(trial.ious) >= SCORED_CLICKS and trial.ious[-1] >= GOOD[-1]
-        click = next_click(trial.truth, answer, trial.clicks) if trial.ious else first_click(trial.truth)
+        seed = results.exam.seed
+        rng = None if seed is None else np.random.default_rng((seed, trial.annotation_id, len(trial.clicks)))
+        click = next_click(trial.truth, answer, trial.clicks, rng) if trial.ious else first_click(trial.truth, rng)
         if click is not None and not over and len(trial.clicks) < self.config.max_clicks:
             trial = replace(trial, clicks=(*trial.clicks, click))
         results.trials[number] = trial
@@ -490,9 +525,40 @@ class Prompted(Task[PromptedConfig]):
 
     def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Exam]:
         """Ask about every object by clicks, and about all without."""
+        return {"": self._exam(target, with_grid=self.config.outlines)}
+
+    def _exam(self, target: Target, **options: Any) -> Exam:
         size = (target.image.height, target.image.width)
         asked = np.flatnonzero(~target.iscrowd).tolist()
-        return {"": Exam(tuple(tuple(visible_rings(target, i, size)) for i in asked))}
+        rings = tuple(tuple(visible_rings(target, i, size)) for i in asked)
+        return Exam(rings, tuple(target.annotation_ids[asked].tolist()), **options)
+
+    def rehearsal(self, target: Target, seed: int) -> Exam:
+        """Click on every object, near the middle of what is wrong."""
+        return self._exam(target, seed=seed, with_grid=False)
+
+    def records(self, answers: Sequence[Checked]) -> list[dict[str, Any]]:
+        """Return, for each object, its annotation's id, the clicks, and rings and IoU of the answer after each."""
+        return [
+            {
+                "annotation_id": trial.annotation_id,
+                "clicks": [[click.x, click.y, int(click.positive)] for click in trial.clicks],
+                "outlines": [[np.round(ring, 2).tolist() for ring in rings] for rings in trial.outlines],
+                "ious": [round(iou, 4) for iou in trial.ious],
+            }
+            for checked in answers
+            for trial in checked.trials
+        ]
+
+    def timed(self, target: Target) -> dict[str, Clicks]:
+        """Time a first click on the first object."""
+        size = (target.image.height, target.image.width)
+        for i in np.flatnonzero(~target.iscrowd).tolist():
+            mask = rasterize(visible_rings(target, i, size), *size)
+            if mask.any():
+                click = first_click(mask)
+                return {"ms_per_click": Clicks(((click.x, click.y),), (True,))}
+        return {}
 
     def metric(self, categories: Sequence[Category]) -> ClickMetric:
         """See `Task`."""

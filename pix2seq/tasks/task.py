@@ -180,6 +180,18 @@ class Task(ABC, Generic[Config]):
         """
         return {"": None}
 
+    def rehearsal(self, target: Target, seed: int) -> Any:
+        """Return what to ask about a training image so that the answers teach; None if this task learns from none."""
+        return None
+
+    def records(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the answers to a `rehearsal` as JSON values, to be learned from."""
+        return []
+
+    def timed(self, target: Target) -> dict[str, Any]:
+        """Return questions that evaluation asks one at a time to time them: `about` by the metric, in milliseconds."""
+        return {}
+
     @abstractmethod
     def metric(self, categories: Sequence[Category]) -> Metric:
         """Return a new metric for one question over a data set with these `categories`."""

@@ -85,6 +85,18 @@ class BoxGrammar:
 
 
 @dataclass(frozen=True)
+class RangeGrammar:
+    """Ids from `first` to `last`."""
+
+    first: int
+    last: int
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        return _constant(ids, self.first, self.last + 1, NONE)
+
+
+@dataclass(frozen=True)
 class RatedBoxGrammar:
     """An id from `first` to `last`, then a box: two corners, the second at least a bin beyond the first."""
 
