@@ -40,9 +40,8 @@ TASK = re.compile(
     r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
-TASK_METHODS = {
-    "pix2seq.predictor": ("detect", "segment", "keypoints", "caption", "click", "everything", "session")
-}  # each names its task
+# Each names its task.
+TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption", "click", "everything", "session")}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms below and in `to_json` of types.py
 COCO_ROOMS = ("data.formats", "data.shapes")
 

@@ -676,3 +676,47 @@ def test_a_world_has_only_the_classes_asked_for(tmp_path, capsys):
     command[2] = str(tmp_path / "none")
     assert main([*command, "--classes", "hart"]) == 2
     assert "unknown class 'hart'; did you mean 'heart'" in capsys.readouterr().err
+
+
+SMALL = [
+    *("tasks=[prompted]", "steps=4", "batch_size=4", "checkpoint_every=2", "num_workers=0", "device=cpu", "bf16=false"),
+    *("model.image_size=[64,64]", "model.encoder.name=vit", "model.encoder.dim=32", "model.encoder.num_layers=1"),
+    *(
+        "model.encoder.num_heads=2",
+        "model.encoder.mlp_dim=64",
+        "model.encoder.stem=conv",
+        "model.encoder.closeups=true",
+    ),
+    *("model.decoder.dim=32", "model.decoder.num_layers=1", "model.decoder.num_heads=2", "model.decoder.mlp_dim=64"),
+    *(
+        "model.decoder.max_seq_len=100",
+        "model.vocab.num_bins=64",
+        "model.vocab.size=1100",
+        "model.vocab.text_base=1100",
+    ),
+    *("prompted.max_points=24", "prompted.even_points=12", "prompted.short_points=6", "prompted.max_clicks=2"),
+    *("prompted.grid=2", "eval_images=1", "trackers=[]"),
+]
+
+
+def test_a_run_that_learns_from_answers_resumes_to_the_same_weights(predictor, shapes, folder, tmp_path, capsys):
+    answers = record_answers(predictor, shapes, "prompted", tmp_path, seed=1)
+    settings = [*SMALL, f"data={folder}", f"prompted.answers={answers}"]
+    assert main(["train", f"out={tmp_path / 'whole'}", *settings]) == 0
+    assert main(["train", f"out={tmp_path / 'parts'}", *settings, "steps=2"]) == 0
+    assert main(["train", f"out={tmp_path / 'parts'}", *settings, "--resume", "auto"]) == 0
+    whole, parts = (
+        tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors" for name in ("whole", "parts")
+    )
+    assert whole.read_bytes() == parts.read_bytes()
+    capsys.readouterr()
+    assert main(["train", f"out={tmp_path / 'parts'}", *settings[:-1], "steps=6", "--resume", "auto"]) == 2
+    assert "prompted.answers" in capsys.readouterr().err
+
+
+def test_answers_are_recorded_from_the_command_line(checkpoint, folder, tmp_path, capsys):
+    common = ["data", "answers", str(folder), str(tmp_path), "--checkpoint", str(checkpoint), "--limit", "2"]
+    assert main([*common, "--task", "prompted"]) == 0
+    path = next(tmp_path.glob("answers-*.jsonl"))
+    assert capsys.readouterr().out.strip() == str(path)
+    assert read_answers(path)
