@@ -28,7 +28,7 @@ from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, rasterize, space_e
 from pix2seq.metrics.clicks import GOOD, Checked, ClickMetric, Trial
 from pix2seq.model.decoding.generate import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar, RangeGrammar, RatedBoxGrammar
-from pix2seq.settings import PositiveInt, PositiveShare, Range, Share
+from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
 from pix2seq.tasks.lessons import (
     Lesson,
     Ring,
@@ -73,7 +73,8 @@ class PromptedConfig(TaskConfig):
 
     section = "prompted"
 
-    max_objects: Objects = 3  # of one image in a training step
+    max_objects: Objects = 6  # clicked on in one image in a training step
+    max_outlines: Objects = 2  # of them with an outline, which costs most of a step
     max_clicks: Annotated[int, Range(least=1, most=100)] = 12
     # Of an outline, separators included.
     max_points: Annotated[int, Range(least=MIN_POINTS, most=10_000)] = 48
@@ -82,6 +83,7 @@ class PromptedConfig(TaskConfig):
     outlines: bool = True  # false: boxes are the answers, for data without masks
     closeup: bool = True  # outlines are read from closeups of the found boxes; false: from the whole image
     closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
+    find_weight: NonNegativeFloat = 2.0  # loss weight of each token of a quality and a box; those of outlines have 1
     box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.08  # of the found box in training, as a share
     # In training, how often
     part_share: Share = 0.1  # clicks mean one of an object's parts, if it has several
@@ -169,13 +171,14 @@ class Prompted(Task[PromptedConfig]):
         outlines = [[] if crowd else visible_rings(target, i, size) for i, crowd in enumerate(target.iscrowd.tolist())]
         found: list[Example] = []
         usable = [i for i, rings in enumerate(outlines) if rings]
-        for i in rng.permutation(usable)[: self.config.max_objects].tolist():
+        for number, i in enumerate(rng.permutation(usable)[: self.config.max_objects].tolist()):
+            outlined = number < self.config.max_outlines and bool(target.segmentations[i])
             near = neighbours_of(target, i, outlines)
             config = self.config
             record = self._records.get(int(target.annotation_ids[i])) if rng.random() < config.answer_share else None
             lesson = recorded_lesson(record, outlines[i], target, size, rng) if record is not None else None
             if lesson is not None:
-                found += self._examples(lesson, size, bool(target.segmentations[i]), rng)
+                found += self._examples(lesson, size, outlined, rng)
                 continue
             rings = other_meaning(
                 outlines[i], near, whole, rng, part_share=config.part_share, group_share=config.group_share
@@ -183,13 +186,13 @@ class Prompted(Task[PromptedConfig]):
             scene = Scene.around(rings, near, whole)
             if scene.truth.any():
                 lesson = draw_lesson(rings, scene, config.max_clicks, rng)
-                found += self._examples(lesson, size, bool(target.segmentations[i]), rng)
+                found += self._examples(lesson, size, outlined, rng)
         if rng.random() < self.config.background_share:
             found += self._background(outlines, size, rng)
         return found
 
     def _examples(
-        self, lesson: Lesson, size: tuple[int, int], has_mask: bool, rng: np.random.Generator
+        self, lesson: Lesson, size: tuple[int, int], outlined: bool, rng: np.random.Generator
     ) -> list[Example]:
         """Return the sequences of the steps about one object."""
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
@@ -202,8 +205,9 @@ class Prompted(Task[PromptedConfig]):
         prompt = self._find_prompt(whole, points, positive, drawn, previous)
         box = box_xyxy_to_yxyx(lesson.box_xyxy) / np.array([*size, *size])
         response = np.append(quality_id(lesson.quality), self.vocab.coord_ids(box))
-        found = [Example(prompt, response, response, np.ones(len(response), np.float32))]
-        if not (self.config.outlines and has_mask):
+        weights = np.full(len(response), self.config.find_weight, np.float32)
+        found = [Example(prompt, response, response, weights)]
+        if not (self.config.outlines and outlined):
             return found
         moved = jitter_box(lesson.box_xyxy, self.config.box_jitter, size, rng).astype(np.float64)
         frame, closeup = whole, None
@@ -232,7 +236,7 @@ class Prompted(Task[PromptedConfig]):
             return []
         whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
         response = np.append(quality_id(0.0), self.vocab.coord_ids(np.array([0.0, 0.0, 1.0, 1.0])))
-        weights = np.array([1, 0, 0, 0, 0], np.float32)
+        weights = np.array([self.config.find_weight, 0, 0, 0, 0], np.float32)
         return [Example(self._find_prompt(whole, point[None], np.ones(1, np.bool_)), response, response, weights)]
 
     def _outline(self, rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> NDArray[np.int64]:
