@@ -169,15 +169,15 @@ class Predictor:
         answers: list[list[Any]] = [[] for _ in encoded]
         left = list(range(len(encoded)))
         while left:
-            images = [encoded[i] for i in left]
-            completions = iter(self._complete(asked, images, requests, seed))
+            completions = iter(self._complete(asked, [encoded[i] for i in left], requests, seed))
             said = [[next(completions) for _ in some] for some in requests]
-            further = [asked.follow_up(*each) for each in zip(images, requests, said, strict=True)]
-            for i, image, some, completed, more in zip(left, images, requests, said, further, strict=True):
-                if not more:
-                    answers[i] = asked.answers(image, some, completed)
-            left = [i for i, more in zip(left, further, strict=True) if more]
-            requests = [more for more in further if more]
+            further: dict[int, list[Request]] = {}
+            for i, some, completed in zip(left, requests, said, strict=True):
+                if more := asked.follow_up(encoded[i], some, completed):
+                    further[i] = more
+                else:
+                    answers[i] = asked.answers(encoded[i], some, completed)
+            left, requests = list(further), list(further.values())
         return answers
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:

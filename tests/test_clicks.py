@@ -424,6 +424,7 @@ def test_an_exam_clicks_until_an_answer_is_good_and_keeps_each_iou(task, monkeyp
     while requests:
         (request,) = requests
         assert len(request.subject.clicks.points) == min(rounds, 5) + 1
+        assert bool(request.subject.clicks.previous) == (rounds > 0)
         found = [say([found_ids(1, (10, 10, 40, 40), image.frame())] * 4)]
         outlines = task.follow_up(image, requests, found)
         ring = answers[min(rounds, 2)]
@@ -611,7 +612,10 @@ def test_recorded_answers_are_learned_from_in_the_frame_of_the_sample(predictor,
         for example in sample.examples["prompted"]:
             if not samples.task.summary(example).startswith("find"):
                 continue
-            end = np.flatnonzero(np.isin(example.prompt, [POSITIVE, NEGATIVE]))[-1]
+            signs = np.flatnonzero(np.isin(example.prompt, [POSITIVE, NEGATIVE]))
+            end = signs[-1]
+            if len(signs) == 1:
+                assert SEPARATOR not in example.prompt  # there was no answer before
             y, x = VOCAB.coords(example.prompt[end - 2 : end])
             near = [
                 abs(np.array([x, y]) * 64 - (point * moved.scale_xy + moved.offset_xy)).max() < 1.1

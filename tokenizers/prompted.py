@@ -85,5 +85,5 @@ def _click_ids(points_yx: NDArray[np.floating], positive: NDArray[np.bool_], voc
 
 
 def _previous_ids(rings: Rings, short_points: int, vocab: Vocab) -> NDArray[np.int64]:
-    ids = encode_polygons(rings, vocab, max_points=short_points, rounding="nearest") if len(rings) else []
-    return np.array([SEPARATOR, *ids] if len(ids) else [], np.int64)
+    ids = encode_polygons(rings, vocab, max_points=short_points, rounding="nearest")
+    return np.insert(ids, 0, SEPARATOR) if len(ids) else ids

@@ -40,7 +40,7 @@ def padded_region(box_xyxy: FloatArray, width: int, height: int, padding: float)
 
 def intersects_xyxy(box: FloatArray, boxes: FloatArray) -> NDArray[np.bool_]:
     """Return which of boxes (N, 4) share a point with one box (4,)."""
-    return ((boxes[:, :2] <= box[2:]) & (boxes[:, 2:] >= box[:2])).all(axis=1)
+    return np.asarray(((boxes[:, :2] <= box[2:]) & (boxes[:, 2:] >= box[:2])).all(axis=1))
 
 
 def box_iou_xyxy(one: FloatArray, other: FloatArray) -> FloatArray:

@@ -76,8 +76,7 @@ def _depths(region: Mask) -> NDArray[np.float32]:
     import cv2  # here, because tokenizers import this package and need NumPy only
 
     padded = np.pad(region, 1).astype(np.uint8)
-    depths: NDArray[np.float32] = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1]
-    return depths
+    return cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1].astype(np.float32)
 
 
 def _inner_point(depths: NDArray[np.float32], rng: np.random.Generator | None) -> tuple[float, float]:

@@ -107,4 +107,5 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     columns = np.array(pairs, np.float64).reshape(-1, 2)
     if len(columns) < 2 or not columns.std(axis=0).all():
         return None
-    return float(np.corrcoef(columns.T)[0, 1])
+    centred = (columns - columns.mean(axis=0)) / columns.std(axis=0)
+    return float(centred.prod(axis=1).mean())

@@ -102,7 +102,7 @@ def other_meaning(
     if not touching:
         return rings
     group = np.logical_or.reduce([scene.others[0], *touching]).astype(np.uint8)
-    return scene.rings(cv2.morphologyEx(group, cv2.MORPH_CLOSE, kernel))
+    return scene.rings(cv2.morphologyEx(group, cv2.MORPH_CLOSE, kernel) > 0)
 
 
 def draw_lesson(rings: list[Ring], scene: Scene, max_clicks: int, rng: np.random.Generator) -> Lesson:
@@ -137,22 +137,25 @@ def recorded_lesson(
     """
     number = int(rng.integers(len(record["clicks"]))) + 1
 
-    def moved(points: Any) -> NDArray[np.float64]:
+    def moved(points: Any) -> Ring:
         return np.array(points, np.float64).reshape(-1, 2) * target.scale_xy + target.offset_xy
 
+    def outline_after(count: int) -> list[Ring]:
+        return [moved(ring) for ring in record["outlines"][count - 1]] if count else []
+
     clicks = np.array(record["clicks"][:number], np.float64)
-    points = moved(clicks[:, :2])
+    points = np.asarray(moved(clicks[:, :2]), np.float64)
     if not ((points >= 0) & (points < size[::-1])).all():
         return None
     quality = float(record["ious"][number - 1])
-    previous, answer = ([moved(ring) for ring in record["outlines"][i]] for i in (max(number - 2, 0), number - 1))
-    return Lesson(rings, points, clicks[:, 2] > 0, previous if number > 1 else [], quality, answer, quality)
+    previous, answer = outline_after(number - 1), outline_after(number)
+    return Lesson(rings, points, clicks[:, 2] > 0, previous, quality, answer, quality)
 
 
 def neighbours_of(target: Target, i: int, outlines: Sequence[list[Ring]]) -> list[list[Ring]]:
     """Return the outlines of the objects of a target whose boxes reach into that of object `i`."""
     near = intersects_xyxy(target.boxes_xyxy[i], target.boxes_xyxy)
-    return [outlines[j] for j in np.flatnonzero(near) if j != i and outlines[j]]
+    return [outlines[j] for j in np.flatnonzero(near).tolist() if j != i and outlines[j]]
 
 
 def _draw(rings: Sequence[Ring], frame: Frame) -> Mask:

@@ -350,7 +350,7 @@ class Prompted(Task[PromptedConfig]):
                 boxes.append(np.clip(corners, 0, np.tile(image.size, 2)))
         of_grid = asked[0][0].subject.role == "grid"
         xyxy = np.array(boxes)
-        usable = (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
+        usable: NDArray[np.bool_] = np.all(xyxy[:, 2:] > xyxy[:, :2], axis=1)
         if of_grid:
             usable &= np.array(qualities) >= MIN_FOUND
         same = (box_iou_xyxy(xyxy, xyxy) >= SAME_OBJECT) & usable & usable[:, None]
