@@ -18,6 +18,7 @@ from pix2seq.types import Target
 
 CANVAS = 80  # side of the masks in which clicks are simulated
 SURROUNDINGS = 0.6  # share of an object's size that these show on each side
+STRANGER_SHARE = 0.2  # of the earlier answers, and of those to rate, that are another object altogether
 
 Ring = NDArray[np.floating]
 
@@ -105,8 +106,20 @@ def other_meaning(
     return scene.rings(cv2.morphologyEx(group, cv2.MORPH_CLOSE, kernel) > 0)
 
 
-def draw_lesson(rings: list[Ring], scene: Scene, max_clicks: int, rng: np.random.Generator) -> Lesson:
-    """Simulate clicks with earlier answers that are the truth with mistakes; half of the lessons have one click."""
+def draw_lesson(
+    rings: list[Ring],
+    scene: Scene,
+    max_clicks: int,
+    rng: np.random.Generator,
+    *,
+    strangers: Sequence[list[Ring]] = (),
+    size: tuple[int, int],
+) -> Lesson:
+    """Simulate clicks with earlier answers that are the truth with mistakes; half of the lessons have one click.
+
+    Some earlier answers, and some of those to rate, are the outline of a stranger, another object of the input, which
+    is of `size` (height, width).
+    """
     number = 1 if rng.random() < 0.5 else min(1 + int(rng.geometric(0.35)), max_clicks)
     clicks = [first_click(scene.truth, rng)]
     answer: Mask | None = None
@@ -116,16 +129,18 @@ def draw_lesson(rings: list[Ring], scene: Scene, max_clicks: int, rng: np.random
         if click is None:
             break
         clicks.append(click)
-    rated = disturb(scene.truth, scene.others, float(rng.random()), rng)
-    return Lesson(
-        rings,
-        np.array([scene.point(click) for click in clicks]),
-        np.array([click.positive for click in clicks]),
-        scene.rings(answer) if answer is not None and len(clicks) > 1 else [],
-        1.0,
-        scene.rings(rated),
-        mask_iou(scene.truth, rated),
-    )
+    previous = scene.rings(answer) if answer is not None and len(clicks) > 1 else []
+    if previous and strangers and rng.random() < STRANGER_SHARE:
+        clicks = [clicks[0], first_click(scene.truth, rng)]
+        previous = strangers[int(rng.integers(len(strangers)))]
+    if strangers and rng.random() < STRANGER_SHARE:
+        rated = strangers[int(rng.integers(len(strangers)))]
+        quality = mask_iou(rasterize(rings, *size), rasterize(rated, *size))
+    else:
+        mask = disturb(scene.truth, scene.others, float(rng.random()), rng)
+        rated, quality = scene.rings(mask), mask_iou(scene.truth, mask)
+    points = np.array([scene.point(click) for click in clicks])
+    return Lesson(rings, points, np.array([click.positive for click in clicks]), previous, 1.0, rated, quality)
 
 
 def recorded_lesson(

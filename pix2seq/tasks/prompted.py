@@ -62,9 +62,8 @@ if TYPE_CHECKING:
 SAME_OBJECT = 0.7  # IoU from which two boxes, or two masks, mean the same object
 MIN_FOUND = 0.5  # quality that the model must say of a box for a click of the grid
 MIN_VOTES = 2  # clicks of the grid that must agree on a box
-SCORED_CLICKS = (
-    8  # evaluation clicks so often, and up to `max_clicks` times while an answer is below the best of `GOOD`
-)
+# Evaluation clicks so often, and up to `max_clicks` times while an answer is below the best of `GOOD`.
+SCORED_CLICKS = 8
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,8 @@ class Prompted(Task[PromptedConfig]):
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence: clicks, the previous answer, a box, an outline with its end, a quality."""
         config = self.config
-        return prompt_length(config.max_clicks, config.short_points) + 2 * config.max_points + 2
+        asked = prompt_length(config.max_clicks, config.short_points)
+        return asked + (2 * config.max_points + 2 if config.outlines else FIND_LENGTH)
 
     @property
     def looks_closer(self) -> bool:
@@ -167,7 +167,7 @@ class Prompted(Task[PromptedConfig]):
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return the sequences about up to `max_objects` objects, drawn at random, each with simulated clicks."""
-        whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        whole = Frame.of_input(size)
         outlines = [[] if crowd else visible_rings(target, i, size) for i, crowd in enumerate(target.iscrowd.tolist())]
         found: list[Example] = []
         usable = [i for i, rings in enumerate(outlines) if rings]
@@ -185,7 +185,8 @@ class Prompted(Task[PromptedConfig]):
             )
             scene = Scene.around(rings, near, whole)
             if scene.truth.any():
-                lesson = draw_lesson(rings, scene, config.max_clicks, rng)
+                strangers = [outlines[j] for j in usable if j != i]
+                lesson = draw_lesson(rings, scene, config.max_clicks, rng, strangers=strangers, size=size)
                 found += self._examples(lesson, size, outlined, rng)
         if rng.random() < self.config.background_share:
             found += self._background(outlines, size, rng)
@@ -195,7 +196,7 @@ class Prompted(Task[PromptedConfig]):
         self, lesson: Lesson, size: tuple[int, int], outlined: bool, rng: np.random.Generator
     ) -> list[Example]:
         """Return the sequences of the steps about one object."""
-        whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        whole = Frame.of_input(size)
         points, positive, previous = lesson.points_xy, lesson.positive, lesson.previous
         drawn = None
         if rng.random() < self.config.box_share:
@@ -209,21 +210,23 @@ class Prompted(Task[PromptedConfig]):
         found = [Example(prompt, response, response, weights)]
         if not (self.config.outlines and outlined):
             return found
-        moved = jitter_box(lesson.box_xyxy, self.config.box_jitter, size, rng).astype(np.float64)
-        frame, closeup = whole, None
-        if self.config.closeup:
-            frame = whole.around(moved, self.config.closeup_padding)
-            closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
-        prompt = self._outline_prompt(frame, points, positive, moved, previous)
-        outline = self._outline(lesson.rings, frame, size)
-        if len(outline):
-            response = np.append(outline, EOS)
+        shown = [(lesson.rings, False)]
+        if lesson.answer and rng.random() < self.config.rate_share:
+            shown.append((lesson.answer, True))
+        for rings, is_rated in shown:
+            moved = jitter_box(bounds(rings), self.config.box_jitter, size, rng).astype(np.float64)
+            frame, closeup = whole, None
+            if self.config.closeup:
+                frame = whole.around(moved, self.config.closeup_padding)
+                closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
+            prompt = self._outline_prompt(frame, points, positive, moved, previous)
+            response = np.append(self._outline(rings, frame, size), EOS)
+            if len(response) == 1:
+                continue  # too small to have an outline
+            if is_rated:
+                prompt = np.concatenate([prompt, response])
+                response = np.array([quality_id(lesson.answer_quality)])
             found.append(Example(prompt, response, response, np.ones(len(response), np.float32), closeup))
-        if rng.random() < self.config.rate_share:
-            outline = self._outline(lesson.answer, frame, size)
-            quality = np.array([quality_id(lesson.answer_quality)])
-            prompt = np.concatenate([prompt, outline, [EOS]])
-            found.append(Example(prompt, quality, quality, np.ones(1, np.float32), closeup))
         return found
 
     def _background(
@@ -234,7 +237,7 @@ class Prompted(Task[PromptedConfig]):
         covered = rasterize([ring for rings in outlines for ring in rings], *size)
         if covered[int(point[1]), int(point[0])]:
             return []
-        whole = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        whole = Frame.of_input(size)
         response = np.append(quality_id(0.0), self.vocab.coord_ids(np.array([0.0, 0.0, 1.0, 1.0])))
         weights = np.array([self.config.find_weight, 0, 0, 0, 0], np.float32)
         return [Example(self._find_prompt(whole, point[None], np.ones(1, np.bool_)), response, response, weights)]
@@ -427,14 +430,16 @@ class Prompted(Task[PromptedConfig]):
 
     def _suppressed(self, image: EncodedImage, masks: Sequence[ObjectMask]) -> list[ObjectMask]:
         """Return the masks of at least `min_score` that overlap no better one, best first."""
-        good = [mask for mask in masks if mask.score >= self.config.min_score and mask.polygons]
+        good = [mask for mask in masks if mask.score >= self.config.min_score]
         if not good:
             return []
         width, height = image.size
         coder: Any = mask_utils  # pycocotools accepts more than its stubs say
         rles = [
             coder.merge(
-                coder.frPyObjects([ring.astype(np.float64).ravel().tolist() for ring in mask.polygons], height, width)
+                coder.frPyObjects(
+                    [ring.astype(np.float64).ravel().tolist() for ring in self._rings(mask)], height, width
+                )
             )
             for mask in good
         ]
@@ -458,7 +463,7 @@ class Prompted(Task[PromptedConfig]):
         answer = np.zeros_like(trial.truth)
         previous: tuple[NDArray[np.float32], ...] = ()
         if clicks is not None:
-            drawn = [self._drawn(mask, trial.truth.shape) for mask in masks]
+            drawn = [rasterize(self._rings(mask), *trial.truth.shape) for mask in masks]
             ious = [mask_iou(trial.truth, each) for each in drawn] or [0.0]
             if drawn:
                 answer, previous = drawn[0], tuple(masks[0].polygons)
@@ -476,11 +481,10 @@ class Prompted(Task[PromptedConfig]):
         asked = Clicks(points, tuple(click.positive for click in trial.clicks), previous=previous)
         return [self._find(image, _Step("find", number, asked, "trial", results))]
 
-    def _drawn(self, mask: ObjectMask, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Return the mask (H, W) of an answer; its box, if boxes are the answers."""
+    def _rings(self, mask: ObjectMask) -> Sequence[Ring]:
+        """Return the outline of an answer; its box, if boxes are the answers."""
         x0, y0, x1, y1 = mask.box_xyxy
-        box = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-        return rasterize(mask.polygons if self.config.outlines else [box], shape[0], shape[1])
+        return mask.polygons if self.config.outlines else [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])]
 
     def parse_about(self, text: str) -> Clicks:
         """Read `x,y; x,y,-; x0,y0,x1,y1`."""
@@ -586,7 +590,7 @@ class Prompted(Task[PromptedConfig]):
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[ObjectMask]:
         """Return the box or the outline that a sequence says."""
-        frame = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        frame = Frame.of_input(size)
         if len(example.targets) == FIND_LENGTH and int(example.targets[0]) in QUALITY:
             quality, box = decode_found(example.targets, self.vocab)
             x0, y0, x1, y1 = frame.to_image_xy(box.reshape(2, 2)).ravel().tolist()
