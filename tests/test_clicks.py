@@ -31,6 +31,7 @@ from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.decoding.grammar import RatedBoxGrammar
 from pix2seq.model.pix2seq import build_model
 from pix2seq.rehearsal import record_answers
+from pix2seq.tasks.lessons import recorded_lesson
 from pix2seq.tasks.prompted import Exam, Prompted, PromptedConfig
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.tokenizers.prompted import decode_found, decode_quality, find_prompt, outline_prompt, quality_id
@@ -624,6 +625,31 @@ def test_recorded_answers_are_learned_from_in_the_frame_of_the_sample(predictor,
                 for point, iou, positive in allowed
             ]
             assert any(near)
+
+
+def test_a_recorded_lesson_has_the_answer_before_the_click_and_the_one_after_it():
+    ring = np.array([[0.0, 0.0], [8, 0], [8, 8]])
+    record = {
+        "clicks": [[10, 20, 1], [30, 20, 0], [12, 22, 1]],
+        "outlines": [[ring.tolist()], [(ring + 1).tolist()], [(ring + 2).tolist()]],
+        "ious": [0.3, 0.6, 0.9],
+    }
+    target = replace(target_of(ring.astype(np.float32)), scale_xy=(-1.0, 2.0), offset_xy=(64.0, 3.0))
+    seen = set()
+    for seed in range(20):
+        lesson = recorded_lesson(record, [ring], target, SIZE, np.random.default_rng(seed))
+        number = len(lesson.points_xy)
+        seen.add(number)
+        np.testing.assert_allclose(lesson.points_xy, np.array([[54, 43], [34, 43], [52, 47]])[:number])
+        assert lesson.positive.tolist() == [True, False, True][:number]
+        assert lesson.quality == lesson.answer_quality == record["ious"][number - 1]
+        assert len(lesson.previous) == (number > 1)
+        for rings, after in ((lesson.previous, number - 1), (lesson.answer, number)):
+            for each in rings:
+                np.testing.assert_allclose(each, (ring + after - 1) * [-1, 2] + [64, 3])
+    assert seen == {1, 2, 3}
+    far = replace(target, offset_xy=(64.0, 40.0))  # y = 80 lies outside
+    assert recorded_lesson(record, [ring], far, SIZE, np.random.default_rng(0)) is None
 
 
 def moved_target(samples, index):
