@@ -419,7 +419,7 @@ def test_an_exam_clicks_until_an_answer_is_good_and_keeps_each_iou(task, monkeyp
     image = image_of(64, 64)
     truth = np.array([[10, 10], [40, 10], [40, 40], [10, 40]], np.float64)
     half = np.array([[10, 10], [25, 10], [25, 40], [10, 40]], np.float64)
-    requests = task.requests(image, Exam(((truth,),), (7,), with_grid=False))
+    requests = task.requests(image, Exam(((truth,),), (7,), 6, with_grid=False))
     answers = [half, half, truth]
     rounds = 0
     while requests:

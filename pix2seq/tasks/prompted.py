@@ -64,6 +64,7 @@ MIN_FOUND = 0.5  # quality that the model must say of a box for a click of the g
 MIN_VOTES = 2  # clicks of the grid that must agree on a box
 # Evaluation clicks so often, and up to `max_clicks` times while an answer is below the best of `GOOD`.
 SCORED_CLICKS = 8
+REHEARSED_CLICKS = 4  # to record answers; later ones teach little more
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Exam:
 
     outlines: tuple[tuple[Ring, ...], ...]  # of each object, x, y in pixels of the image
     annotation_ids: tuple[int, ...]
+    max_clicks: int
     seed: int | None = None  # of clicks near the middle of what is wrong; None: clicks in the middle
     with_grid: bool = True
 
@@ -472,7 +474,7 @@ class Prompted(Task[PromptedConfig]):
         seed = results.exam.seed
         rng = None if seed is None else np.random.default_rng((seed, trial.annotation_id, len(trial.clicks)))
         click = next_click(trial.truth, answer, trial.clicks, rng) if trial.ious else first_click(trial.truth, rng)
-        if click is not None and not over and len(trial.clicks) < self.config.max_clicks:
+        if click is not None and not over and len(trial.clicks) < results.exam.max_clicks:
             trial = replace(trial, clicks=(*trial.clicks, click))
         results.trials[number] = trial
         if len(trial.clicks) == len(trial.ious):
@@ -533,17 +535,17 @@ class Prompted(Task[PromptedConfig]):
 
     def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Exam]:
         """Ask about every object by clicks, and about all without."""
-        return {"": self._exam(target, with_grid=self.config.outlines)}
+        return {"": self._exam(target, self.config.max_clicks, with_grid=self.config.outlines)}
 
-    def _exam(self, target: Target, **options: Any) -> Exam:
+    def _exam(self, target: Target, max_clicks: int, **options: Any) -> Exam:
         size = (target.image.height, target.image.width)
         asked = np.flatnonzero(~target.iscrowd).tolist()
         rings = tuple(tuple(visible_rings(target, i, size)) for i in asked)
-        return Exam(rings, tuple(target.annotation_ids[asked].tolist()), **options)
+        return Exam(rings, tuple(target.annotation_ids[asked].tolist()), max_clicks, **options)
 
     def rehearsal(self, target: Target, seed: int) -> Exam:
         """Click on every object, near the middle of what is wrong."""
-        return self._exam(target, seed=seed, with_grid=False)
+        return self._exam(target, min(REHEARSED_CLICKS, self.config.max_clicks), seed=seed, with_grid=False)
 
     def records(self, answers: Sequence[Checked]) -> list[dict[str, Any]]:
         """Return, for each object, its annotation's id, the clicks, and rings and IoU of the answer after each."""
