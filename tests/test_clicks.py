@@ -502,7 +502,9 @@ def test_an_answer_depends_on_nothing_else_that_is_asked(predictor, shapes):
 
 def test_masks_lie_inside_the_image_whatever_is_answered(predictor):
     image = predictor.encode(np.random.default_rng(0).integers(0, 255, (48, 100, 3), np.uint8))
-    for masks in (predictor.click(image, [(50, 20)]), predictor.everything(image)):
+    clicked = predictor.click(image, [(50, 20)])
+    assert clicked
+    for masks in (clicked, predictor.everything(image)):
         for mask in masks:
             points = np.concatenate(mask.polygons)
             assert (points >= 0).all()
