@@ -9,7 +9,8 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo demo-train test test-slow mutants lint docs bench lock audit release-check release-notes clean
+.PHONY: help setup demo demo-train clicks test test-slow mutants lint docs bench lock audit release-check release-notes \
+	clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -22,6 +23,13 @@ demo: .venv/ready ## show the trained model on new images, on the CPU, in a minu
 
 demo-train: .venv/ready ## train a detector on generated images and show it, on the CPU, in minutes; results in demo/
 	.venv/bin/pix2seq demo --train --out demo
+
+clicks: .venv/ready ## train a model that answers clicks, about an hour on one core; the result is runs/clicks-own
+	[ -d runs/clicks-world ] || .venv/bin/pix2seq data shapes runs/clicks-world --train 24000 --val 500 --seed 1906
+	.venv/bin/pix2seq train --config configs/prompted_shapes.yaml data=runs/clicks-world out=runs/clicks --resume auto
+	answers=`.venv/bin/pix2seq data answers runs/clicks-world runs/clicks-answers --checkpoint runs/clicks \
+		--task prompted --limit 3000` && .venv/bin/pix2seq train --config configs/prompted_shapes.yaml --resume auto \
+		data=runs/clicks-world out=runs/clicks-own init=runs/clicks steps=2000 lr=3e-4 prompted.answers=$$answers
 
 test: .venv/ready ## the fast tests, on all cores (at most 8)
 	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -146,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
+    add_answers(data_commands.add_parser("answers", help="write what a model answers, to learn from its mistakes"))
     add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="show the trained model on new images, or train one"))
@@ -343,6 +344,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
     parser.add_argument("--about", metavar="TEXT", help="what to ask about: see the README for each task's form")
+    parser.add_argument("--points", nargs="+", metavar="X,Y[,+|-]", help="clicks on an object, another form of --about")
     parser.add_argument(
         "--min-score",
         type=_share,
@@ -358,6 +360,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> None:
         tasks = parse_tasks(args.task) if args.task else None
+        if args.points and args.about is not None:
+            raise InputError("--points is a form of --about; give one of them")
+        about = ";".join(args.points) if args.points else args.about
         from pix2seq.infer.predict import predict_files
 
         predict_files(
@@ -366,7 +371,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             tasks=tasks,
             boxes=args.boxes,
             out=args.out,
-            about=args.about,
+            about=about,
             settings=_settings(args),
             min_score=args.min_score,
             batch_size=args.batch_size,
@@ -449,6 +454,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-objects", type=int, default=8, help="figures in an image at most, 1 to 8")
     parser.add_argument("--easy", action="store_true", help="five classes, larger and plain, on plain ground")
     parser.add_argument("--person-share", type=float, help="share of figures that are persons; by default 1 of 11")
+    parser.add_argument("--classes", help="only these classes, separated by commas; by default all eleven")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
     def run(args: argparse.Namespace) -> None:
@@ -463,6 +469,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             max_objects=args.max_objects,
             easy=args.easy,
             person_share=args.person_share,
+            classes=None if args.classes is None else [name.strip() for name in args.classes.split(",")],
             workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation images in {args.folder}")
@@ -537,6 +544,33 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         config = load_config(args.config, settings, **fixed)
         store = store_features(config, args.out, augmentations=args.augmentations, progress=True)
         print(f"{args.split}: features of {len(store)} images, {store.num_bytes} bytes, in {args.out}")
+
+    parser.set_defaults(run=run)
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    """Add the options of recording answers."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, help="folder for the file, named by its content: TASK.answers=FILE reads it")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
+    parser.add_argument("--task", required=True, help="one task that learns from its own answers")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--limit", type=_positive, default=0, help="only the first N images")
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    parser.add_argument("--seed", type=_seed, default=0, help="of what is asked, 0 to 2**64 - 1")
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        tasks = parse_tasks(args.task)
+        from pix2seq.data.dataset import open_dataset
+        from pix2seq.predictor import Predictor
+        from pix2seq.rehearsal import record_answers
+
+        predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
+        dataset = open_dataset(args.folder, args.split)
+        options = {"batch_size": args.batch_size, "limit": args.limit, "seed": args.seed, "progress": True}
+        for name in tasks:
+            print(record_answers(predictor, dataset, name, args.out, **options))
 
     parser.set_defaults(run=run)
 

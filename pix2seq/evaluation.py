@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pix2seq.data.dataset import ClassMap, needed_categories
@@ -23,6 +24,8 @@ from pix2seq.tasks import get_task
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.tasks.task import Task
 from pix2seq.types import Category, Target
+
+TIMED_IMAGES = 20  # of those that are scored
 
 Measured = dict[tuple[str, str], Metric]
 """The metric of each question of each task."""
@@ -141,7 +144,26 @@ def evaluate(
     measured = measure(
         predictor, dataset, names, images, batch_size=batch_size, seed=seed, progress=progress, observe=observe
     )
-    return EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
+    result = EvalResult.of(measured, num_images=len(images), seconds=time.perf_counter() - started)
+    return replace(result, metrics=result.metrics | time_questions(predictor, dataset, names, images[:TIMED_IMAGES]))
+
+
+def time_questions(
+    predictor: Predictor, dataset: Dataset, tasks: Sequence[str], images: range
+) -> dict[str, float | None]:
+    """Return the median milliseconds of the questions that tasks want timed, each asked alone, after encoding."""
+    milliseconds: dict[str, list[float]] = {}
+    for target in map(dataset.target, images):
+        asked = [(name, *each) for name in tasks for each in predictor.tasks[name].timed(target).items()]
+        image = predictor.encode(read_record_image(target.image)) if asked else None
+        for name, metric, about in asked:
+            assert image is not None
+            started = time.perf_counter()
+            predictor.ask(name, [image], [about])
+            milliseconds.setdefault(get_task(name).metric_name(metric), []).append(
+                1e3 * (time.perf_counter() - started)
+            )
+    return {name: float(np.median(values)) for name, values in milliseconds.items()}
 
 
 def measure(

@@ -33,12 +33,13 @@ from pix2seq.model.hub import local_folder
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import CONFIG_FILE, find_checkpoint
 from pix2seq.results import Instances
+from pix2seq.session import Session
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
-from pix2seq.types import Caption, Instance, category_key
+from pix2seq.types import Caption, Clicks, Instance, ObjectMask, category_key
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -233,11 +234,18 @@ class Predictor:
             asked.requests(image, keeps(asked.check_about(image, each)) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
         ]
-        completions = iter(self._complete(asked, encoded, requests, seed))
-        answers = [
-            asked.answers(image, some, [next(completions) for _ in some])
-            for image, some in zip(encoded, requests, strict=True)
-        ]
+        answers: list[list[Any]] = [[] for _ in encoded]
+        left = list(range(len(encoded)))
+        while left:
+            completions = iter(self._complete(asked, [encoded[i] for i in left], requests, seed))
+            said = [[next(completions) for _ in some] for some in requests]
+            further: dict[int, list[Request]] = {}
+            for i, some, completed in zip(left, requests, said, strict=True):
+                if more := asked.follow_up(encoded[i], some, completed):
+                    further[i] = more
+                else:
+                    answers[i] = asked.answers(encoded[i], some, completed)
+            left, requests = list(further), list(further.values())
         return [keeps(asked.calibrated(each, self.calibration.get(task))) for each in answers]
 
     @overload
@@ -320,6 +328,38 @@ class Predictor:
         _check_options(options, Options)
         captions = [found[0] for found in self.ask("captioning", images, **options)]
         return captions if many else captions[0]
+
+    def click(
+        self,
+        image: EncodedImage | ImageLike,
+        points: ArrayLike,
+        labels: Sequence[bool | int] | None = None,
+        box: Sequence[float] | None = None,
+        *,
+        previous: ObjectMask | None = None,
+        num_candidates: int | None = None,
+        seed: int = 0,
+    ) -> list[ObjectMask]:
+        """Return what clicks on an object of any class can mean, best first.
+
+        `points` (N, 2) are x, y in pixels of the image, `labels` whether each lies on the object (1, the default) or
+        on what does not belong to it (0), `box` is x0, y0, x1, y1 around the object. `previous` is the answer to all
+        clicks but the last, which this improves. At most `num_candidates` are returned; by default as many as the
+        checkpoint is set to, and one where `previous` says what is meant.
+        """
+        about = _clicks(points, labels, box, previous, num_candidates)
+        return self.ask("prompted", [image], [about], seed=seed)[0]
+
+    def everything(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[ObjectMask]:
+        """Return the masks of all objects of any class, best first."""
+        return self.ask("prompted", [image], seed=seed)[0]
+
+    def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:
+        """Return a series of clicks on one object of an image, which is encoded once."""
+        (encoded,) = self._encoded([image])
+        self.require("prompted")
+        drawn = _clicks([], [], box, None, None).box_xyxy
+        return Session(lambda clicks: self.ask("prompted", [encoded], [clicks], seed=seed)[0], drawn)
 
     def predict(
         self,
@@ -691,6 +731,37 @@ def _about(
     if given and len(given) != len(boxes):  # type: ignore[arg-type]
         raise InputError(f"boxes mix {len(given)} instances with others; give instances or numbers")
     return [given or Boxes(boxes, categories)]  # type: ignore[arg-type]
+
+
+def _clicks(
+    points: ArrayLike,
+    labels: Sequence[bool | int] | None,
+    box: Sequence[float] | None,
+    previous: ObjectMask | None,
+    num_candidates: int | None,
+) -> Clicks:
+    """Return clicks as the task takes them. Raises `InputError` for what are no numbers (N, 2), (N,) or (4,)."""
+    try:
+        at = np.asarray(points, np.float64)
+        at = at.reshape(-1, 2) if not at.size else at
+        signs = np.ones(len(at), np.int64) if labels is None else np.asarray(labels).astype(np.int64)
+        corners = None if box is None else np.asarray(box, np.float64)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        raise InputError("points must be numbers (N, 2) as x, y, labels (N,) 0 or 1, and a box four numbers") from None
+    if at.ndim != 2 or at.shape[1] != 2 or signs.shape != (len(at),) or not np.isin(signs, [0, 1]).all():
+        raise InputError(
+            f"points must be (N, 2) as x, y, with a label of 0 or 1 each; got shapes {at.shape} and {signs.shape}"
+        )
+    if corners is not None and corners.shape != (4,):
+        raise InputError(f"a box is x0, y0, x1, y1, got shape {corners.shape}")
+    x0, y0, x1, y1 = [0.0] * 4 if corners is None else corners.tolist()
+    return Clicks(
+        tuple((x, y) for x, y in at.tolist()),
+        tuple((signs == 1).tolist()),
+        None if corners is None else (x0, y0, x1, y1),
+        () if previous is None else tuple(previous.polygons),
+        num_candidates,
+    )
 
 
 def _generator(request: Request, seed: int) -> torch.Generator:

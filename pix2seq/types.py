@@ -101,6 +101,9 @@ class Target:
     captions: tuple[str, ...] = ()
     attributes: tuple[Mapping[str, str], ...] = ()  # N entries of `ATTRIBUTES`, or none if no object has any
     difficult: NDArray[np.bool_] | None = None  # (N,) which of `iscrowd` are one object each; None: none
+    # How pixels of the image became those of the annotations: x' = scale * x + offset on each axis.
+    scale_xy: tuple[float, float] = (1.0, 1.0)
+    offset_xy: tuple[float, float] = (0.0, 0.0)
 
     def only(self, index: int) -> Target:
         """Return the target with one of its objects."""
@@ -177,4 +180,33 @@ class Instance:
             "segmentation": [[round(float(v), 2) for v in ring.ravel()] for ring in self.polygons],
             "keypoints": points,
             **{name: round(value, 6) for name, value in parts.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """What a user points at in an image, in its pixels."""
+
+    points: tuple[tuple[float, float], ...]  # x, y
+    positive: tuple[bool, ...]  # whether what lies at each point belongs to the object
+    box_xyxy: tuple[float, float, float, float] | None = None  # drawn by the user
+    previous: tuple[NDArray[np.float32], ...] = ()  # rings (P, 2) of the answer to the clicks but the last
+    num_candidates: int | None = None  # answers at most; None: as the task is set
+
+
+@dataclass(frozen=True)
+class ObjectMask:
+    """The mask of an object of no class, in pixels of the original image."""
+
+    box_xyxy: tuple[float, float, float, float]
+    polygons: list[NDArray[np.float32]]  # rings (P, 2) as x, y
+    score: float  # the model's estimate of its IoU, 0 to 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a COCO-like entry: `bbox` is x, y, width, height."""
+        x0, y0, x1, y1 = self.box_xyxy
+        return {
+            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+            "segmentation": [[round(float(v), 2) for v in ring.ravel()] for ring in self.polygons],
+            "score": round(self.score, 6),
         }

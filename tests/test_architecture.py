@@ -22,8 +22,9 @@ LEVELS = [
     "examples",
     "data | model | metrics",
     "tasks",
+    "session",
     "predictor convert",
-    "evaluation",
+    "evaluation rehearsal",
     "training",
     "sequences infer demo export report calibrate train",
     "cli",
@@ -35,11 +36,12 @@ NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models
 
 TASK = re.compile(
-    r"(?<![a-z_])(detection|segmentation|keypoint|captioning)(?![a-z_])"
-    r"|\b(Detection|Segmentation|Keypoint|Captioning)(Config)?\b"
+    r"(?<![a-z_])(detection|segmentation|keypoint|captioning|prompted)(?![a-z_])"
+    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
-TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption")}  # each names its task
+# Each names its task.
+TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption", "click", "everything", "session")}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
 COCO_ROOMS = ("data.formats", "data.shapes")
 COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}

@@ -27,7 +27,7 @@ from pix2seq.vocab import Vocab
 FREE_TEXTS = {
     "data", "val_data", "annotations", "val_annotations", "out",
     "tasks", "train_split", "val_split", "best_metric", "device", "init", "features",
-    "model.encoder.name", "captioning.tokenizer", "augment.flip_pairs",
+    "model.encoder.name", "captioning.tokenizer", "augment.flip_pairs", "prompted.answers",
 }  # fmt: skip
 ALL_TASKS = {"tasks": list(BUILT_IN)}
 

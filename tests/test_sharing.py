@@ -24,7 +24,7 @@ from pix2seq.data.targets import transform_target
 from pix2seq.data.transforms import AugmentConfig, random_affine
 from pix2seq.errors import InputError
 from pix2seq.geometry.keypoints import mirror_order
-from pix2seq.tasks import BUILT_IN, get_task
+from pix2seq.tasks import get_task
 from pix2seq.tasks.captioning import CaptioningConfig
 from pix2seq.tasks.detection import DetectionConfig
 from pix2seq.tasks.keypoint import KeypointConfig
@@ -78,7 +78,7 @@ def text(dataset):
 @pytest.fixture(scope="module")
 def tasks(dataset, text):
     vocab = Vocab(num_bins=48, text_base=1100, size=1100).with_text(text.size)
-    return {name: get_task(name)(CONFIGS[name], vocab, dataset.categories, text) for name in BUILT_IN}
+    return {name: get_task(name)(CONFIGS[name], vocab, dataset.categories, text) for name in CONFIGS}
 
 
 def sharing(dataset, tasks, augment=None, **options):
@@ -134,7 +134,7 @@ def test_a_shared_sample_is_what_each_task_writes_alone_about_the_same_map(datas
 
 def test_every_task_writes_about_what_an_image_has_and_about_nothing_else(dataset, tasks):
     samples = sharing(dataset, list(tasks.values()), AugmentConfig(enabled=False))
-    assert samples.tasks == list(BUILT_IN)
+    assert samples.tasks == list(CONFIGS)
     by_image = {int(number): samples[0, index] for index, (number, _) in enumerate(samples.index)}
     assert set(by_image) == set(range(len(dataset))) - {NOTHING}
     assert "segmentation" not in by_image[NO_MASKS].examples
@@ -155,7 +155,7 @@ def test_every_task_writes_about_what_an_image_has_and_about_nothing_else(datase
 def test_what_a_task_draws_does_not_depend_on_the_others(dataset, tasks):
     augment = AugmentConfig(scale_min=0.7, scale_max=1.2, brightness=0.2)
     names = ["segmentation", "captioning"]
-    few, all_of_them = (sharing(dataset, [tasks[n] for n in group], augment) for group in (names, BUILT_IN))
+    few, all_of_them = (sharing(dataset, [tasks[n] for n in group], augment) for group in (names, CONFIGS))
     assert few.index.tolist() == all_of_them.index.tolist()
     for index in range(len(few)):
         one, other = few[5, index], all_of_them[5, index]

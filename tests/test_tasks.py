@@ -30,7 +30,7 @@ from pix2seq.geometry.polygons import rasterize
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks import BUILT_IN, get_task
+from pix2seq.tasks import get_task
 from pix2seq.tasks.captioning import CaptioningConfig
 from pix2seq.tasks.detection import DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
@@ -74,7 +74,7 @@ def vocab(text):
 
 @pytest.fixture(scope="module")
 def tasks(shapes, text, vocab):
-    return {name: get_task(name)(CONFIGS[name], vocab, shapes.categories, text) for name in BUILT_IN}
+    return {name: get_task(name)(CONFIGS[name], vocab, shapes.categories, text) for name in CONFIGS}
 
 
 def new_model(shapes, text, vocab, tasks):

@@ -16,7 +16,7 @@ from pix2seq.vocab import CLASS_BASE, NOISE, OTHER_TASK_IDS, TASK_IDS, Vocab, de
 
 def test_the_layout_is_the_official_one():
     vocab = Vocab()
-    assert TASK_IDS == {"detection": 10, "segmentation": 11, "keypoint": 12, "captioning": 13}
+    assert TASK_IDS == {"detection": 10, "segmentation": 11, "keypoint": 12, "captioning": 13, "prompted": 14}
     assert (NOISE, CLASS_BASE, vocab.coord_base, vocab.text_base, vocab.max_label) == (30, 100, 1000, 3000, 899)
     assert vocab.coord_ids(np.array([0.0, 0.5, 1.0], np.float32)).tolist() == [1000, 1500, 1999]
 

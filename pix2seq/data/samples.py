@@ -36,6 +36,8 @@ class ExampleMaker(Protocol):
     @property
     def learns_from(self) -> str: ...
     @property
+    def reads_masks(self) -> bool: ...
+    @property
     def scale_range(self) -> tuple[float, float]: ...
     @property
     def crop_padding(self) -> float | None: ...
@@ -67,7 +69,7 @@ class SampleMaker:
         self.size = size
         self.augment = augment if any(task.flips for task in tasks) else replace(augment, flip=0.0)
         self.scale_range = _common_scales(tasks, augment)
-        self.with_masks = any(task.learns_from == "mask" for task in tasks)
+        self.with_masks = any(task.learns_from == "mask" or task.reads_masks for task in tasks)
         self.classes = classes
         known = [category for category in (classes.categories if classes else categories) if category.keypoints]
         orders = {category.label: _mirror_order(category, augment) for category in known}

@@ -64,6 +64,11 @@ def transform_target(
         keypoints=keypoints[keep],
         attributes=tuple(each for each, kept in zip(target.attributes, keep, strict=False) if kept),
         difficult=None if target.difficult is None else target.difficult[keep],
+        scale_xy=(affine.scale_x * target.scale_xy[0], affine.scale_y * target.scale_xy[1]),
+        offset_xy=(
+            affine.scale_x * target.offset_xy[0] + affine.offset_x,
+            affine.scale_y * target.offset_xy[1] + affine.offset_y,
+        ),
     )
 
 

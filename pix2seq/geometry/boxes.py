@@ -36,3 +36,17 @@ def padded_region(box_xyxy: FloatArray, width: int, height: int, padding: float)
     x0, y0 = np.maximum(first - margin, 0).tolist()
     x1, y1 = np.minimum(last + margin + 1, [width, height]).tolist()
     return x0, y0, x1, y1
+
+
+def intersects_xyxy(box: FloatArray, boxes: FloatArray) -> NDArray[np.bool_]:
+    """Return which of boxes (N, 4) share a point with one box (4,)."""
+    return np.asarray(((boxes[:, :2] <= box[2:]) & (boxes[:, 2:] >= box[:2])).all(axis=1))
+
+
+def box_iou_xyxy(one: FloatArray, other: FloatArray) -> FloatArray:
+    """Return the intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both have no area."""
+    first = np.maximum(one[:, None, :2], other[None, :, :2])
+    last = np.minimum(one[:, None, 2:], other[None, :, 2:])
+    shared = np.maximum(last - first, 0).prod(axis=2)
+    union = box_area(one)[:, None] + box_area(other)[None] - shared
+    return shared / np.maximum(union, np.finfo(np.float64).tiny)

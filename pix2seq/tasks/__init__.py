@@ -21,6 +21,7 @@ BUILT_IN = {
     "segmentation": "pix2seq.tasks.segmentation:Segmentation",
     "keypoint": "pix2seq.tasks.keypoint:Keypoint",
     "captioning": "pix2seq.tasks.captioning:Captioning",
+    "prompted": "pix2seq.tasks.prompted:Prompted",
 }
 DEFAULT_TASK = next(iter(BUILT_IN))
 AnyTask = TypeVar("AnyTask", bound="Task[Any]")

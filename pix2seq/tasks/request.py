@@ -26,9 +26,18 @@ class Frame:
     origin: NDArray[np.float64]  # (2,) x, y of the top left corner
     size: NDArray[np.float64]  # (2,) width, height
 
+    @classmethod
+    def of_input(cls, size: tuple[int, int]) -> Frame:
+        """Return the frame of an input of `size` (height, width), in its own pixels."""
+        return cls(np.zeros(2), np.array(size[::-1], np.float64))
+
     def to_input_yxyx(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.floating]:
         """Convert boxes (N, 4) in pixels of the image to `yxyx` in [0, 1] of the model's input."""
         return box_xyxy_to_yxyx((boxes_xyxy - np.tile(self.origin, 2)) / np.tile(self.size, 2))
+
+    def to_input_yx(self, points_xy: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Convert points (N, 2), x, y in pixels of the image, to `yx` in [0, 1] of the model's input."""
+        return ((points_xy - self.origin) / self.size)[..., ::-1]
 
     def to_image_xy(self, points_yx: NDArray[np.floating]) -> NDArray[np.float64]:
         """Convert points (N, 2), `yx` in [0, 1] of the model's input, to x, y in pixels of the image."""

@@ -85,6 +85,7 @@ class Task(ABC, Generic[Config]):
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
     length_setting: ClassVar[str]  # the setting to lower if sequences are too long
     uses_classes: ClassVar[bool] = True  # whether the model must know the classes of the data
+    reads_masks: ClassVar[bool] = False  # whether examples need masks, where an image need not have any
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
 
@@ -172,9 +173,18 @@ class Task(ABC, Generic[Config]):
     def requests(self, image: EncodedImage, about: Any) -> list[Request]:
         """Return the questions to ask about an image; `about` went through `check_about`."""
 
+    def follow_up(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Request]:
+        """Return requests that build on what the model said to these and take their place; none if that is the answer.
+
+        So a question can be answered in steps: a box from the whole image, then its outline from a closeup.
+        """
+        return []
+
     @abstractmethod
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
-        """Read what the model said to each request, in pixels of the original image."""
+        """Read what the model said to each request of the last step, in pixels of the original image."""
 
     def calibrated(self, answers: Sequence[Any], calibration: TaskCalibration | None) -> list[Any]:
         """Turn scores into probabilities; None: the checkpoint is not calibrated for this task."""
@@ -212,6 +222,18 @@ class Task(ABC, Generic[Config]):
         checkpoint does not know it.
         """
         return {"": None}
+
+    def rehearsal(self, target: Target, seed: int) -> Any:
+        """Return what to ask about a training image so that the answers teach; None if this task learns from none."""
+        return None
+
+    def records(self, answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the answers to a `rehearsal` as JSON values, to be learned from."""
+        return []
+
+    def timed(self, target: Target) -> dict[str, Any]:
+        """Return questions that evaluation asks one at a time to time them: `about` by the metric, in milliseconds."""
+        return {}
 
     @abstractmethod
     def metric(self, categories: Sequence[Category]) -> Metric:

@@ -6,6 +6,7 @@ owner of each fine pixel gives the visible masks, boxes, areas and keypoints exa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -91,19 +92,22 @@ def make_scene(
     *,
     easy: bool = False,
     person_share: float | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Scene:
     """Draw an image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
 
     An `easy` scene has five classes, larger figures, no textures and a plain background. `person_share`, from 0 to 1,
-    is the share of figures that are drawn as persons; by default all classes are as likely.
+    is the share of figures that are drawn as persons; by default all classes are as likely. `classes` names those that
+    are drawn; with `person_share` it needs one beside the person.
     """
+    names = tuple(classes or (EASY_CLASS_NAMES if easy else CLASS_NAMES))
     side = size * SUPERSAMPLING
     owner = np.zeros((side, side), np.int8)  # 0 is the background, i + 1 is figure i
     placed: list[_PlacedFigure] = []
     num_figures = int(rng.integers(1, max_figures + 1))
     for _ in range(num_figures):
         for _attempt in range(12):
-            candidate = _random_figure(rng, side, easy, person_share)
+            candidate = _random_figure(rng, side, names, easy, person_share)
             top, left, bottom, right = candidate.window
             below = owner[top:bottom, left:right]
             covered = np.bincount(below[candidate.mask], minlength=len(placed) + 1)
@@ -124,8 +128,9 @@ def make_scene(
     return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed])
 
 
-def _random_figure(rng: Generator, side: int, easy: bool, person_share: float | None) -> _PlacedFigure:
-    names = EASY_CLASS_NAMES if easy else CLASS_NAMES
+def _random_figure(
+    rng: Generator, side: int, names: tuple[str, ...], easy: bool, person_share: float | None
+) -> _PlacedFigure:
     if person_share is not None:
         is_person = rng.random() < person_share
         names = ("person",) if is_person else tuple(name for name in names if name != "person")

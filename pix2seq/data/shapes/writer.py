@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
 from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, Figure, make_scene
 from pix2seq.drawing import draw_target, tile
-from pix2seq.errors import InputError
+from pix2seq.errors import InputError, unknown_name
 
 SPLITS = {"train": 0, "val": 1}  # part of the seed; also keeps image ids distinct
 VAL_IDS_FROM = 5_000_000
@@ -45,12 +45,13 @@ def write_shapes(
     max_objects: int = MAX_FIGURES,
     easy: bool = False,
     person_share: float | None = None,
+    classes: Sequence[str] | None = None,
     workers: int = 1,
 ) -> None:
     """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
-    Each has 1 to `max_objects` figures; for `easy` and `person_share`, see `make_scene`. Raises `InputError` if the
-    folder is not empty or a number is out of range.
+    Each has 1 to `max_objects` figures; for `easy`, `person_share` and `classes`, see `make_scene`. Raises `InputError`
+    if the folder is not empty, a number is out of range or a class is unknown.
     """
     out = Path(out)
     if not 32 <= size <= 2048:
@@ -62,6 +63,11 @@ def write_shapes(
         raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_FIGURES}")
     if person_share is not None and not 0 <= person_share <= 1:
         raise InputError(f"person-share is {person_share}; expected a share from 0 to 1")
+    for name in classes or ():
+        if name not in CLASS_NAMES:
+            raise unknown_name("class", name, CLASS_NAMES)
+    if person_share is not None and classes is not None and not set(classes) - {"person"}:
+        raise InputError("person-share needs a class beside the person; name one more, or leave it out")
     if seed < 0:
         raise InputError(f"seed is {seed}; expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -71,11 +77,12 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     try:
         world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
-        world["person_share"] = person_share
+        world |= {"person_share": person_share, "classes": classes}
         command = f"pix2seq data shapes DIR --train {num_train} --val {num_val} --size {size} --seed {seed}"
         command += f" --max-objects {max_objects}" if max_objects != MAX_FIGURES else ""
         command += " --easy" if easy else ""
         command += f" --person-share {person_share}" if person_share is not None else ""
+        command += f" --classes {','.join(classes)}" if classes else ""
         info = {"version": "1.0", "year": 2026, "command": command}
         for split, count in (("train", num_train), ("val", num_val)):
             described = {"description": f"Generated shapes, {split}, seed {seed}", **info}
@@ -164,10 +171,11 @@ def write_image(
     max_objects: int,
     easy: bool,
     person_share: float | None,
+    classes: Sequence[str] | None,
 ) -> Written:
     """Draw and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share)
+    scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share, classes=classes)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
     name = f"{image_id:012d}.jpg"
     encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]

@@ -85,6 +85,38 @@ class BoxGrammar:
 
 
 @dataclass(frozen=True)
+class RangeGrammar:
+    """Ids from `first` to `last`."""
+
+    first: int
+    last: int
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        return _constant(ids, self.first, self.last + 1, NONE)
+
+
+@dataclass(frozen=True)
+class RatedBoxGrammar:
+    """An id from `first` to `last`, then a box: two corners, the second at least a bin beyond the first."""
+
+    first: int
+    last: int
+    coord_base: int
+    num_bins: int
+
+    def allowed(self, ids: Tensor) -> Allowed:
+        """See `Grammar`."""
+        length, top = ids.shape[1], self.coord_base + self.num_bins
+        if length == 0:
+            return _constant(ids, self.first, self.last + 1, NONE)
+        if length < 3:
+            return _constant(ids, self.coord_base, top - 1, NONE)
+        low = (ids[:, length - 2] + 1).clamp(self.coord_base + 1, top - 1)
+        return Allowed(low, torch.full_like(low, top), ids.new_empty(len(ids), 0))
+
+
+@dataclass(frozen=True)
 class PolygonGrammar:
     """Polygons of at least three points, with a separator in place of a point between two polygons."""
 
