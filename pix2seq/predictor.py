@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
-from pix2seq.tasks.request import EncodedImage, Frame, Request
+from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Instance
@@ -52,6 +52,7 @@ class Prediction:
     image: EncodedImage
     answers: dict[str, list[Any]]  # by the task that found them; others may have refined them
     tasks: dict[str, Task[Any]]  # the task that draws and writes these answers
+    exchanges: dict[str, Exchange] = field(default_factory=dict)  # what was asked and said, by task; see `transcribe`
 
     @property
     def instances(self) -> list[Instance]:
@@ -148,6 +149,12 @@ class Predictor:
         that one finds. An answer depends on the image, the question and `seed`, not on what else is asked. Raises
         `InputError` if the model does not know the task, or cannot be asked so.
         """
+        return [exchange.answers for exchange in self._ask(task, images, about, seed)]
+
+    def _ask(
+        self, task: str, images: Sequence[EncodedImage | ImageLike], about: Sequence[Any] | None, seed: int
+    ) -> list[Exchange]:
+        """Ask as `ask` does, and return what was said too."""
         self.require(task)
         self._check_ready()
         seed = _checked_seed(seed)
@@ -166,10 +173,11 @@ class Predictor:
             for image, each in zip(encoded, abouts, strict=True)
         ]
         completions = iter(self._complete(asked, encoded, requests, seed))
-        return [
-            asked.answers(image, some, [next(completions) for _ in some])
-            for image, some in zip(encoded, requests, strict=True)
-        ]
+        exchanges = []
+        for image, some in zip(encoded, requests, strict=True):
+            said = [next(completions) for _ in some]
+            exchanges.append(Exchange(some, said, asked.answers(image, some, said)))
+        return exchanges
 
     def detect(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[Instance]:
         """Return the objects of an image, best first."""
@@ -246,6 +254,7 @@ class Predictor:
         encoded = self._encoded(images)
         answers: dict[str, list[list[Any]]] = {}
         writers: dict[str, Task[Any]] = {}
+        exchanges: dict[str, list[Exchange]] = {}
         for name in about:
             task = self.tasks[name]
             if task.needs:  # what is given takes the place of what would have been found
@@ -256,13 +265,20 @@ class Predictor:
             key = task.needs[0] if task.needs else name
             writers[key] = task
             if key not in answers:
-                answers[key] = self.ask(key, encoded, about.get(key), seed=seed)
+                exchanges[key] = self._ask(key, encoded, about.get(key), seed)
+                answers[key] = [exchange.answers for exchange in exchanges[key]]
             if task.needs:
                 found = answers[key]
-                refined = self.ask(name, encoded, [task.subjects(each) for each in found], seed=seed)
-                answers[key] = [task.merge(*pair) for pair in zip(found, refined, strict=True)]
+                exchanges[name] = self._ask(name, encoded, [task.subjects(each) for each in found], seed)
+                answers[key] = [
+                    task.merge(each, exchange.answers) for each, exchange in zip(found, exchanges[name], strict=True)
+                ]
+
+        def of_image(index: int, values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+            return {key: each[index] for key, each in values.items()}
+
         return [
-            Prediction(image, {key: found[index] for key, found in answers.items()}, writers)
+            Prediction(image, of_image(index, answers), writers, of_image(index, exchanges))
             for index, image in enumerate(encoded)
         ]
 
@@ -375,7 +391,7 @@ class Predictor:
                 if completion.truncated.any():
                     hint = task.cut_hint(asked[i][1].generation.max_new_tokens)
                     # The same words every time, so that Python says it once.
-                    warnings.warn(f"{task.name}: an answer was cut; {hint}", stacklevel=4)
+                    warnings.warn(f"{task.name}: an answer was cut; {hint}", stacklevel=5)
         return [completion for completion in completions if completion is not None]
 
     def _batches(self, asked: Sequence[tuple[EncodedImage, Request]]) -> list[list[int]]:

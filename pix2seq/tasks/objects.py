@@ -182,6 +182,10 @@ class ObjectTask(Task[Config]):
         ]
         return sorted(found, key=lambda instance: -instance.score)
 
+    def parts(self, image: EncodedImage, request: Request, completion: Completion) -> list[tuple[int, int, Instance]]:
+        """See `Task`: all tokens are about the object of the prompt."""
+        return [(0, completion.tokens.shape[1], request.subject)]
+
     def parse_about(self, text: str) -> Boxes:
         """Read `x0,y0,x1,y1 CLASS; ...`."""
         boxes, names = [], []

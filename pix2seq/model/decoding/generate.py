@@ -74,6 +74,14 @@ class Completion:
     best_logprobs: NDArray[np.float32] | None  # (S, T')
     truncated: NDArray[np.bool_]  # (S,)
 
+    def steps(self, start: int, stop: int) -> Completion:
+        """Return the tokens of some steps only."""
+        arrays = (self.tokens, self.logprobs, self.best_tokens, self.best_logprobs)
+        tokens, logprobs, best_tokens, best_logprobs = (None if x is None else x[:, start:stop] for x in arrays)
+        assert tokens is not None
+        assert logprobs is not None
+        return Completion(tokens, logprobs, best_tokens, best_logprobs, self.truncated)
+
 
 @dataclass(frozen=True)
 class Generated:
