@@ -117,7 +117,9 @@ def _transcript(task: Task[Any], image: EncodedImage, request: Request, completi
     tokens = read_tokens(task, [*request.prompt.tolist(), *said], frame)
     prompt, response = tokens[: len(request.prompt)], tokens[len(request.prompt) :]
     scored = [_with_scores(task, token, request, completion, step) for step, token in enumerate(response)]
-    parts = [Part(start, min(stop, len(said)), answer) for start, stop, answer in task.parts(image, request, completion)]
+    parts = [
+        Part(start, min(stop, len(said)), answer) for start, stop, answer in task.parts(image, request, completion)
+    ]
     x0, y0, x1, y1 = frame.xyxy.tolist()
     return Transcript(prompt, scored, parts, (x0, y0, x1, y1), request.num_samples)
 

@@ -91,7 +91,9 @@ class Asker:
         for name in names:
             self.predictor.require(name)
         asked = {name: self.predictor.tasks[name] for name in names}
-        texts = {} if not about else {name: task.parse_about(about) for name, task in asked.items() if task.about_format}
+        texts = (
+            {} if not about else {name: task.parse_about(about) for name, task in asked.items() if task.about_format}
+        )
         if about and not texts:
             raise InputError(f"about was given, but none of {', '.join(names)} takes it; they ask about whole images")
         encoded = self.predictor.encode(read_image(image.file.read(), max_pixels=self.limits.max_pixels))
@@ -124,9 +126,7 @@ class Asker:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def make_app(
-    predictor: Predictor, *, limits: Limits | None = None, examples: Sequence[ExampleImage] = ()
-) -> FastAPI:
+def make_app(predictor: Predictor, *, limits: Limits | None = None, examples: Sequence[ExampleImage] = ()) -> FastAPI:
     """Return an application that shows a model on a page, and answers `POST /predict`."""
     limits = limits or Limits()
     asker = Asker(predictor, limits)

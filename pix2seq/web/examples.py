@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from pix2seq.data.image import read_image
 from pix2seq.data.image_files import IMAGE_SUFFIXES
-from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, make_scene
+from pix2seq.data.shapes.scene import CLASS_NAMES, make_scene
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
 
 NUM_EXAMPLES = 8
+MAX_FIGURES = 4  # in a generated image
+PERSON_SHARE = 0.35  # so that keypoints are seen
 SIZE = 384  # pixels a side of generated images; the model sees them smaller, people as they are
 SEED = 20_261_129  # no model was trained or chosen on these
 JPEG_QUALITY = 92
@@ -51,7 +53,7 @@ def _from_folder(folder: Path) -> list[ExampleImage]:
 
 
 def _generated(index: int) -> ExampleImage:
-    scene = make_scene(np.random.default_rng((SEED, index)), SIZE, MAX_FIGURES)
+    scene = make_scene(np.random.default_rng((SEED, index)), SIZE, MAX_FIGURES, person_share=PERSON_SHARE)
     return ExampleImage(f"shapes-{index + 1}", _jpeg(scene.image))
 
 
