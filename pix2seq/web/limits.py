@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LINGER = 10  # seconds for which the body of a refused request is read, and thrown away
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Gate:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.limits.max_bytes:
+                await _discard(receive)
                 raise HTTPException(413, self._too_large())
             return message
 
@@ -86,9 +90,18 @@ class Gate:
         return f"the request is larger than {self.limits.max_bytes} bytes; send a smaller image"
 
     async def _refuse(self, status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
-        # The rest of the body is not read: the connection cannot be used again.
+        if status != 504:
+            await _discard(receive)
         headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
         await JSONResponse({"error": message}, status, headers)(scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body, for some seconds: most clients only look at a response after they sent everything."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 class ExtraHeaders:
