@@ -26,6 +26,7 @@ LEVELS = [
     "evaluation",
     "training",
     "sequences infer demo export train",
+    "web",
     "cli",
 ]
 # Of the lower rooms.

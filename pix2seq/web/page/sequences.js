@@ -87,7 +87,7 @@ export class Sequences extends EventTarget {
     if (token.axis) meaning = `${token.axis} = ${token.pixel.toFixed(1)} px, bin ${token.text} of ${this.numBins}`;
     const parts = [where, `id ${token.id}`, meaning];
     if (token.probability !== undefined) parts.push(`probability ${token.probability.toFixed(3)}`);
-    if (token.best) parts.push(`best answer ${token.best.text} ${token.best.probability.toFixed(3)}`);
+    if (token.best && (token.probability === undefined || token.best.text !== token.text)) parts.push(`best answer ${token.best.text} ${token.best.probability.toFixed(3)}`);
     return parts.join(" · ");
   }
 
