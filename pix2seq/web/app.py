@@ -32,7 +32,10 @@ from pix2seq.web.limits import ExtraHeaders, Gate, Limits
 
 PAGE = Path(__file__).parent / "page"
 MAX_ABOUT = 10_000  # characters
-STATUS = {NotAnImageError: 415, TooManyPixelsError: 413}  # of errors in the input; 422 for all others
+STATUS: dict[type[Exception], int] = {
+    NotAnImageError: 415,
+    TooManyPixelsError: 413,
+}  # of errors in the input; 422 for all others
 HEADERS = {
     # The page loads nothing from anywhere else, and no other page shows it as its own.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
@@ -212,7 +215,7 @@ def _failure(status: int, message: str) -> JSONResponse:
 
 
 async def _input_error(request: Request, error: Exception) -> JSONResponse:
-    return _failure(STATUS.get(type(error), 422), str(error))  # type: ignore[call-overload]
+    return _failure(STATUS.get(type(error), 422), str(error))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -76,11 +76,13 @@ class Completion:
 
     def steps(self, start: int, stop: int) -> Completion:
         """Return the tokens of some steps only."""
-        arrays = (self.tokens, self.logprobs, self.best_tokens, self.best_logprobs)
-        tokens, logprobs, best_tokens, best_logprobs = (None if x is None else x[:, start:stop] for x in arrays)
-        assert tokens is not None
-        assert logprobs is not None
-        return Completion(tokens, logprobs, best_tokens, best_logprobs, self.truncated)
+        return Completion(
+            self.tokens[:, start:stop],
+            self.logprobs[:, start:stop],
+            None if self.best_tokens is None else self.best_tokens[:, start:stop],
+            None if self.best_logprobs is None else self.best_logprobs[:, start:stop],
+            self.truncated,
+        )
 
 
 @dataclass(frozen=True)
