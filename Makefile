@@ -9,8 +9,8 @@ BESIDE := tokenizers train infer configs
 # albumentations asks the registry for a newer release at every import unless told not to.
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup demo demo-train clicks test test-slow mutants lint docs bench lock audit release-check release-notes \
-	clean
+.PHONY: help setup demo demo-train clicks serve test test-slow test-web mutants lint docs bench lock audit release-check \
+	release-notes clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.* ## /\1: /p' Makefile | awk -F': ' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -36,6 +36,12 @@ test: .venv/ready ## the fast tests, on all cores (at most 8)
 
 test-slow: .venv/ready ## the tests that train or convert something larger
 	$(PY) -m pytest -m slow
+
+test-web: .venv/ready ## the tests of pix2seq serve: HTTP under load, and the page in Chromium if it is installed
+	$(PY) -m pytest -m "" tests/test_serve.py tests/test_page.py tests/test_transcript.py
+
+serve: .venv/ready ## show the trained model on a web page at http://127.0.0.1:7860; CHECKPOINT=DIR shows another
+	.venv/bin/pix2seq serve $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 mutants: .venv/ready ## put faults into the code, one at a time, and count those that no test notices; MUTANTS="--draw 50"
 	$(PY) benchmarks/mutants.py $(MUTANTS)

@@ -43,6 +43,7 @@ def _number(convert: Callable[[str], T], fits: Callable[[T], bool], expected: st
 
 _share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _seed = _number(int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 2**64 - 1")
+_port = _number(int, lambda value: 0 <= value < 2**16, "a port from 0 to 65535")
 _positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
 
 
@@ -150,6 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="show the trained model on new images, or train one"))
+    add_serve(commands.add_parser("serve", help="show a trained model on a web page, and answer over HTTP"))
     add_completion(commands.add_parser("completion", help="print a script that completes commands in a shell"))
     return parser
 
@@ -653,6 +655,36 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(whole, args.shell))
+
+    parser.set_defaults(run=run)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the server."""
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder; by default the repository's model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
+    parser.add_argument("--port", type=_port, default=7860, help="0 takes any that is free")
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="images to try; by default generated ones")
+    parser.add_argument("--max-bytes", type=_positive, help="of a request; by default 20 MiB")
+    parser.add_argument("--max-pixels", type=_positive, help="of an image; by default 34 million")
+    parser.add_argument("--max-requests", type=_positive, help="at the same time, waiting ones included; by default 16")
+    parser.add_argument("--timeout", type=_positive, help="seconds from a request to its answer; by default 60")
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        names = ("max_bytes", "max_pixels", "max_requests", "timeout")
+        limits = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        from pix2seq.web.server import serve
+
+        serve(
+            args.checkpoint,
+            host=args.host,
+            port=args.port,
+            examples=args.examples,
+            limits=limits,
+            device=args.device,
+            bf16=args.bf16,
+        )
 
     parser.set_defaults(run=run)
 

@@ -41,14 +41,9 @@ def show_demo(
     `out` is a new folder or that of an earlier demo, `checkpoint` by default the one of the repository. Raises
     `InputError` if there is none.
     """
-    if checkpoint is None and not (CHECKPOINT / CONFIG_FILE).is_file():
-        raise InputError(
-            f"there is no trained model in {CHECKPOINT}: it comes with the repository, not with the installed package; "
-            "run this in a checkout, name a model with --checkpoint, or train one with pix2seq demo --train"
-        )
+    checkpoint = find_model(checkpoint)
     _check_folder(out)
     started = time.perf_counter()
-    checkpoint = checkpoint or CHECKPOINT
     predictor = Predictor.from_pretrained(checkpoint, device=device)
 
     print(f"1/3  {num_images} new images with seed {seed}, generated into {out / 'images'}")
@@ -76,6 +71,16 @@ def show_demo(
         "  a model of your own, in minutes  pix2seq demo --train\n"
         "  your own images (COCO or VOC)    pix2seq train --config configs/detection_voc.yaml data=MY_DATA"
     )
+
+
+def find_model(checkpoint: Path | None) -> Path:
+    """Return a checkpoint, or that of the repository if none is given. Raises `InputError` if there is none."""
+    if checkpoint is None and not (CHECKPOINT / CONFIG_FILE).is_file():
+        raise InputError(
+            f"there is no trained model in {CHECKPOINT}: it comes with the repository, not with the installed package; "
+            "run this in a checkout, name a model with --checkpoint, or train one with pix2seq demo --train"
+        )
+    return checkpoint or CHECKPOINT
 
 
 def demo_table(result: EvalResult, dataset: Dataset, predictions: Sequence[Prediction]) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack, overload
 
@@ -36,7 +36,7 @@ from pix2seq.results import Instances
 from pix2seq.session import Session
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import Boxes
-from pix2seq.tasks.request import EncodedImage, Frame, Request
+from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Clicks, Instance, ObjectMask, category_key
@@ -79,6 +79,7 @@ class Prediction:
     answers: dict[str, list[Any]]  # by the task that found them; others may have refined them
     tasks: dict[str, Task[Any]]  # the task that draws and writes these answers
     thresholds: Mapping[str, float] = field(default_factory=dict)  # by task: least score of the objects that are drawn
+    exchanges: dict[str, Exchange] = field(default_factory=dict)  # what was asked and said, by task; see `transcribe`
 
     @property
     def instances(self) -> Instances:
@@ -213,12 +214,25 @@ class Predictor:
         Raises `InputError` if the model does not know the task, or cannot be asked so.
         """
         self.require(task)
+        asking = self._with(task, settings) if settings else self
+        exchanges = asking._ask(task, images, about, threshold=threshold, classes=classes, seed=seed)
+        return [exchange.answers for exchange in exchanges]
+
+    def _ask(
+        self,
+        task: str,
+        images: Sequence[EncodedImage | ImageLike],
+        about: Sequence[Any] | None,
+        *,
+        threshold: float = 0.0,
+        classes: str | Sequence[str] | None = None,
+        seed: int,
+    ) -> list[Exchange]:
+        """Ask as `ask` does, and return what was said too."""
+        self.require(task)
         self._check_ready()
         seed = _checked_seed(seed)
         keeps = self._filter(threshold, classes)
-        if settings:
-            other = self._with(task, settings)
-            return other.ask(task, images, about, threshold=threshold, classes=classes, seed=seed)
         asked = self.tasks[task]
         encoded = self._encoded(images)
         if about is None and asked.needs:
@@ -234,19 +248,22 @@ class Predictor:
             asked.requests(image, keeps(asked.check_about(image, each)) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
         ]
-        answers: list[list[Any]] = [[] for _ in encoded]
+        exchanges = [Exchange([], [], []) for _ in encoded]
         left = list(range(len(encoded)))
         while left:
             completions = iter(self._complete(asked, [encoded[i] for i in left], requests, seed))
             said = [[next(completions) for _ in some] for some in requests]
             further: dict[int, list[Request]] = {}
             for i, some, completed in zip(left, requests, said, strict=True):
+                before = exchanges[i]
+                exchanges[i] = Exchange([*before.requests, *some], [*before.completions, *completed], [])
                 if more := asked.follow_up(encoded[i], some, completed):
                     further[i] = more
                 else:
-                    answers[i] = asked.answers(encoded[i], some, completed)
+                    answers = asked.calibrated(asked.answers(encoded[i], some, completed), self.calibration.get(task))
+                    exchanges[i] = replace(exchanges[i], answers=keeps(answers))
             left, requests = list(further), list(further.values())
-        return [keeps(asked.calibrated(each, self.calibration.get(task))) for each in answers]
+        return exchanges
 
     @overload
     def detect(self, image: OneImage, **options: Unpack[ObjectOptions]) -> Instances: ...  # type: ignore[overload-overlap]
@@ -413,6 +430,7 @@ class Predictor:
         encoded = self._encoded(images)
         answers: dict[str, list[list[Any]]] = {}
         writers: dict[str, Task[Any]] = {}
+        exchanges: dict[str, list[Exchange]] = {}
         for name in about:
             task = self.tasks[name]
             if task.needs:  # what is given takes the place of what would have been found
@@ -423,13 +441,20 @@ class Predictor:
             key = task.needs[0] if task.needs else name
             writers[key] = task
             if key not in answers:
-                answers[key] = self.ask(key, encoded, about.get(key), **options)
+                exchanges[key] = self._ask(key, encoded, about.get(key), **options)
+                answers[key] = [exchange.answers for exchange in exchanges[key]]
             if task.needs:
                 found = answers[key]
-                refined = self.ask(name, encoded, [task.subjects(each) for each in found], seed=seed)
-                answers[key] = [task.merge(*pair) for pair in zip(found, refined, strict=True)]
+                exchanges[name] = self._ask(name, encoded, [task.subjects(each) for each in found], seed=seed)
+                answers[key] = [
+                    task.merge(each, exchange.answers) for each, exchange in zip(found, exchanges[name], strict=True)
+                ]
+
+        def of_image(index: int, values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+            return {key: each[index] for key, each in values.items()}
+
         return [
-            Prediction(image, {key: found[index] for key, found in answers.items()}, writers, self.thresholds)
+            Prediction(image, of_image(index, answers), writers, self.thresholds, of_image(index, exchanges))
             for index, image in enumerate(encoded)
         ]
 
@@ -620,7 +645,7 @@ class Predictor:
                 if completion.truncated.any():
                     hint = task.cut_hint(asked[i][1].generation.max_new_tokens)
                     # The same words every time, so that Python says it once.
-                    warnings.warn(f"{task.name}: an answer was cut; {hint}", stacklevel=4)
+                    warnings.warn(f"{task.name}: an answer was cut; {hint}", stacklevel=5)
         return [completion for completion in completions if completion is not None]
 
     def _batches(self, asked: Sequence[tuple[EncodedImage, Request]]) -> list[list[int]]:

@@ -15,10 +15,11 @@ from pix2seq.data.samples import TrainingStream
 from pix2seq.drawing import Canvas, Chip, Color, category_color, draw_chips, tile
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, Sample
+from pix2seq.tasks.request import Frame
 from pix2seq.tasks.task import Task
+from pix2seq.tasks.transcript import read_tokens
 from pix2seq.training.config import TrainConfig
 from pix2seq.training.recipe import prepare
-from pix2seq.vocab import CLASS_BASE, INVISIBLE, SEPARATOR, Vocab
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class SequenceView:
         if not 0 <= index < len(samples):
             raise InputError(f"there is no sample {index}; {task} has {len(samples)} of them, from 0")
         self.task = cast("Task[Any]", next(each for each in samples.maker.tasks if each.name == task))
-        self.vocab: Vocab = recipe.vocab
         self.sample: Sample = samples[epoch, index]
         self.examples = self.sample.examples.get(task, [])
 
@@ -74,29 +74,11 @@ class SequenceView:
 
         `closeup` is that of the sequence's `Example`.
         """
-        sides = self.sample.image.shape[:2]
-        first, last = ((0, 0), (1, 1)) if closeup is None else (closeup[:2], closeup[2:])
-        words, axis = [], 0
-        for token in tokens:
-            word = self.meaning(token)
-            is_coord = self.vocab.coord_base <= token < self.vocab.coord_end
-            if is_coord:
-                share = float(self.vocab.coords(np.array([token]))[0])
-                pixels = (first[axis] + share * (last[axis] - first[axis])) * sides[axis]
-                word = f"{'yx'[axis]} {word} = {pixels:.1f} px"
-            # A separator or an invisible point takes the position of a coordinate.
-            axis = 1 - axis if is_coord or token in (SEPARATOR, INVISIBLE) else 0
-            words.append(word)
-        return words
-
-    def meaning(self, token: int) -> str:
-        """Say what an id stands for, wherever it is."""
-        label, text_id = token - CLASS_BASE, token - self.vocab.text_base
-        if CLASS_BASE <= token < self.vocab.coord_base and label in self.task.categories:
-            return f"class {self.task.categories[label].name}"
-        if self.task.text is not None and 0 <= text_id < self.task.text.size:
-            return f"text {self.task.text.tokens[text_id]!r}"
-        return self.vocab.meaning(token)
+        height, width = self.sample.image.shape[:2]
+        y0, x0, y1, x1 = (0.0, 0.0, 1.0, 1.0) if closeup is None else closeup.tolist()
+        scale = np.array([width, height], np.float64)
+        frame = Frame(np.array([x0, y0]) * scale, np.array([x1 - x0, y1 - y0]) * scale)
+        return [str(token) for token in read_tokens(self.task, tokens, frame)]
 
     def drawing(self) -> Image.Image:
         """Draw what the sequences say on the model's input."""

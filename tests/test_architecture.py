@@ -27,6 +27,7 @@ LEVELS = [
     "evaluation rehearsal",
     "training",
     "sequences infer demo export report calibrate train",
+    "web",
     "cli",
 ]
 # Of the lower rooms.

@@ -51,6 +51,14 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, upright: bo
         return _decode(image, source, name, upright)
 
 
+class NotAnImageError(InputError):
+    """A file is of none of the `FORMATS`."""
+
+
+class TooManyPixelsError(InputError):
+    """An image is larger than allowed; nothing of it was decoded."""
+
+
 class SizeMismatchError(InputError):
     """The size of an image differs from its annotations."""
 
@@ -150,9 +158,10 @@ def _open(source: str | Path | bytes, name: str, max_pixels: int | None) -> Imag
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; check the path") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not a readable image; expected {FORMAT_NAMES}") from None
+        raise NotAnImageError(f"{name} is not a readable image; expected {FORMAT_NAMES}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name} has more pixels than the limit of {max_pixels or MAX_PIXELS}; resize it") from None
+        limit = max_pixels or MAX_PIXELS
+        raise TooManyPixelsError(f"{name} has more pixels than the limit of {limit}; resize it") from None
     except Exception as error:  # what Pillow raises on damaged headers has no common type
         raise InputError(f"{name} cannot be opened: {_reason(error)}; expected a readable image file") from error
     if max_pixels is not None:
@@ -174,7 +183,7 @@ def _formats() -> tuple[str, ...]:
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise InputError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in total; resize it")
+        raise TooManyPixelsError(f"{name} has {width}x{height} pixels, the limit is {max_pixels} in total; resize it")
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); replace it")
 

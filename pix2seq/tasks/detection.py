@@ -147,6 +147,19 @@ class Detection(Task[DetectionConfig]):
         """Return the objects of an image, best first."""
         return self.instances(completions[0], image.frame(), image.size)
 
+    def parts(
+        self, image: EncodedImage, request: Request, completion: Completion
+    ) -> list[tuple[int, int, Instance | None]]:
+        """See `Task`: five tokens an object; noise objects and boxes outside the image are none."""
+        end = np.flatnonzero(completion.tokens[0] == EOS)
+        length = int(end[0]) if len(end) else completion.tokens.shape[1]
+        found: list[tuple[int, int, Instance | None]] = []
+        for start in range(0, length - length % TOKENS_PER_OBJECT, TOKENS_PER_OBJECT):
+            stop = start + TOKENS_PER_OBJECT
+            objects = self.instances(completion.steps(start, stop), request.frame(image), image.size)
+            found.append((start, stop, objects[0] if objects else None))
+        return found
+
     def instances(self, completion: Completion, frame: Frame, size: tuple[int, int]) -> list[Instance]:
         """Read objects, best first, in pixels of an image of `size` (width, height).
 

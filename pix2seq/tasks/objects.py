@@ -202,6 +202,10 @@ class ObjectTask(Task[Config]):
         given = [answer for answer in answers if answer.raw_score is None]
         return sorted([*found, *given], key=lambda instance: -instance.score)
 
+    def parts(self, image: EncodedImage, request: Request, completion: Completion) -> list[tuple[int, int, Instance]]:
+        """See `Task`: all tokens are about the object of the prompt."""
+        return [(0, completion.tokens.shape[1], request.subject)]
+
     def parse_about(self, text: str) -> Boxes:
         """Read `x0,y0,x1,y1 CLASS; ...`."""
         boxes, names = [], []

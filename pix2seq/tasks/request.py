@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx
-from pix2seq.model.decoding.generate import GenerationConfig
+from pix2seq.model.decoding.generate import Completion, GenerationConfig
 
 MIN_CLOSEUP = 1 / 64  # of the input's side: a closer look would show single features
 
@@ -102,3 +102,12 @@ class Request:
     def length(self) -> int:
         """Tokens to expect, by which requests are batched."""
         return self.generation.max_new_tokens if self.expected_tokens is None else self.expected_tokens
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a task asked about one image, what the model said to each request, and what that means."""
+
+    requests: list[Request]
+    completions: list[Completion]
+    answers: list[Any]

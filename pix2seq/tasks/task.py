@@ -190,6 +190,16 @@ class Task(ABC, Generic[Config]):
         """Turn scores into probabilities; None: the checkpoint is not calibrated for this task."""
         return list(answers)
 
+    def parts(self, image: EncodedImage, request: Request, completion: Completion) -> list[tuple[int, int, Any]]:
+        """Return which tokens of a response, from start to stop, say which answer, for people who look at sequences.
+
+        `completion` is that of `request` alone. Positions count from the first token of the response; a stop beyond
+        the last one means the last one. Objects may be without what this task adds to them. By default all tokens say
+        the one answer to the request, or none.
+        """
+        answers = self.answers(image, [request], [completion])
+        return [(0, completion.tokens.shape[1], answers[0] if len(answers) == 1 else None)]
+
     def parse_about(self, text: str) -> Any:
         """Read the text of `predict --about`. Raises `InputError` if it is not of the `about_format`."""
         raise InputError(f"{self.name} takes no --about; it is asked about whole images")

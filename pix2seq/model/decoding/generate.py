@@ -74,6 +74,16 @@ class Completion:
     best_logprobs: NDArray[np.float32] | None  # (S, T')
     truncated: NDArray[np.bool_]  # (S,)
 
+    def steps(self, start: int, stop: int) -> Completion:
+        """Return the tokens of some steps only."""
+        return Completion(
+            self.tokens[:, start:stop],
+            self.logprobs[:, start:stop],
+            None if self.best_tokens is None else self.best_tokens[:, start:stop],
+            None if self.best_logprobs is None else self.best_logprobs[:, start:stop],
+            self.truncated,
+        )
+
 
 @dataclass(frozen=True)
 class Generated:

@@ -1,0 +1,1 @@
+"""The web page and the HTTP endpoint of `pix2seq serve`."""
