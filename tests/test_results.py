@@ -154,6 +154,9 @@ def test_threshold_and_classes_leave_objects_out_before_they_are_asked_about(pre
     given = predictor.predict(image, ["segmentation"], found, threshold=0.1, classes=best, num_samples=1)
     assert len(given.instances) == len(kept)
     assert asked == [("segmentation", len(kept))]
+    asked.clear()
+    assert len(predictor.segment(image, found, threshold=0.1, classes=best, num_samples=1)) == len(kept)
+    assert asked == [("segmentation", len(kept))]
 
 
 def test_settings_of_a_call_end_with_it(predictor, images):

@@ -72,7 +72,8 @@ def test_the_card_says_what_the_run_was(run, data, exported):
     card = (exported / "README.md").read_text()
     metrics = json.loads((exported.parent / "metrics.json").read_text())["metrics"]
     line = json.loads([text for text in (run / "log.jsonl").read_text().splitlines() if '"train"' in text][-1])
-    assert card.startswith("# exported\n")
+    assert card.startswith("---\nlibrary_name: pix2seq\n")  # for the Hugging Face Hub
+    assert "\n---\n\n# exported\n" in card
     assert f"| training | {line['step']} steps, {line['images']:.0f} images" in card
     assert "seed 0 |" in card
     assert (

@@ -19,11 +19,12 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def local_folder(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """Return a path that exists, or the folder in the cache to which a model of the hub, USER/NAME, is downloaded.
 
-    A path is local if it, or the folder above it, exists. `revision` is a branch, tag or commit of the hub. Raises
-    `InputError` if the hub cannot be reached, has no such model or revision, or the model is none of this project.
+    A path is local if the folder above it exists: a slip of the pen in the name of a run is asked of nobody. `revision`
+    is a branch, tag or commit of the hub. Raises `InputError` if the hub cannot be reached, has no such model or
+    revision, or the model is none of this project.
     """
     name = Path(path).as_posix()
-    if not _NAME.fullmatch(name) or os.path.lexists(path) or os.path.exists(Path(path).parent):
+    if not _NAME.fullmatch(name) or os.path.exists(Path(path).parent):
         return Path(path)
     with _hub_errors(name, revision):
         from huggingface_hub import snapshot_download
