@@ -70,16 +70,13 @@ class BoxGrammar:
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
-        num_rows, length = ids.shape
-        phase = length % 5
+        phase = ids.shape[1] % 5
         top = self.coord_base + self.num_bins
         if phase < 2:
             end = NONE if phase or self.eos_id is None else self.eos_id
             return _constant(ids, self.coord_base, top - 1, end)
         if phase < 4:
-            # Clamping keeps the range valid in rows that have ended.
-            low = (ids[:, length - 2] + 1).clamp(self.coord_base + 1, top - 1)
-            return Allowed(low, torch.full_like(low, top), ids.new_empty(num_rows, 0))
+            return _second_corner(ids, self.coord_base, top)
         first = self.class_base + 1
         return _constant(ids, first, first + self.max_label, self.noise_id)
 
@@ -112,8 +109,7 @@ class RatedBoxGrammar:
             return _constant(ids, self.first, self.last + 1, NONE)
         if length < 3:
             return _constant(ids, self.coord_base, top - 1, NONE)
-        low = (ids[:, length - 2] + 1).clamp(self.coord_base + 1, top - 1)
-        return Allowed(low, torch.full_like(low, top), ids.new_empty(len(ids), 0))
+        return _second_corner(ids, self.coord_base, top)
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,13 @@ class TextGrammar:
         return _constant(
             ids, self.first_piece, self.first_piece if last else self.text_end, self.eos_id if length else NONE
         )
+
+
+def _second_corner(ids: Tensor, coord_base: int, top: int) -> Allowed:
+    """Return the range of a coordinate at least a bin beyond the one two ids before, for rows of boxes (R, t)."""
+    # Clamping keeps the range valid in rows that have ended.
+    low = (ids[:, -2] + 1).clamp(coord_base + 1, top - 1)
+    return Allowed(low, torch.full_like(low, top), ids.new_empty(len(ids), 0))
 
 
 def _constant(ids: Tensor, low: int, high: int, single: int) -> Allowed:
