@@ -243,7 +243,7 @@ def test_a_prediction_that_is_killed_anywhere_goes_on_and_loses_nothing(tmp_path
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     capfd.readouterr()
     assert predict(*images, "--out", out, "--resume") == 0
-    assert "12 of 12 images are done already" in capfd.readouterr().err
+    assert "12 of 12 files are done already" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
@@ -254,7 +254,7 @@ def test_resume_does_again_what_was_asked_otherwise(tmp_path, capsys):
     def done(*more):
         capsys.readouterr()
         assert predict(*images, "--out", out, "--resume", *more) == 0
-        return int(capsys.readouterr().err.split(" of 3 images")[0].split()[-1])
+        return int(capsys.readouterr().err.split(" of 3 files")[0].split()[-1])
 
     assert done() == 3
     assert done("--seed", "1") == 0

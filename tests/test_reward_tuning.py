@@ -1,9 +1,7 @@
 """Reward tuning: what is sampled is what is learned from, and the better answers become likelier."""
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks
 from safetensors.torch import load_file
 from test_cli import one_line
-from test_distributed import TORCHRUN
 
 from pix2seq.cli import main
 from pix2seq.data.dataset import ClassMap, open_dataset
@@ -291,14 +289,13 @@ def test_a_run_resumes_to_the_bit(finished, data, checkpoint, tmp_path):
         assert {k: ours[k] for k in ours if "loss" in k} == {k: theirs[k] for k in theirs if "loss" in k}
 
 
+def succeed(command):
+    assert main(command) == 0
+
+
 def test_two_processes_learn_as_one_does(finished, data, checkpoint, tmp_path):
     out = tmp_path / "two"
-    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "pix2seq.cli"]
-    command += train(data, checkpoint, out, "steps=2", "checkpoint_every=2")
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(succeed, train(data, checkpoint, out, "steps=2", "checkpoint_every=2"), folder=tmp_path)
     for two, one in zip(log(out), log(finished)[:2], strict=True):
         for name in (key for key in one if "loss" in key):
             assert two[name] == pytest.approx(one[name], rel=1e-4), name

@@ -22,6 +22,8 @@ from pix2seq.tasks.request import EncodedImage
 from pix2seq.training.config import load_config
 from pix2seq.types import Caption, Category, ImageRecord, Instance, Target
 
+HIGH = ("0.75", "0.95", "0.5:0.95")  # overlaps of which a card tells less
+
 
 @pytest.fixture(scope="module")
 def exported(run, data, tmp_path_factory):
@@ -82,7 +84,9 @@ def test_the_card_says_what_the_run_was(run, data, exported):
     )
     assert "Measured on 5 images of split val; Generated shapes, val, seed 1" in card
     rows = dict(re.findall(r"^\| (\S+) \| ([\d.]+) \|$", card, re.M))
-    details = {"AP75", "APs", "APm", "APl", "AR", "AR1", "AR10", "AR50", "AR75", "AR100", "ARs", "ARm", "ARl"}
+    details = {"AP75", "APs", "APm", "APl", "AR", "AR1", "AR10", "AR50", "AR75", "AR100", "ARs", "ARm", "ARl", "Brier"}
+    details |= {f"{kind}@{iou}" for kind in ("precision", "recall", "threshold") for iou in ("0.5", *HIGH)}
+    details |= {f"F1@{iou}" for iou in HIGH}
     main_ones = {name for name, value in metrics.items() if value is not None and name.split("/")[-1] not in details}
     assert rows == {name: f"{metrics[name]:.3f}" for name in main_ones}
     assert {"AP", "AP50", "segmentation/true_boxes/AP50", "captioning/BLEU-4"} <= set(rows)

@@ -408,7 +408,7 @@ def test_a_person_scores_as_pycocotools_says_in_any_order_of_points(order):
     ours = average_precision(targets, [person], predictions, kind="keypoint").metrics
     assert 0.05 < ours["AP"] < 0.95
     expected = [None if value < 0 else pytest.approx(value, abs=1e-9) for value in evaluation.stats]
-    assert list(ours.values()) == expected
+    assert list(ours.values())[: len(expected)] == expected
 
 
 def test_crowds_and_objects_without_points_are_neither_found_nor_missed():
