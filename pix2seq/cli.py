@@ -345,7 +345,11 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     _add_task(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for NAME.json and NAME.png")
     parser.add_argument("--boxes", type=Path, help="NAME.json, or a folder of them, whose objects are asked about")
-    parser.add_argument("--about", metavar="TEXT", help="what to ask about: see the README for each task's form")
+    parser.add_argument(
+        "--about",
+        metavar="TEXT",
+        help="what to ask about, such as '40,20,180,310 person'; a task that cannot read it says what it expects",
+    )
     parser.add_argument("--points", nargs="+", metavar="X,Y[,+|-]", help="clicks on an object, another form of --about")
     parser.add_argument(
         "--min-score",
@@ -661,6 +665,7 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """Add the options of the server."""
+    _add_examples(parser, "serve --checkpoint runs/mine --examples photos")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder; by default the repository's model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
     parser.add_argument("--port", type=_port, default=7860, help="0 takes any that is free")

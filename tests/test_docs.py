@@ -22,7 +22,8 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config as load_site
 from nbclient import NotebookClient
 from PIL import Image
-from test_multi_task import ALL, TINY
+from test_videos import write_video
+from tiny_settings import ALL, TINY
 
 import pix2seq.tasks
 from pix2seq import cli, register_task
@@ -38,20 +39,31 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil")
 TESTED_ELSEWHERE = {"your-data.md": "tests/test_your_data.py"}
 
-# Options at the end of a command win over those before. All commands make and use one tiny model.
-MODEL = [*TINY, "model.encoder.stem=patch", "model.encoder.stem_blocks=0", "trackers=[]", "device=cpu"]
+# Options at the end of a command win over those before. Commands make and use one tiny model, but for those that start
+# from the model of checkpoints/shapes.
+SHORT = ["steps=2", "checkpoint_every=2", "trackers=[]", "device=cpu"]
+MODEL = [*TINY, "model.encoder.stem=patch", "model.encoder.stem_blocks=0", *SHORT]
 SMALLER = {
-    "train": [*MODEL, "steps=2", "checkpoint_every=2"],
+    "train": MODEL,
     "eval": ["--device", "cpu"],
     "predict": ["--device", "cpu"],
     "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
     "data sequences": ["device=cpu"],
     "data features": MODEL,
+    "data answers": ["--limit", "2", "--device", "cpu"],
+    # Probabilities need 100 answers, some of them right.
+    "calibrate": ["--checkpoint", "checkpoints/shapes", "--split", "train", "--out", "calibrated", "--device", "cpu"],
 }
-FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg"]
+FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_size=2"]
+FROM_SHAPES = {
+    "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
+    "configs/reward_shapes.yaml": FEW,
+}
+FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
 DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
-# Read by the parser only: the subcommand, and why.
+# Commands with these words are read by the parser only; the reason follows.
 NOT_RUN = {
+    "USER/NAME": "the hub is on the network; tests/test_hub.py has one of its own",
     "convert": "the published checkpoint is on the network; tests/test_convert.py converts smaller ones",
     "demo": "tests/test_shipped_model.py runs it",
     "serve": "it runs until it is stopped",
@@ -83,8 +95,12 @@ def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def subcommand(words):
-    return " ".join(words[: 2 if words[0] == "data" else 1])
+def smaller(words):
+    """A command with the options that make it small."""
+    kind = " ".join(words[: 2 if words[0] == "data" else 1])
+    for config in FROM_SHAPES.keys() & set(words) if kind == "train" else ():
+        return [*words, *FROM_SHAPES[config]]
+    return [*words, *SMALLER.get(kind, [])]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -138,13 +154,20 @@ def tiny(tmp_path_factory):
     """Images, a model of all tasks that learned from them, and files under the names that pages use."""
     folder = tmp_path_factory.mktemp("docs")
     write_shapes(folder / "shapes", num_train=20, num_val=3, size=48, seed=11, workers=1)
-    run = ["train", "--task", ALL, f"data={folder / 'shapes'}", f"out={folder / 'run'}", *SMALLER["train"]]
-    assert cli.main(run) == 0
+    assert cli.main(smaller(["train", "--task", ALL, f"data={folder / 'shapes'}", f"out={folder / 'run'}"])) == 0
     return folder
 
 
+@pytest.fixture(scope="module")
+def clicker(tiny):
+    """A model that is asked by clicks."""
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'clicker'}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", "configs/prompted_shapes.yaml", *settings])) == 0
+    return tiny / "clicker"
+
+
 @pytest.fixture
-def workplace(tiny, tmp_path, monkeypatch):
+def workplace(page, tiny, tmp_path, monkeypatch, request):
     """A folder that looks as if the user had followed the page so far."""
     (tmp_path / "checkpoints").mkdir()
     for name in ("configs", "checkpoints/shapes", "examples"):
@@ -154,6 +177,9 @@ def workplace(tiny, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(tiny / "shapes")
     for name in ("mine", "first"):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
+    if "runs/prompted" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
+    write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])
     for name, path in zip(FILES, sorted((tiny / "shapes/train2017").iterdir()), strict=False):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.open(path).resize((480, 400)).save(tmp_path / name)
@@ -181,9 +207,9 @@ RUN = [page for page in PAGES if page.name not in TESTED_ELSEWHERE and any(argum
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
+    printed = ""
     for words in arguments(page):
-        kind = subcommand(words)
-        if words[0] in NOT_RUN:
+        if NOT_RUN.keys() & set(words):
             continue
         if words[-1] == "--help":
             with pytest.raises(SystemExit, match="0"):
@@ -191,9 +217,11 @@ def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
             continue
         for word in words:  # what an earlier page, or an earlier command, wrote
             out = Path(word.removeprefix("out="))
-            if word.startswith("out=") or (kind == "data shapes" and word == words[2]):
+            if word.startswith("out=") or (words[:2] == ["data", "shapes"] and word == words[2]):
                 out.unlink() if out.is_symlink() else shutil.rmtree(out, ignore_errors=True)
-        assert cli.main([*words, *SMALLER.get(kind, [])]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+        words = [re.sub("=FILE$", f"={printed}", word) for word in words]
+        assert cli.main(smaller(words)) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+        printed = capsys.readouterr().out.strip().rpartition("\n")[2]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)

@@ -62,7 +62,7 @@ def test_every_pull_request_is_linted_tested_and_its_docs_are_built():
 
 
 def test_targets_are_phony_and_explained():
-    text = (ROOT / "Makefile").read_text()
+    text = (ROOT / "Makefile").read_text().replace("\\\n", "")
     (phony,) = re.findall(r"^\.PHONY: (help .*)$", text, re.MULTILINE)
     explained = set(re.findall(r"^([a-z-]+):.* ## ", text, re.MULTILINE))
     assert set(phony.split()) == TARGETS == explained
