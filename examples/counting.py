@@ -19,7 +19,7 @@ from pix2seq.drawing import Canvas
 from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
 from pix2seq.metrics.metric import Metric, Scores
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import Allowed
 from pix2seq.settings import PositiveInt
 from pix2seq.tasks.request import EncodedImage, Request

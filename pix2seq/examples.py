@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pix2seq.vocab import PAD
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PADDING_LENGTH = 64  # tokens of a sequence of padding at most
 
@@ -81,9 +83,11 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
+        from torch import Tensor
+
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
         return replace(self, **moved)
@@ -95,6 +99,8 @@ def collate(samples: Sequence[Sample], tasks: Sequence[str], *, bucket: int = 1)
     L and K are padded to multiples of `bucket` (the padding is sequences of the last memory without a weight), and S to
     multiples of an eighth of it by empty sequences. L and K are at least 1.
     """
+    import torch  # here, because tasks import this module, and `pix2seq.runtime` has no torch
+
     found = [
         (image, tasks.index(name), example)
         for image, sample in enumerate(samples)

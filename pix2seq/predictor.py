@@ -367,7 +367,7 @@ class Predictor:
                     [torch.from_numpy(request.prompt) for _, request in some],
                     [request.generation for _, request in some],
                     num_samples=some[0][1].num_samples,
-                    generator=[_generator(request, seed) for _, request in some],
+                    generator=[torch.Generator().manual_seed(request.random_seed(seed)) for _, request in some],
                     memory_index=memory_index,
                 )
             for i, completion in zip(batch, out.completions(some[0][1].num_samples), strict=True):
@@ -464,14 +464,6 @@ def _about(
     if given and len(given) != len(boxes):  # type: ignore[arg-type]
         raise InputError(f"boxes mix {len(given)} instances with others; give instances or numbers")
     return [given or Boxes(boxes, categories)]  # type: ignore[arg-type]
-
-
-def _generator(request: Request, seed: int) -> torch.Generator:
-    """A generator of the request's own, so that what it draws depends on the question and the seed alone."""
-    closeup = [] if request.closeup is None else request.closeup.xyxy.view(np.uint64).tolist()
-    entropy = [seed, *request.prompt.tolist(), *(request.region or ()), *closeup]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def load_pixels(image: ImageLike) -> NDArray[np.uint8]:

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
-from pix2seq.metrics.captions import CaptionMetric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, Range, ShareBelowOne
 from pix2seq.tasks.request import EncodedImage, Request
@@ -26,6 +24,7 @@ from pix2seq.vocab import MAX_SIZE, PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.captions import CaptionMetric
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,9 @@ class Captioning(Task[CaptioningConfig]):
 
     def metric(self, categories: Sequence[Category]) -> CaptionMetric:
         """Return caption scores, with the share of true captions where the images are generated ones."""
+        from pix2seq.data.shapes.truth import is_true_of  # here, because asking needs no generator of images
+        from pix2seq.metrics.captions import CaptionMetric
+
         return CaptionMetric(partial(is_true_of, names={category.label: category.name for category in categories}))
 
     def draw(self, canvas: Canvas, answers: Sequence[Caption]) -> None:

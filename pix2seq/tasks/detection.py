@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
-from pix2seq.metrics.coco_ap import ApMetric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import Objects, instance_at
@@ -30,6 +29,7 @@ from pix2seq.vocab import CLASS_BASE, EOS, NOISE
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.coco_ap import ApMetric
 
 ObjectOrder = Literal["random", "area", "corner"]
 NOISE_CATEGORY = Category(NOISE, NOISE, "noise")  # of invented objects, where training sequences are shown
@@ -164,6 +164,8 @@ class Detection(Task[DetectionConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
+        from pix2seq.metrics.coco_ap import ApMetric  # here, because asking needs neither pandas nor pycocotools
+
         return ApMetric(categories, "box")
 
     def draw(self, canvas: Canvas, answers: Sequence[Instance]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.keypoints import point_key
-from pix2seq.metrics.coco_ap import ApMetric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import KeypointGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, Padding, token_score, weighted_score
@@ -23,6 +22,9 @@ from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
 from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import INVISIBLE, Vocab
+
+if TYPE_CHECKING:
+    from pix2seq.metrics.coco_ap import ApMetric
 
 Sigma = Annotated[float, Range(above=0, most=10)]
 VISIBLE, HIDDEN = 2.0, 1.0  # COCO's flags for visible points and for labelled ones that are hidden
@@ -145,4 +147,6 @@ class Keypoint(ObjectTask[KeypointConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
+        from pix2seq.metrics.coco_ap import ApMetric  # here, because asking needs neither pandas nor pycocotools
+
         return ApMetric(categories, "keypoint", self.config.sigmas)
