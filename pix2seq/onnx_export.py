@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -116,11 +117,12 @@ def quantized(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph with the matrices of its linear layers as 8-bit integers, which are multiplied as such."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder:
         whole, small = Path(folder) / "whole.onnx", Path(folder) / "small.onnx"
-        quant_pre_process(graph, whole, skip_symbolic_shape=True)
+        # It warns of graphs without this mark of its own constant folding, which PyTorch's exporter has done.
+        onnx.helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
+        onnx.save(graph, whole)
         quantize_dynamic(
             whole, small, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
         )
@@ -159,18 +161,22 @@ def _export(
     names: list[str] = []
     for name, value in inputs.items():
         names += [name] if isinstance(value, Tensor) else _numbered(name, len(value))
-    program = torch.onnx.export(
-        module.eval(),
-        kwargs=dict(inputs),
-        dynamic_shapes=dict(dynamic),
-        input_names=names,
-        output_names=list(outputs),
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*axis name")  # of a size that several inputs share
+        program = torch.onnx.export(
+            module.eval(),
+            kwargs=dict(inputs),
+            dynamic_shapes=dict(dynamic),
+            input_names=names,
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     graph = program.model_proto
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # stack traces, with paths of this machine
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {name: tensor.numpy() for name, tensor in zip(names, _flat(tuple(inputs.values())), strict=True)}
     for name, tensor, found in zip(outputs, expected, session.run(list(outputs), feed), strict=True):

@@ -22,10 +22,10 @@ LEVELS = [
     "examples",
     "data | model | metrics",
     "tasks",
-    "predictor convert",
+    "predictor convert runtime",
     "evaluation",
     "training",
-    "sequences infer demo export train",
+    "sequences infer demo export onnx_export train",
     "cli",
 ]
 # Of the lower rooms.
@@ -39,7 +39,8 @@ TASK = re.compile(
     r"|\b(Detection|Segmentation|Keypoint|Captioning)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
-TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption")}  # each names its task
+NAMED = ("detect", "segment", "keypoints", "caption")  # each names its task
+TASK_METHODS = {"pix2seq.predictor": NAMED, "pix2seq.runtime.runner": NAMED}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms below and in `to_json` of types.py
 COCO_ROOMS = ("data.formats", "data.shapes")
 
