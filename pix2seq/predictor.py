@@ -26,7 +26,7 @@ from pix2seq.device import pick_device
 from pix2seq.drawing import Canvas
 from pix2seq.errors import InputError
 from pix2seq.geometry.affine import fit_affine
-from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.decoding.completion import Completion
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks import get_task, task_names
