@@ -14,7 +14,7 @@ from pix2seq.runtime.graphs import Cache, Floats, Graphs
 from pix2seq.vocab import PAD
 
 MAX_SHARE_LEFT = 0.75  # finished rows leave when at most this share would remain: moving the cache takes time too
-LOWEST = np.finfo(np.float32).min
+LOWEST = float(np.finfo(np.float32).min)
 
 
 def generate(
@@ -83,12 +83,12 @@ def sample(
 
     With temperature 0, with `top_k` 1 or without `noise` (R,), each id is the likeliest.
     """
-    greedy = noise is None or is_greedy(config.temperature, config.top_k)
+    greedy = is_greedy(config.temperature, config.top_k)
     scaled = logits if greedy or config.temperature == 1 else logits / np.float32(config.temperature)
     scaled = np.nan_to_num(scaled, nan=LOWEST, neginf=LOWEST)
     if forbidden is not None:
         scaled[forbidden] = -np.inf
-    if greedy:
+    if greedy or noise is None:
         return scaled.argmax(1)
     probs = _softmax(_truncate(scaled, config.top_k, config.top_p))
     sums = _running_sum(probs)
