@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pix2seq.drawing import Canvas
 from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
 from pix2seq.metrics.metric import Metric, Scores
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import Allowed
 from pix2seq.settings import PositiveInt
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.types import Category, Target
 from pix2seq.vocab import CLASS_BASE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class NumberGrammar:
     last: int
 
     def allowed(self, ids: Tensor) -> Allowed:
-        """See `Grammar`."""
-        low = ids.new_full((len(ids),), self.first)
-        return Allowed(low, torch.full_like(low, self.last + 1), ids.new_empty(len(ids), 0))
+        """See `Grammar`. Uses what tensors share with NumPy's arrays, which `pix2seq.runtime` computes with."""
+        low = ids[:, :0].sum(1) + self.first  # (R,)
+        return Allowed(low, low * 0 + self.last + 1, ids[:, :0])
 
 
 class Counting(Task[CountingConfig]):

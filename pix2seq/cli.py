@@ -19,6 +19,8 @@ SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
 T = TypeVar("T")
 
+EXPORT_DTYPES = {"checkpoint": ("float32", "float16", "bfloat16"), "onnx": ("float32", "int8")}  # by format
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; the entry of the console script."""
@@ -140,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_calibrate(commands.add_parser("calibrate", help="make scores probabilities, and choose what is worth showing"))
     add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
-    add_export(commands.add_parser("export", help="write a trained model for others: weights and a model card"))
+    add_export(commands.add_parser("export", help="write a trained model for others: weights and a card, or ONNX"))
     data = commands.add_parser("data", help="make or check a data set")
     _add_examples(data, "data shapes shapes --train 2000 --val 200", "data check MY_DATA")
     data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND", parser_class=_Parser)
@@ -422,7 +424,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument(
+        "--format", choices=tuple(EXPORT_DTYPES), default="checkpoint", help="onnx: for pix2seq.runtime"
+    )
+    dtypes = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in EXPORT_DTYPES.items())
+    parser.add_argument("--dtype", default="float32", help=f"of the weights; {dtypes}")
     parser.add_argument("--data", type=Path, help="folder that it was trained on, for the card; by default as trained")
     parser.add_argument("--metrics", type=Path, help="metrics.json, for the card; needs --eval-data")
     parser.add_argument("--eval-data", type=Path, help="folder that the metrics were measured on")
@@ -434,6 +440,16 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> None:
         if (args.metrics is None) != (args.eval_data is None):
             raise InputError("--metrics and --eval-data belong together: the card says what a number was measured on")
+        if args.dtype not in EXPORT_DTYPES[args.format]:
+            raise unknown_name(f"dtype of --format {args.format}:", args.dtype, EXPORT_DTYPES[args.format])
+        if args.format == "onnx":
+            if any(value is not None for value in (args.data, args.metrics, args.licence)):
+                raise InputError("--data, --metrics and --licence are for a card, which only --format checkpoint has")
+            from pix2seq.onnx_export import export_onnx
+
+            export_onnx(args.source, args.out, dtype=args.dtype)
+            print(f"onnx: {args.out}; run it with python -m pix2seq.runtime {args.out} IMAGE")
+            return
         from pix2seq.export import Scored, describe_data, export_model
 
         scored = None

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pix2seq.types import Target
 from pix2seq.vocab import MAX_SIZE, PAD
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PADDING_LENGTH = 64  # tokens of a sequence of padding at most
 
@@ -88,9 +90,11 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor], keep: Sequence[str] = ()) -> Batch:
+        from torch import Tensor
+
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor) and n not in keep}
         return replace(self, **moved)
@@ -141,6 +145,8 @@ def collate(
     multiples of an eighth of it by empty sequences. L and K are at least 1. `images` are those of the batch, if they
     were stacked before.
     """
+    import torch  # here, because tasks import this module, and `pix2seq.runtime` has no torch
+
     placed, frames = place(samples)
     parts = [(each.memory, tasks.index(each.task), each.example) for each in placed]
     length = sum(len(example.prompt) + len(example.inputs) - 1 for _, _, example in parts)

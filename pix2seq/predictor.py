@@ -28,7 +28,7 @@ from pix2seq.drawing import Canvas
 from pix2seq.errors import InputError, unknown_name
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.metrics.calibration import TaskCalibration
-from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.decoding.completion import Completion
 from pix2seq.model.hub import local_folder
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.model.pretrained import CONFIG_FILE, find_checkpoint
@@ -637,7 +637,7 @@ class Predictor:
                     [torch.from_numpy(request.prompt) for _, request in some],
                     [request.generation for _, request in some],
                     num_samples=some[0][1].num_samples,
-                    generator=[_generator(request, seed) for _, request in some],
+                    generator=[torch.Generator().manual_seed(request.random_seed(seed)) for _, request in some],
                     memory_index=memory_index,
                 )
             for i, completion in zip(batch, out.completions(some[0][1].num_samples), strict=True):
@@ -787,14 +787,6 @@ def _clicks(
         () if previous is None else tuple(previous.polygons),
         num_candidates,
     )
-
-
-def _generator(request: Request, seed: int) -> torch.Generator:
-    """A generator of the request's own, so that what it draws depends on the question and the seed alone."""
-    closeup = [] if request.closeup is None else request.closeup.xyxy.view(np.uint64).tolist()
-    entropy = [seed, *request.prompt.tolist(), *(request.region or ()), *closeup]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def load_pixels(image: ImageLike) -> NDArray[np.uint8]:

@@ -23,10 +23,10 @@ LEVELS = [
     "data | model | metrics",
     "tasks",
     "session",
-    "predictor convert",
+    "predictor convert runtime",
     "evaluation rehearsal",
     "training",
-    "sequences infer demo export report calibrate train",
+    "sequences infer demo export onnx_export report calibrate train",
     "web",
     "cli",
 ]
@@ -41,8 +41,9 @@ TASK = re.compile(
     r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
-# Each names its task.
-TASK_METHODS = {"pix2seq.predictor": ("detect", "segment", "keypoints", "caption", "click", "everything", "session")}
+NAMED = ("detect", "segment", "keypoints", "caption")  # each names its task
+CLICKED = ("click", "everything", "session")  # these too
+TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED, "pix2seq.runtime.runner": NAMED}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
 COCO_ROOMS = ("data.formats", "data.shapes")
 COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}

@@ -21,7 +21,6 @@ from pix2seq.geometry.polygons import rasterize, space_evenly
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
-from pix2seq.predictor import _generator
 from pix2seq.sequences import SequenceView
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
@@ -327,5 +326,5 @@ def test_equal_prompts_about_two_objects_draw_differently(model):
     boxes = [(10.0, 10.0, 30.0, 30.0), (50.0, 20.0, 70.0, 40.0)]
     first, second = predictor.tasks["segmentation"].requests(image, [Instance(box, category, 1.0) for box in boxes])
     np.testing.assert_array_equal(first.prompt, second.prompt)
-    assert _generator(first, 0).initial_seed() != _generator(second, 0).initial_seed()
-    assert _generator(first, 0).initial_seed() == _generator(replace(first), 0).initial_seed()
+    assert first.random_seed(0) != second.random_seed(0)
+    assert first.random_seed(0) == replace(first).random_seed(0) != first.random_seed(1)

@@ -19,8 +19,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import sentencepiece
-
 from pix2seq.errors import InputError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -190,6 +188,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes) -> None:
         """`model` is the content of a `.model` file. Raises `InputError` if it is damaged or has no end token."""
+        import sentencepiece  # here, because words do not need it
+
         self._model = model
         damaged = InputError(f"its {len(model)} bytes are not a sentencepiece model; train one, or copy it again")
         if not model:  # sentencepiece accepts it and fails later
@@ -226,6 +226,8 @@ class SentencePieceTokenizer:
         `character_coverage` is the share of the captions' characters that get an id; set it below one
         for languages of thousands of characters.
         """
+        import sentencepiece
+
         sentences = [text for text in map(_replace_surrogates, captions) if text.strip()]
         if not sentences:
             raise InputError("the data set has no captions to train a sentencepiece model on; check its caption files")

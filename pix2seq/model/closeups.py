@@ -21,7 +21,6 @@ def sample_maps(maps: Maps, frames: Tensor, image_index: Sequence[int], grid: tu
     `image_index` is the image of each. The reference for sampling without rounding is RoIAlign, arXiv
     1703.06870.
     """
-    rows, columns = 2 * grid[0], 2 * grid[1]
     num_images, device = len(maps[0]), maps[0].device
     # Frames of an image are sampled in one call, one above the other, so that no map is copied for each of them.
     counts = [0] * num_images
@@ -32,14 +31,21 @@ def sample_maps(maps: Maps, frames: Tensor, image_index: Sequence[int], grid: tu
     most = max(counts)
     slots = [image * most + number for image, number in zip(image_index, order, strict=True)]
     index = torch.tensor(slots).to(device, non_blocking=True)
-    y0, x0, y1, x1 = frames.float().unbind(1)
-    steps_y = (torch.arange(rows, device=device) + 0.5) / rows
-    steps_x = (torch.arange(columns, device=device) + 0.5) / columns
-    y = y0[:, None] + (y1 - y0)[:, None] * steps_y  # (R, rows)
-    x = x0[:, None] + (x1 - x0)[:, None] * steps_x  # (R, columns)
-    points = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1) * 2 - 1
+    points = frame_points(frames, grid)
+    _, rows, columns, _ = points.shape
     padded = points.new_zeros(num_images * most, rows, columns, 2).index_copy(0, index, points)
     padded = padded.view(num_images, most * rows, columns, 2)
     sampled = [F.grid_sample(each.float(), padded, align_corners=False) for each in maps]
     joined = torch.cat(sampled, dim=1).unflatten(2, (most, rows)).transpose(1, 2)  # (B, most, C, rows, columns)
     return joined.flatten(0, 1).index_select(0, index)
+
+
+def frame_points(frames: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the middles of 2 h x 2 w equal cells of frames (R, 4), `xy` in [-1, 1] of the image: (R, 2 h, 2 w, 2)."""
+    rows, columns = 2 * grid[0], 2 * grid[1]
+    y0, x0, y1, x1 = frames.float().unbind(1)
+    steps_y = (torch.arange(rows, device=frames.device) + 0.5) / rows
+    steps_x = (torch.arange(columns, device=frames.device) + 0.5) / columns
+    y = y0[:, None] + (y1 - y0)[:, None] * steps_y  # (R, rows)
+    x = x0[:, None] + (x1 - x0)[:, None] * steps_x  # (R, columns)
+    return torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1) * 2 - 1

@@ -20,7 +20,8 @@ from pix2seq.files import report_write_errors
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import ModelConfig
 from pix2seq.model.decoder import Decoder
-from pix2seq.model.decoding.generate import Generated, GenerationConfig, generate, generate_mixed
+from pix2seq.model.decoding.completion import GenerationConfig
+from pix2seq.model.decoding.generate import Generated, generate, generate_mixed
 from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.hub import local_folder

@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
-from pix2seq.metrics.calibration import TaskCalibration
-from pix2seq.metrics.caption_reward import CiderD
-from pix2seq.metrics.captions import CaptionMetric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, Range, ShareBelowOne
 from pix2seq.tasks.request import EncodedImage, Request
@@ -28,6 +24,8 @@ from pix2seq.vocab import MAX_SIZE, PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.calibration import TaskCalibration
+    from pix2seq.metrics.captions import CaptionMetric
 
 
 @dataclass(frozen=True)
@@ -152,6 +150,9 @@ class Captioning(Task[CaptioningConfig]):
 
     def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
         """Reward a caption by its CIDEr-D, and by `truth_weight` if it is true of the input."""
+        from pix2seq.data.shapes.truth import is_true_of
+        from pix2seq.metrics.caption_reward import CiderD
+
         cider, names = CiderD(captions), {label: category.name for label, category in self.categories.items()}
 
         def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
@@ -180,6 +181,9 @@ class Captioning(Task[CaptioningConfig]):
 
     def metric(self, categories: Sequence[Category]) -> CaptionMetric:
         """Return caption scores, with the share of true captions where the images are generated ones."""
+        from pix2seq.data.shapes.truth import is_true_of  # here, because asking needs no generator of images
+        from pix2seq.metrics.captions import CaptionMetric
+
         return CaptionMetric(partial(is_true_of, names={category.label: category.name for category in categories}))
 
     def draw(self, canvas: Canvas, answers: Sequence[Caption]) -> None:

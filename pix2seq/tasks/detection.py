@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_area, box_xyxy_to_yxyx
-from pix2seq.metrics.box_rewards import precision_reward, recall_reward, true_scores
-from pix2seq.metrics.calibration import TaskCalibration
-from pix2seq.metrics.coco_ap import ApMetric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import Objects, calibrated_instances, instance_at
@@ -32,6 +29,8 @@ from pix2seq.vocab import CLASS_BASE, EOS, NOISE, PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.calibration import TaskCalibration
+    from pix2seq.metrics.coco_ap import ApMetric
 
 ObjectOrder = Literal["random", "area", "corner"]
 NOISE_CATEGORY = Category(NOISE, NOISE, "noise")  # of invented objects, where training sequences are shown
@@ -198,6 +197,8 @@ class Detection(Task[DetectionConfig]):
         box.
         """
 
+        from pix2seq.metrics.box_rewards import precision_reward, recall_reward, true_scores  # it needs pycocotools
+
         def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
             assert example.target is not None
             ids, shares = np.full(completion.tokens.shape, PAD), np.zeros(completion.tokens.shape)
@@ -221,6 +222,8 @@ class Detection(Task[DetectionConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
+        from pix2seq.metrics.coco_ap import ApMetric  # here, because asking needs neither pandas nor pycocotools
+
         return ApMetric(categories, "box")
 
     def draw(self, canvas: Canvas, answers: Sequence[Instance]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from pix2seq.errors import unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.keypoints import point_key
-from pix2seq.metrics.coco_ap import ApMetric, keypoint_sigmas
 from pix2seq.metrics.keypoint_reward import keypoint_similarity
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import KeypointGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, Padding, token_score, weighted_score
@@ -25,6 +24,9 @@ from pix2seq.tokenizers.keypoint import decode_keypoints, encode_keypoints
 from pix2seq.tokenizers.text import TextTokenizer
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import INVISIBLE, Vocab
+
+if TYPE_CHECKING:
+    from pix2seq.metrics.coco_ap import ApMetric
 
 Sigma = Annotated[float, Range(above=0, most=10)]
 VISIBLE, HIDDEN = 2.0, 1.0  # COCO's flags for visible points and for labelled ones that are hidden
@@ -153,6 +155,8 @@ class Keypoint(ObjectTask[KeypointConfig]):
         sampled one, and all points would become invisible.
         """
 
+        from pix2seq.metrics.coco_ap import keypoint_sigmas  # it needs pandas
+
         def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
             target = example.target
             assert target is not None
@@ -170,4 +174,6 @@ class Keypoint(ObjectTask[KeypointConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
+        from pix2seq.metrics.coco_ap import ApMetric  # here, because asking needs neither pandas nor pycocotools
+
         return ApMetric(categories, "keypoint", self.config.sigmas)

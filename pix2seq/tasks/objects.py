@@ -18,8 +18,7 @@ from pix2seq.errors import InputError, unknown_name
 from pix2seq.examples import Example
 from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx, padded_region
-from pix2seq.metrics.calibration import TaskCalibration
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.settings import Range, Share
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
@@ -29,6 +28,7 @@ from pix2seq.vocab import CLASS_BASE, PAD, Vocab
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.calibration import TaskCalibration
 
 Objects = Annotated[int, Range(least=1, most=10_000)]  # each takes memory in every sequence
 Padding = Annotated[float, Range(least=0, most=100)]

@@ -26,7 +26,7 @@ from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.geometry.clicks import first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, rasterize, space_evenly
 from pix2seq.metrics.clicks import GOOD, Checked, ClickMetric, Trial
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar, RangeGrammar, RatedBoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
 from pix2seq.tasks.lessons import (

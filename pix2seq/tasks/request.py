@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pix2seq.geometry.affine import fit_affine
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 
 MIN_CLOSEUP = 1 / 64  # of the input's side: a closer look would show single features
 
@@ -59,10 +58,10 @@ class Frame:
 class EncodedImage:
     """An image that was encoded once, to be asked about many times. The caller holds it."""
 
-    memory: Tensor  # (N, D)
+    memory: Any  # (N, D), a tensor, or an array of NumPy in `pix2seq.runtime`; so are the maps
     pixels: NDArray[np.uint8]  # (H, W, 3)
     input_size: tuple[int, int]  # height, width of the model's input
-    maps: tuple[Tensor, ...] = ()  # (C, h, w) each, for closeups
+    maps: tuple[Any, ...] = ()  # (C, h, w) each, for closeups
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,6 +96,12 @@ class Request:
     def memory_key(self) -> tuple[float, ...]:
         """Which memory of the image the question reads: equal for equal ones."""
         return (*(self.region or ()), *(() if self.closeup is None else self.closeup.xyxy.tolist()))
+
+    def random_seed(self, seed: int) -> int:
+        """Return the seed, below 2**63, of what sampling draws: a function of the question and of a call's `seed`."""
+        closeup = [] if self.closeup is None else self.closeup.xyxy.view(np.uint64).tolist()
+        entropy = [seed, *self.prompt.tolist(), *(self.region or ()), *closeup]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     @property
     def length(self) -> int:

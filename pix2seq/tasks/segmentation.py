@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_utils
 
 from pix2seq.examples import Example
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, mask_to_rings, rasterize, space_evenly
-from pix2seq.metrics.coco_ap import ApMetric
 from pix2seq.metrics.mask_reward import mask_iou
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
@@ -24,6 +22,9 @@ from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import EOS, SEPARATOR
+
+if TYPE_CHECKING:
+    from pix2seq.metrics.coco_ap import ApMetric
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Segmentation(ObjectTask[SegmentationConfig]):
 
         The IoU is soft: 1 if all samples are the same, None for one sample, 0 if nothing was voted.
         """
+        from pycocotools import mask as mask_utils  # here, because only masks need it
+
         width, height = size
         polygons = []
         for ids in samples:
@@ -175,4 +178,6 @@ class Segmentation(ObjectTask[SegmentationConfig]):
 
     def metric(self, categories: Sequence[Category]) -> ApMetric:
         """See `Task`."""
+        from pix2seq.metrics.coco_ap import ApMetric  # here, because asking needs neither pandas nor pycocotools
+
         return ApMetric(categories, "mask")

@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pix2seq.data.annotations import contents
 from pix2seq.errors import InputError
 from pix2seq.examples import Example
-from pix2seq.metrics.calibration import TaskCalibration
-from pix2seq.metrics.metric import Metric
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.settings import BatchSize, NonNegativeFloat, NonNegativeInt, PositiveShare, Settings
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tokenizers.text import TextTokenizer, names_side
@@ -30,6 +27,8 @@ from pix2seq.vocab import Vocab
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
+    from pix2seq.metrics.calibration import TaskCalibration
+    from pix2seq.metrics.metric import Metric
     from pix2seq.model.pix2seq import Pix2Seq
 
 
@@ -133,6 +132,8 @@ class Task(ABC, Generic[Config]):
 
     def samples(self, target: Target) -> list[int | None]:
         """Return the training samples of an image: None for all of it, an index for a crop around that object."""
+        from pix2seq.data.annotations import contents  # here, because it needs pandas, and asking does not
+
         return [None] if self.learns_from in contents(target) else []
 
     @abstractmethod
@@ -266,8 +267,14 @@ class Task(ABC, Generic[Config]):
     @classmethod
     def from_model(cls, model: Pix2Seq) -> Self:
         """Return the task as a checkpoint's config.json describes it."""
-        config = cls._changed(cls.config_type, model.task_settings[cls.name], "this checkpoint's settings")
-        return cls(config, model.config.vocab, model.categories, model.text)
+        return cls.from_settings(model.task_settings[cls.name], model.config.vocab, model.categories, model.text)
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], vocab: Vocab, categories: Sequence[Category], text: TextTokenizer | None
+    ) -> Self:
+        """Return the task with `settings` as a checkpoint remembers them."""
+        return cls(cls._changed(cls.config_type, settings, "this checkpoint's settings"), vocab, categories, text)
 
     def settings(self) -> dict[str, Any]:
         """Return what a checkpoint must remember, for `from_model`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.model.decoding.generate import Completion
+from pix2seq.model.decoding.completion import Completion
 from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.vocab import CLASS_BASE, INVISIBLE, PAD, SEPARATOR

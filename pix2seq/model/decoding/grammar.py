@@ -4,18 +4,23 @@ A grammar maps the ids generated so far to a half-open range of allowed ids and 
 It knows ids and phases, but no tasks, and has no state. Its answer for a row that has ended does not matter,
 because the row is padding.
 
+Ids are a tensor of PyTorch, or an array of NumPy in `pix2seq.runtime`, and answers are of the same kind. So these
+grammars use what both have: operators, slices and methods such as `sum` and `clip`.
+
 Shapes: R rows, t ids generated so far, S single ids.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pix2seq.geometry.polygons import MIN_POINTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NONE = -1  # in place of a single id
 
@@ -31,12 +36,14 @@ class Allowed:
     def forbids(self, ids: Tensor) -> Tensor:
         """Return (R, V) bool, true where one of `ids` (V,) is not allowed."""
         forbidden = (ids < self.low[:, None]) | (ids >= self.high[:, None])
-        for single in self.singles.unbind(1):
-            forbidden &= ids != single[:, None]
+        for column in range(self.singles.shape[1]):
+            forbidden &= ids != self.singles[:, column, None]
         return forbidden
 
     def span(self) -> tuple[int, int]:
         """Return the shortest range [first, end) of all ids that any row allows. Waits for the device."""
+        import torch  # here, because `pix2seq.runtime` has none and asks for no span
+
         some = self.low < self.high
         firsts = [self.low[some], self.singles[self.singles != NONE]]
         ends = [self.high[some], firsts[1] + 1]
@@ -124,24 +131,17 @@ class PolygonGrammar:
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
-        num_rows, length = ids.shape
-        low = ids.new_full((num_rows,), self.coord_base)
-        high = low + self.num_bins
-        none = ids.new_full((num_rows,), NONE)
-        separator = torch.full_like(none, self.separator_id)
-        if length % 2:
-            separating = ids[:, -1] == self.separator_id
-            return Allowed(low, torch.where(separating, low, high), torch.where(separating, separator, none)[:, None])
-        points = length // 2
-        numbers = torch.arange(1, points + 1, device=ids.device)
-        last_separator = ((ids[:, ::2] == self.separator_id) * numbers).amax(1) if points else torch.zeros_like(none)
-        closes = points - last_separator >= MIN_POINTS
+        if ids.shape[1] % 2:
+            return _pair(ids, self.coord_base, self.num_bins, self.separator_id)
+        points = ids.shape[1] // 2
+        latest = ids[:, ::2][:, -MIN_POINTS:]
+        closes = (latest != self.separator_id).sum(1) == MIN_POINTS
         points_left = self.max_points - points
-        if points_left <= 0:
-            high = low
         next_polygon = closes & (points_left > MIN_POINTS)
-        singles = [torch.where(closes, self.eos_id, NONE), torch.where(next_polygon, separator, none)]
-        return Allowed(low, high, torch.stack(singles, dim=1))
+        low = closes * 0 + self.coord_base
+        high = low + self.num_bins * (points_left > 0)
+        singles = (_choose(closes, self.eos_id, NONE), _choose(next_polygon, self.separator_id, NONE))
+        return Allowed(low, high, _stack(singles))
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,9 @@ class KeypointGrammar:
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
-        top = self.coord_base + self.num_bins
-        if ids.shape[1] % 2 == 0:
-            return _constant(ids, self.coord_base, top, self.invisible_id)
-        hidden = ids[:, -1:] == self.invisible_id
-        low = torch.full_like(ids[:, 0], self.coord_base)
-        high = torch.where(hidden[:, 0], low, low + self.num_bins)
-        return Allowed(low, high, torch.where(hidden, self.invisible_id, NONE))
+        if ids.shape[1] % 2:
+            return _pair(ids, self.coord_base, self.num_bins, self.invisible_id)
+        return _constant(ids, self.coord_base, self.coord_base + self.num_bins, self.invisible_id)
 
 
 @dataclass(frozen=True)
@@ -183,12 +179,33 @@ class TextGrammar:
 
 def _second_corner(ids: Tensor, coord_base: int, top: int) -> Allowed:
     """Return the range of a coordinate at least a bin beyond the one two ids before, for rows of boxes (R, t)."""
-    # Clamping keeps the range valid in rows that have ended.
-    low = (ids[:, -2] + 1).clamp(coord_base + 1, top - 1)
-    return Allowed(low, torch.full_like(low, top), ids.new_empty(len(ids), 0))
+    # Clipping keeps the range valid in rows that have ended.
+    low = (ids[:, ids.shape[1] - 2] + 1).clip(coord_base + 1, top - 1)
+    return Allowed(low, low * 0 + top, ids[:, :0])
 
 
 def _constant(ids: Tensor, low: int, high: int, single: int) -> Allowed:
     """Return the same range and single id for every row of `ids` (R, t)."""
-    ones = ids.new_ones(len(ids))
-    return Allowed(ones * low, ones * high, (ones * single)[:, None])
+    zeros = ids[:, :0].sum(1)
+    return Allowed(zeros + low, zeros + high, (zeros + single)[:, None])
+
+
+def _pair(ids: Tensor, coord_base: int, num_bins: int, single: int) -> Allowed:
+    """Return what follows the first half of a pair: `single` after `single`, else a coordinate."""
+    again = ids[:, -1] == single
+    low = again * 0 + coord_base
+    return Allowed(low, low + num_bins * ~again, _choose(again, single, NONE)[:, None])
+
+
+def _choose(condition: Tensor, if_true: int, if_false: int) -> Tensor:
+    """Return one of two ids for each row of a condition (R,)."""
+    return condition * (if_true - if_false) + if_false
+
+
+def _stack(columns: tuple[Tensor, ...]) -> Tensor:
+    """Return columns (R,) side by side, (R, S)."""
+    if isinstance(columns[0], np.ndarray):
+        return np.stack(columns, 1)
+    import torch
+
+    return torch.stack(columns, 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pix2seq.model.decoding.completion import is_greedy
+
 # Largest logits to try before sorting all: on a CPU, sorting 3000 takes ten times as long as finding these.
 NUM_CANDIDATES = 64
 
@@ -78,11 +80,6 @@ def sample(
     if noise is None:
         noise = torch.rand(len(logits), generator=generator, device=logits.device)
     return _draw(truncate_logits(scaled, top_k=top_k, top_p=top_p).softmax(-1), noise)
-
-
-def is_greedy(temperature: float, top_k: int) -> bool:
-    """Return whether `sample` always takes the largest logit."""
-    return temperature == 0 or top_k == 1
 
 
 def _draw(probs: Tensor, noise: Tensor) -> Tensor:
