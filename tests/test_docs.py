@@ -36,7 +36,8 @@ from pix2seq.training.config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil")
+COMMANDS = ("pix2seq", "make", "pip", "uv", "torchrun", "gsutil", "python")
+PIP_OPTIONS = {"--no-deps", "--torch-backend", "cpu"}
 TESTED_ELSEWHERE = {"your-data.md": "tests/test_your_data.py"}
 
 # Options at the end of a command win over those before. Commands make and use one tiny model, but for those that start
@@ -63,6 +64,7 @@ FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jp
 DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
 # Commands with these words are read by the parser only; the reason follows.
 NOT_RUN = {
+    "onnx": "it is exported once, see `exported`",
     "USER/NAME": "the hub is on the network; tests/test_hub.py has one of its own",
     "convert": "the published checkpoint is on the network; tests/test_convert.py converts smaller ones",
     "demo": "tests/test_shipped_model.py runs it",
@@ -82,13 +84,16 @@ def commands(page):
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+def given(words):
+    """What a command gives to `pix2seq`, under torchrun too; nothing if it is another command."""
+    if words[0] == "pix2seq":
+        return words[1:]
+    return words[words.index("pix2seq.cli") + 1 :] if "pix2seq.cli" in words else []
+
+
 def arguments(page):
-    """What `pix2seq` is given by the commands of a page, those under torchrun too."""
-    for words in commands(page):
-        if words[0] == "pix2seq":
-            yield words[1:]
-        elif "pix2seq.cli" in words:
-            yield words[words.index("pix2seq.cli") + 1 :]
+    """What `pix2seq` is given by the commands of a page."""
+    return list(filter(None, map(given, commands(page))))
 
 
 def name_of(page):
@@ -105,9 +110,10 @@ def smaller(words):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_without_a_language_hold_commands_that_exist(page):
-    """`make` targets, folders that pip installs, and nothing that no test knows."""
+    """`make` targets, folders and locked packages that pip installs, and nothing that no test knows."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     for words in commands(page):
         assert words[0] in COMMANDS, (
             f"{shlex.join(words)}: give the block a language, as in ```text, or add the command"
@@ -115,9 +121,10 @@ def test_blocks_without_a_language_hold_commands_that_exist(page):
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets
         elif "pip" in words[:2]:
-            folder, _, wanted = words[-1].rstrip("]").partition("[")
-            assert (ROOT / folder / "pyproject.toml").is_file()
-            assert set(filter(None, wanted.split(","))) <= extras
+            for word in set(words[words.index("install") + 1 :]) - PIP_OPTIONS - locked:
+                folder, _, wanted = word.rstrip("]").partition("[")
+                assert (ROOT / folder / "pyproject.toml").is_file()
+                assert set(filter(None, wanted.split(","))) <= extras
 
 
 @pytest.fixture
@@ -166,6 +173,13 @@ def clicker(tiny):
     return tiny / "clicker"
 
 
+@pytest.fixture(scope="module")
+def exported(tiny):
+    """The tiny model as ONNX graphs."""
+    assert cli.main(["export", str(tiny / "run"), "--format", "onnx", "--out", str(tiny / "onnx")]) == 0
+    return tiny / "onnx"
+
+
 @pytest.fixture
 def workplace(page, tiny, tmp_path, monkeypatch, request):
     """A folder that looks as if the user had followed the page so far."""
@@ -179,6 +193,8 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
     if "runs/prompted" in page.read_text("utf-8"):
         shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
+    if "shapes-onnx" in page.read_text("utf-8"):
+        (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])
     for name, path in zip(FILES, sorted((tiny / "shapes/train2017").iterdir()), strict=False):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -208,8 +224,11 @@ RUN = [page for page in PAGES if page.name not in TESTED_ELSEWHERE and any(argum
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
     printed = ""
-    for words in arguments(page):
-        if NOT_RUN.keys() & set(words):
+    for command in commands(page):
+        if command[:2] == ["python", "-m"]:
+            assert importlib.import_module(f"{command[2]}.__main__").main(command[3:]) == 0, capsys.readouterr().err
+        words = given(command)
+        if not words or NOT_RUN.keys() & set(words):
             continue
         if words[-1] == "--help":
             with pytest.raises(SystemExit, match="0"):
