@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
 from pix2seq.files import read_json
+from pix2seq.metrics.calibration import TaskCalibration
 from pix2seq.tokenizers.text import TextTokenizer, has_text_tokenizer, load_text_tokenizer
 from pix2seq.types import Category
 from pix2seq.vocab import Vocab
@@ -44,6 +45,7 @@ class ExportedConfig:
     categories: tuple[Category, ...]
     tasks: dict[str, dict[str, Any]]  # settings of each task
     text: TextTokenizer | None
+    calibration: dict[str, TaskCalibration]  # by task
 
     @classmethod
     def read(cls, folder: Path) -> ExportedConfig:
@@ -65,6 +67,7 @@ class ExportedConfig:
                 tuple(map(Category.from_json, content["categories"])),
                 {str(name): dict(settings) for name, settings in content["tasks"].items()},
                 load_text_tokenizer(folder) if has_text_tokenizer(folder) else None,
+                {str(name): TaskCalibration.from_json(each) for name, each in content.get("calibration", {}).items()},
             )
         except FileNotFoundError:
             raise InputError(f"{folder} holds no exported model: there is no {CONFIG_FILE}; {EXPORT}") from None

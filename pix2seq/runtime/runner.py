@@ -93,7 +93,7 @@ class Runner:
         if any(completion.truncated.any() for completion in completions):
             longest = max(request.generation.max_new_tokens for request in requests)
             warnings.warn(f"{task}: an answer was cut; {asked.cut_hint(longest)}", stacklevel=2)
-        return asked.calibrated(asked.answers(encoded, requests, completions), self.calibration.get(task))
+        return asked.calibrated(asked.answers(encoded, requests, completions), self.config.calibration.get(task))
 
     def detect(self, image: EncodedImage | ImageSource, *, seed: int = 0) -> list[Instance]:
         """Return the objects of an image, best first."""

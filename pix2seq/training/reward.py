@@ -27,7 +27,7 @@ from torch import Tensor
 from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.formats.shards import ShardIndex
 from pix2seq.examples import Batch, Example, Placed, collate, place
-from pix2seq.model.decoding.generate import Completion, GenerationConfig
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import NONE, Grammar
 from pix2seq.model.pix2seq import Pix2Seq
 from pix2seq.settings import NonNegativeFloat, Range, Settings
