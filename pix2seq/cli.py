@@ -281,6 +281,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
     """Add the options of calibration."""
+    _add_examples(parser, "calibrate --checkpoint runs/mine --data MY_DATA --precision 0.9")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
     parser.add_argument("--data", required=True, type=Path, help="COCO, Pascal VOC or YOLO folder, not trained on")
     parser.add_argument("--split", default="val")
@@ -572,6 +573,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
     """Add the options of recording answers."""
+    _add_examples(parser, "data answers MY_DATA answers --checkpoint runs/clicks --task prompted")
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder for the file, named by its content: TASK.answers=FILE reads it")
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")

@@ -26,7 +26,7 @@ KILL_POINTS = {
     "saving": (pix2seq.training.checkpoint, "save_file"),
 }
 PREDICTION_POINTS = {
-    "asking": (Predictor, "ask"),
+    "asking": (Predictor, "_ask"),
     "noting in the journal": (Outputs, "_append"),
     "writing a file": (pix2seq.files, "fsync_file"),
     "replacing a file": (Path, "replace"),

@@ -93,9 +93,12 @@ def test_a_full_disk_is_reported_in_one_line_and_keeps_earlier_lines(tmp_path):
         assert steps(tmp_path) == [1]
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
+    # Files of one second are read in the order of this number as text, and 10 would come before 9.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     with RunLog(tmp_path) as log:
         for step in (1, 2, 3, 4):
             log.write(step, "train", {"loss": float(step)})
