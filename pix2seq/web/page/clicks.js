@@ -14,7 +14,7 @@ const COLOR = "#ff2d87"; // of the mask that is being clicked; kept ones have ot
 
 export class Clicks {
   constructor(stage, task, say) {
-    Object.assign(this, { stage, task, say, active: false, editing: false });
+    Object.assign(this, { stage, task, say, active: false, numOpen: 0 });
     this.layer = shape("g", { "data-layer": "clicks" });
     stage.svg.append(this.layer);
     this.open(null, "");
@@ -23,7 +23,7 @@ export class Clicks {
 
   // Starts anew on an image file.
   open(blob, name) {
-    Object.assign(this, { blob, name, kept: null, states: [START], pending: [], drag: null });
+    Object.assign(this, { blob, name, kept: null, states: [START], pending: [], drag: null, editing: false });
     this.queue = Promise.resolve();
     this.show();
   }
@@ -46,6 +46,7 @@ export class Clicks {
   act(action) {
     const { blob } = this;
     if (!blob) return;
+    this.setBusy(+1);
     this.queue = this.queue.then(async () => {
       if (blob !== this.blob) return; // another image was opened
       const started = performance.now();
@@ -58,7 +59,15 @@ export class Clicks {
         if (blob === this.blob) this.say(describeError(error), true);
       }
     });
-    this.queue = this.queue.then(() => blob === this.blob && this.show());
+    this.queue = this.queue.then(() => {
+      this.setBusy(-1);
+      if (blob === this.blob) this.show();
+    });
+  }
+
+  setBusy(change) {
+    this.numOpen += change;
+    find("#clicks").setAttribute("aria-busy", this.numOpen > 0);
   }
 
   add(point, positive) {
@@ -249,14 +258,14 @@ export class Clicks {
     const isHandle = event.target.matches(".handle");
     if (!this.active || !this.editing || !this.mask || !isHandle || event.button || event.altKey) return;
     event.preventDefault();
-    this.stage.svg.setPointerCapture(event.pointerId);
     const place = placeOf(event.target);
     const inserts = !isPoint(event.target);
     this.drag = { inserts, place, before: this.mask, mask: this.mask, moved: false };
   }
 
   pull(event) {
-    const { before, inserts, place } = this.drag;
+    const { before, inserts, moved, place } = this.drag;
+    if (!moved) this.stage.svg.setPointerCapture(event.pointerId); // not before, or a double click would miss the point
     this.drag.mask = (inserts ? insertPoint : movePoint)(before, place, this.stage.at(event));
     this.drag.moved = true;
     this.draw();
