@@ -692,10 +692,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=_positive, help="of an image; by default 34 million")
     parser.add_argument("--max-requests", type=_positive, help="at the same time, waiting ones included; by default 16")
     parser.add_argument("--timeout", type=_positive, help="seconds from a request to its answer; by default 60")
+    parser.add_argument("--max-kept-images", type=_positive, help="encoded, waiting for clicks; by default 32")
+    parser.add_argument("--max-kept-bytes", type=_positive, help="of all kept images; by default 256 MiB")
     _add_device(parser)
 
     def run(args: argparse.Namespace) -> None:
-        names = ("max_bytes", "max_pixels", "max_requests", "timeout")
+        names = ("max_bytes", "max_pixels", "max_requests", "timeout", "max_kept_images", "max_kept_bytes")
         limits = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         from pix2seq.web.server import serve
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click_model import CONFIG, SIZE, VOCAB, untrained_predictor
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -26,22 +27,17 @@ from pix2seq.geometry.boxes import box_iou_xyxy
 from pix2seq.geometry.clicks import disturb, first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import rasterize
 from pix2seq.metrics.clicks import Checked, ClickMetric, Trial
-from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.decoding.grammar import RatedBoxGrammar
-from pix2seq.model.pix2seq import build_model
 from pix2seq.rehearsal import record_answers
 from pix2seq.tasks.lessons import recorded_lesson
-from pix2seq.tasks.prompted import Exam, Prompted, PromptedConfig
+from pix2seq.tasks.prompted import Exam, Prompted
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.tokenizers.prompted import decode_found, decode_quality, find_prompt, outline_prompt, quality_id
 from pix2seq.tokenizers.segmentation import encode_polygons
 from pix2seq.types import Clicks, ImageRecord, ObjectMask, Target
-from pix2seq.vocab import EOS, NEGATIVE, POSITIVE, QUALITY, SEPARATOR, Vocab
+from pix2seq.vocab import EOS, NEGATIVE, POSITIVE, QUALITY, SEPARATOR
 
-SIZE = (64, 64)
-VOCAB = Vocab(num_bins=64, text_base=1100, size=1100)
-CONFIG = PromptedConfig(max_clicks=6, max_points=24, even_points=12, short_points=6, grid=3, num_samples=4)
 masks = hnp.arrays(np.bool_, st.tuples(st.integers(2, 12), st.integers(2, 12)))
 
 
@@ -63,15 +59,8 @@ def task(shapes):
 
 
 @pytest.fixture(scope="module")
-def predictor(shapes, task):
-    torch.manual_seed(0)
-    encoder = EncoderConfig(
-        "vit", stem="conv", closeups=True, dim=32, num_layers=1, num_heads=2, mlp_dim=64, patch_size=16
-    )
-    decoder = DecoderConfig(dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=100)
-    model = build_model(ModelConfig(SIZE, encoder=encoder, decoder=decoder, vocab=VOCAB), shapes.categories)
-    model.task_settings = {"prompted": task.settings()}
-    return Predictor(model)
+def predictor(shapes):
+    return untrained_predictor(shapes.categories)
 
 
 @pytest.fixture(scope="module")

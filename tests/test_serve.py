@@ -264,7 +264,7 @@ def test_a_client_that_goes_away_is_forgotten(port, slow):
 
 def test_the_description_and_the_page_need_nothing_from_elsewhere(predictor, port):
     paths = get(port, "/openapi.json").json["paths"]
-    assert set(paths) == {"/predict", "/tasks", "/health", "/examples", "/examples/{index}.jpg"}
+    assert set(paths) == {"/predict", "/images", "/clicks", "/tasks", "/health", "/examples", "/examples/{index}.jpg"}
     assert {"200", "400", "413", "415", "422", "503", "504"} <= set(paths["/predict"]["post"]["responses"])
     page = get(port, "/")
     assert page.headers["content-type"].startswith("text/html")

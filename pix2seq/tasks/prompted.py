@@ -142,6 +142,7 @@ class Prompted(Task[PromptedConfig]):
     length_setting = "prompted.max_points"
     uses_classes = False
     reads_masks = True
+    takes_clicks = True
     about_format = (
         "clicks as `x,y` or `x,y,-` for what does not belong to it, or a box as `x0,y0,x1,y1`, separated by semicolons"
     )
@@ -529,6 +530,11 @@ class Prompted(Task[PromptedConfig]):
             raise InputError(f"a box needs x1 > x0 and y1 > y0, got {about.box_xyxy}")
         if about.num_candidates is not None and about.num_candidates < 1:
             raise InputError(f"num_candidates is {about.num_candidates}; expected at least 1")
+        for ring in about.previous:
+            if ring.ndim != 2 or ring.shape[1] != 2 or len(ring) < MIN_POINTS or not np.isfinite(ring).all():
+                raise InputError(
+                    f"a previous polygon must be numbers (P, 2) with at least {MIN_POINTS} points, got {ring.shape}"
+                )
         return about
 
     # Showing and measuring

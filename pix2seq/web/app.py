@@ -7,6 +7,7 @@ image. Every error is a JSON object with one line, `{"error": "..."}`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,26 +16,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from pix2seq.data.image import NotAnImageError, TooManyPixelsError, read_image
 from pix2seq.drawing import category_color
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
+from pix2seq.types import Clicks
 from pix2seq.web.answers import drawings_to_json, sequences_to_json, without_unlikely
 from pix2seq.web.examples import ExampleImage
+from pix2seq.web.images import KeptImages, NotKeptError
 from pix2seq.web.limits import ExtraHeaders, Gate, Limits
 
 PAGE = Path(__file__).parent / "page"
 MAX_ABOUT = 10_000  # characters
+MAX_POINTS = 10_000  # clicks, or points of a polygon
+FAR = (-1e6, 1e6)  # pixels, beyond any image
 STATUS: dict[type[Exception], int] = {
     NotAnImageError: 415,
     TooManyPixelsError: 413,
+    NotKeptError: 410,
 }  # of errors in the input; 422 for all others
 HEADERS = {
     # The page loads nothing from anywhere else, and no other page shows it as its own.
@@ -52,6 +59,44 @@ class Error(BaseModel):
     error: str
 
 
+class KeptImage(BaseModel):
+    """An image that is kept for clicks, until others need its place."""
+
+    id: str
+    width: int
+    height: int
+
+
+class Question(BaseModel):
+    """Clicks on a kept image. They and the previous answer are all that the answer depends on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(max_length=64, description="its id, from /images")
+    task: str = Field(max_length=100, description="one with `takes_clicks`, see /tasks")
+    points: list[tuple[FiniteFloat, FiniteFloat]] | None = Field(
+        None, max_length=MAX_POINTS, description="x, y in pixels; without points and box, all objects are asked for"
+    )
+    labels: list[bool] | None = Field(None, description="whether each point lies on the object; by default all do")
+    box: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat] | None = Field(None, description="x0, y0, x1, y1")
+    previous: list[list[FiniteFloat]] = Field(
+        [], max_length=MAX_POINTS, description="polygons x, y, x, y, ... of the answer to all clicks but the last"
+    )
+    num_candidates: int | None = Field(None, ge=1, description="masks to return at most; by default as trained")
+    seed: int = Field(0, ge=0, lt=2**64, description="of sampling")
+
+    def clicks(self) -> Clicks | None:
+        """Return the clicks, None for all objects. Raises `InputError` for what is no polygon."""
+        if self.points is None and self.box is None:
+            return None
+        points = tuple(self.points or ())
+        labels = (True,) * len(points) if self.labels is None else tuple(self.labels)
+        if sum(map(len, self.previous)) > 2 * MAX_POINTS or any(len(ring) % 2 for ring in self.previous):
+            raise InputError(f"a polygon is x, y, x, y, ..., and all have at most {MAX_POINTS} points together")
+        rings = tuple(np.array(ring, np.float64).reshape(-1, 2).clip(*FAR).astype(np.float32) for ring in self.previous)
+        return Clicks(points, labels, self.box, rings, self.num_candidates)
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The form cannot be read"},
     413: {"model": Error, "description": "Too many bytes or pixels"},
@@ -60,6 +105,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": Error, "description": "Too many requests are waiting"},
     504: {"model": Error, "description": "No answer in time"},
 }
+GONE: dict[int | str, dict[str, Any]] = {410: {"model": Error, "description": "The image is not kept any more"}}
 EXAMPLE = {
     "image": "street.jpg",
     "width": 640,
@@ -72,12 +118,19 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 }
 
 
+MASK = {"bbox": [40.0, 20.0, 140.0, 290.0], "segmentation": [[40.0, 20.0, 180.0, 20.0, 110.0, 310.0]], "score": 0.9}
+MASKS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Masks, best first", "content": {"application/json": {"example": {"masks": [MASK]}}}}
+}
+
+
 class Asker:
     """Asks the model, one request at a time."""
 
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor, self.limits = predictor, limits
         self._thread = ThreadPoolExecutor(1, "pix2seq-asker")
+        self._kept = KeptImages(limits.max_kept_images, limits.max_kept_bytes)  # the thread's own
 
     def predict(
         self,
@@ -110,6 +163,25 @@ class Asker:
             content["drawings"] = drawings_to_json(prediction)
         return json.dumps(content, allow_nan=False).encode()
 
+    def keep(self, image: UploadFile) -> KeptImage:
+        """Encode an image and keep it for clicks. The same file has the same id, and is encoded once."""
+        content = image.file.read()
+        name = hashlib.sha256(content).hexdigest()
+        if name not in self._kept:
+            self._kept.add(name, self.predictor.encode(read_image(content, max_pixels=self.limits.max_pixels)))
+        width, height = self._kept.get(name).size
+        return KeptImage(id=name, width=width, height=height)
+
+    def click(self, question: Question) -> bytes:
+        """Answer clicks as JSON. Raises `InputError` if they cannot be."""
+        self.predictor.require(question.task)
+        if not self.predictor.tasks[question.task].takes_clicks:
+            raise InputError(f"{question.task} takes no clicks; see takes_clicks of /tasks")
+        image, clicks = self._kept.get(question.image), question.clicks()
+        about = None if clicks is None else [clicks]
+        (masks,) = self.predictor.ask(question.task, [image], about, seed=question.seed)
+        return json.dumps({"masks": [mask.to_json() for mask in masks]}, allow_nan=False).encode()
+
     async def run(self, request: Request, function: Callable[..., T], *args: Any) -> T:
         """Run a function in the thread, when it is free. A request whose client has gone or gives up is dropped."""
         future = asyncio.wrap_future(self._thread.submit(function, *args))
@@ -130,7 +202,7 @@ class Asker:
 
 
 def make_app(predictor: Predictor, *, limits: Limits | None = None, examples: Sequence[ExampleImage] = ()) -> FastAPI:
-    """Return an application that shows a model on a page, and answers `POST /predict`."""
+    """Return an application that shows a model on a page, and answers over HTTP."""
     limits = limits or Limits()
     asker = Asker(predictor, limits)
     app = FastAPI(
@@ -162,6 +234,16 @@ def make_app(predictor: Predictor, *, limits: Limits | None = None, examples: Se
         """Ask tasks about an image."""
         options = (tasks, about, threshold, seed, sequences, drawings)
         return Response(await asker.run(request, asker.predict, image, *options), media_type="application/json")
+
+    @app.post("/images", responses=ERRORS)
+    async def keep(request: Request, image: Annotated[UploadFile, File(description="an image file")]) -> KeptImage:
+        """Encode an image, and keep it for clicks until others need its place."""
+        return await asker.run(request, asker.keep, image)
+
+    @app.post("/clicks", responses=MASKS | ERRORS | GONE)
+    async def click(request: Request, question: Question) -> Response:
+        """Return the masks that clicks can mean, best first."""
+        return Response(await asker.run(request, asker.click, question), media_type="application/json")
 
     @app.get("/tasks")
     async def list_tasks() -> dict[str, Any]:
@@ -198,7 +280,12 @@ def describe(predictor: Predictor) -> dict[str, Any]:
     known = {category.id: category for task in predictor.tasks.values() for category in task.categories.values()}
     return {
         "tasks": [
-            {"name": name, "needs": task.needs, "about_format": task.about_format}
+            {
+                "name": name,
+                "needs": task.needs,
+                "about_format": task.about_format,
+                "takes_clicks": task.takes_clicks,
+            }
             for name, task in predictor.tasks.items()
         ],
         "categories": [

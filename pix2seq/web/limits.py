@@ -23,6 +23,8 @@ class Limits:
     max_pixels: int = 2**25  # of an image, 34 megapixels; one image is decoded at a time
     max_requests: int = 16  # that are received, waiting or being answered
     timeout: float = 60.0  # seconds from the first byte of a request to its answer
+    max_kept_images: int = 32  # encoded images that wait for clicks
+    max_kept_bytes: int = 2**28  # of them all; the last one is kept whatever its size
 
 
 class Gate:

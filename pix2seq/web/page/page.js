@@ -1,7 +1,9 @@
 // The page: asks the server about an image, and joins the image, the list of objects and the tokens.
 
+import { Clicks } from "./clicks.js";
 import { element, find, withProperty } from "./dom.js";
 import { Sequences } from "./sequences.js";
+import { describeError, getJson } from "./server.js";
 import { Stage } from "./stage.js";
 
 const stage = new Stage(find("#stage"));
@@ -11,22 +13,33 @@ const about = find("#about input");
 
 const model = await getJson("/tasks");
 const categories = new Map(model.categories.map((category) => [category.id, category]));
+const askable = model.tasks.filter((task) => !task.takes_clicks); // others have their own way
+const clicked = model.tasks.find((task) => task.takes_clicks);
+const clicks = clicked && new Clicks(stage, clicked.name, say);
 const state = { image: null, name: "", answer: null, task: null, request: null };
 
 // Asking
 
-async function getJson(url, options) {
-  const response = await fetch(url, options);
-  const body = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
-  if (!response.ok) throw new Error(body.error);
-  return body;
-}
-
 async function open(blob, name) {
   Object.assign(state, { image: blob, name, answer: null });
   showAnswer();
+  say("");
   await stage.open(blob);
-  await ask();
+  clicks?.open(blob, name);
+  if (mode() === "tasks") await ask();
+}
+
+function mode() {
+  return document.body.dataset.mode;
+}
+
+// Shows the answers of tasks, or what clicks find.
+function setMode(name) {
+  document.body.dataset.mode = name;
+  clicks?.setActive(name === "clicks");
+  state.request?.abort();
+  find("#stage").classList.remove("asking");
+  if (name === "tasks" && !state.answer) ask();
 }
 
 // Asks the chosen tasks about the image; an earlier request that is still open is given up.
@@ -57,7 +70,7 @@ async function ask() {
   } catch (error) {
     if (error.name === "AbortError") return;
     state.answer = null;
-    say(error instanceof TypeError ? "The server cannot be reached." : `Error: ${error.message}`, true);
+    say(describeError(error), true);
   }
   find("#stage").classList.remove("asking");
   showAnswer();
@@ -192,7 +205,7 @@ for (const place of ["#stage", "#objects", "#captions"].map(find)) {
 // Controls
 
 function addTasks() {
-  for (const task of model.tasks) {
+  for (const task of askable) {
     const input = element("input", { type: "checkbox", name: task.name, checked: true });
     find("#tasks").append(element("label", {}, input, ` ${task.name}`));
   }
@@ -245,5 +258,8 @@ find("#play").addEventListener("click", ({ target }) => {
 });
 
 addTasks();
+find("#mode").hidden = !(clicked && askable.length);
+find("#mode").addEventListener("change", ({ target }) => setMode(target.value));
+setMode(askable.length || !clicked ? "tasks" : "clicks");
 await addExamples();
 document.body.dataset.ready = "";

@@ -3,6 +3,7 @@
 // Every shape of an answer carries `data-answer`, such as "instances/3", the key and the index of its entry in the JSON.
 
 import { shape } from "./dom.js";
+import { rounded } from "./masks.js";
 
 const LAYERS = ["masks", "boxes", "keypoints", "labels", "hits", "cue"];
 const JOINT = 3.5; // radius in pixels of the screen
@@ -43,6 +44,12 @@ export class Stage {
     this.root.style.aspectRatio = `${width} / ${height}`;
     this.root.style.maxWidth = `${(78 * width) / height}vh`;
     this.resize();
+  }
+
+  // Returns the place [x, y] of a pointer, in pixels of the image and inside it.
+  at({ clientX, clientY }) {
+    const { x, y } = new DOMPoint(clientX, clientY).matrixTransform(this.svg.getScreenCTM().inverse());
+    return [x, y].map((value, axis) => rounded(Math.min(Math.max(value, 0), this.size[axis])));
   }
 
   // Keeps text and points at the same size on the screen.
