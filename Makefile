@@ -38,7 +38,8 @@ test-slow: .venv/ready ## the tests that train or convert something larger
 	$(PY) -m pytest -m slow
 
 test-web: .venv/ready ## the tests of pix2seq serve: HTTP under load, and the page in Chromium if it is installed
-	$(PY) -m pytest -m "" tests/test_serve.py tests/test_page.py tests/test_transcript.py
+	$(PY) -m pytest -m "" tests/test_serve.py tests/test_serve_clicks.py tests/test_page.py tests/test_page_clicks.py \
+	  tests/test_transcript.py
 
 serve: .venv/ready ## show the trained model on a web page at http://127.0.0.1:7860; CHECKPOINT=DIR shows another
 	.venv/bin/pix2seq serve $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))

@@ -287,14 +287,15 @@ def test_a_model_in_bf16_decodes(model, monkeypatch):
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 16])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_packed_weights_give_the_same_products(num_rows, bf16, gelu):
+@pytest.mark.parametrize("packs", [False, True])
+def test_packed_weights_give_the_same_products(num_rows, bf16, gelu, packs):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(900, 700, generator=generator), torch.randn(num_rows, 700, generator=generator)
     for bias in (None, torch.randn(900, generator=generator)):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
         expected = torch.nn.functional.gelu(expected) if gelu else expected
         with torch.inference_mode():
-            found = pack_linear(weight, bias, num_rows=num_rows, bf16=bf16, gelu=gelu)(x)
+            found = pack_linear(weight, bias, num_rows=num_rows, bf16=bf16, packs=packs, gelu=gelu)(x)
         error = (found.double() - expected).norm() / expected.norm()
         assert error < (0.01 if bf16 else 1e-5)
 

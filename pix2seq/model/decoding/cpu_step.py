@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 
 Linear = Callable[[Tensor], Tensor]
 
-MIN_PACKED_ROWS = 4  # number of rows from which MKL is faster with packed weights
+# MKL is faster with packed weights from so many rows, and if so many steps make up for packing them.
+MIN_PACKED_ROWS = 4
+MIN_PACKED_STEPS = 16
 # Number of multiplications from which oneDNN's bf16 is faster than float32, as it takes 15 us longer to start.
 # Fewer than 8 rows count as 8, because their time is that of reading the matrix.
 MIN_BF16_WORK = 2**22
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: bool, gelu: bool = False) -> Linear:
-    """Return a function from x (R, in) to (R, out) for `weight` (out, in), packed for about `num_rows` rows.
+def pack_linear(
+    weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: bool, packs: bool, gelu: bool = False
+) -> Linear:
+    """Return a function from x (R, in) to (R, out) for `weight` (out, in); if it `packs`, for about `num_rows` rows.
 
     With `bf16`, it computes in bfloat16 if that is faster than float32. Its result may have either type. `gelu`
     adds an exact GELU.
@@ -45,7 +49,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, num_rows: int, bf16: boo
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, packed_bias, name, [], variant)
     weight = weight.float()
     bias = None if bias is None else bias.float()
-    if num_rows >= MIN_PACKED_ROWS and _can_pack():
+    if packs and _can_pack():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, num_rows)
         linear: Linear = lambda x: torch.ops.mkl._mkl_linear(x.float(), packed, weight, bias, num_rows)  # noqa: E731
     else:
@@ -59,15 +63,16 @@ class CpuStep:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         bf16 = cache.dtype == torch.bfloat16
         self.num_rows = cache.num_rows
+        packs = self.num_rows >= MIN_PACKED_ROWS and cache.num_slots - cache.length >= MIN_PACKED_STEPS
         self.tokens = decoder.token_embedding.weight
         self.positions = decoder.position_embedding
         self.norm = Float32Norm.of(decoder.norm)
         self.layers = [
-            Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16)
+            Layer.of(block, layer, num_rows=self.num_rows, bf16=bf16, packs=packs)
             for block, layer in zip(decoder.blocks, cache.layers, strict=True)
         ]
         self.output_weight, self.output_bias = decoder.output_weight, decoder.output_bias
-        self.output = pack_linear(self.output_weight, self.output_bias, num_rows=self.num_rows, bf16=bf16)
+        self.output = pack_linear(self.output_weight, self.output_bias, num_rows=self.num_rows, bf16=bf16, packs=packs)
 
     def hidden(self, tokens: Tensor, position: int) -> Tensor:
         """Add `tokens` (R,) to the cache at `position`, and return the hidden states (R, D) after them."""
@@ -108,11 +113,11 @@ class Layer:
     memory_values: Tensor  # (B * H, N, d)
 
     @classmethod
-    def of(cls, block: DecoderBlock, cache: LayerCache, *, num_rows: int, bf16: bool) -> Layer:
+    def of(cls, block: DecoderBlock, cache: LayerCache, *, num_rows: int, bf16: bool, packs: bool) -> Layer:
         """Pack the weights of `block`."""
 
         def pack(linear: nn.Linear, *, gelu: bool = False) -> Linear:
-            return pack_linear(linear.weight, linear.bias, num_rows=num_rows, bf16=bf16, gelu=gelu)
+            return pack_linear(linear.weight, linear.bias, num_rows=num_rows, bf16=bf16, packs=packs, gelu=gelu)
 
         return cls(
             Float32Norm.of(block.self_norm),

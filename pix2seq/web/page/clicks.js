@@ -313,5 +313,6 @@ function placeOf(node) {
 }
 
 function colorOf(number) {
-  return `hsl(${(number * 137.5 + 190) % 360} 85% 58%)`; // far from its neighbours by the golden angle
+  const angle = (number * 137.5 + 110) % 360; // the golden angle, so that neighbours differ
+  return `hsl(${angle * 0.78} 85% 58%)`; // no pink, which is `COLOR`
 }
