@@ -203,10 +203,14 @@ def test_calibrating_twice_begins_from_raw_scores(plain, calibrated, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Some images, and the repository's model calibrated on them for a precision of 0.9."""
+    """Some images, and the repository's model as it was trained (`raw`) and calibrated on them (`model`)."""
     folder = tmp_path_factory.mktemp("calibrated")
     write_shapes(folder / "data", num_train=0, num_val=30, seed=11, workers=1)
-    arguments = ["--checkpoint", str(SHAPES), "--data", str(folder / "data"), "--device", "cpu"]
+    raw = shutil.copytree(SHAPES, folder / "raw")
+    content = json.loads((raw / "config.json").read_text())
+    del content["calibration"]
+    (raw / "config.json").write_text(json.dumps(content))
+    arguments = ["--checkpoint", str(raw), "--data", str(folder / "data"), "--device", "cpu"]
     assert main(["calibrate", *arguments, "--out", str(folder / "model"), "--precision", "0.9"]) == 0
     return folder
 
@@ -218,7 +222,7 @@ def evaluated(world, checkpoint, *more):
 
 
 def test_the_command_calibrates_what_it_measures(world):
-    before = evaluated(world, SHAPES, "--task", "segmentation")
+    before = evaluated(world, world / "raw", "--task", "segmentation")
     after = evaluated(world, world / "model", "--task", "segmentation")
     question = "segmentation/found_boxes"
     by_class = [[row["AP"] for row in each["scores"][question]["per_class"]] for each in (before, after)]
