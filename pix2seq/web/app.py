@@ -28,7 +28,7 @@ from pix2seq.data.image import NotAnImageError, TooManyPixelsError, read_image
 from pix2seq.drawing import category_color
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
-from pix2seq.types import Clicks
+from pix2seq.types import Clicks, ObjectMask
 from pix2seq.web.answers import drawings_to_json, sequences_to_json, without_unlikely
 from pix2seq.web.examples import ExampleImage
 from pix2seq.web.images import KeptImages, NotKeptError
@@ -118,7 +118,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 }
 
 
-MASK = {"bbox": [40.0, 20.0, 140.0, 290.0], "segmentation": [[40.0, 20.0, 180.0, 20.0, 110.0, 310.0]], "score": 0.9}
+MASK = ObjectMask((40, 20, 180, 310), [np.array([[40, 20], [180, 20], [110, 310]], np.float32)], 0.9).to_json()
 MASKS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Masks, best first", "content": {"application/json": {"example": {"masks": [MASK]}}}}
 }
