@@ -19,8 +19,6 @@ from pix2seq.files import output_folder
 from pix2seq.infer.predict import predict_files
 from pix2seq.model.pretrained import CONFIG_FILE
 from pix2seq.predictor import Prediction, Predictor
-from pix2seq.training.config import config_file, load_config
-from pix2seq.training.loop import run
 from pix2seq.types import Target
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"  # in a checkout; not in a wheel
@@ -119,6 +117,9 @@ def count_found(target: Target, prediction: Prediction, names: Mapping[int, str]
 
 def train_demo(out: Path, overrides: Sequence[str] = ()) -> None:
     """Write a data set, a trained model, metrics and `demo.png` into `out`, a new folder or that of an earlier demo."""
+    from pix2seq.training.config import config_file, load_config  # here, because showing a model trains nothing
+    from pix2seq.training.loop import run
+
     _check_folder(out)
     for folder in (out / "run", out / "predictions"):
         shutil.rmtree(folder, ignore_errors=True)

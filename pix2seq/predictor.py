@@ -35,7 +35,7 @@ from pix2seq.model.pretrained import CONFIG_FILE, find_checkpoint
 from pix2seq.results import Instances
 from pix2seq.session import Session
 from pix2seq.tasks import get_task, task_names
-from pix2seq.tasks.objects import Boxes
+from pix2seq.tasks.objects import given_objects
 from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
@@ -398,8 +398,10 @@ class Predictor:
         names = [tasks] if isinstance(tasks, str) else tasks
         for name in names:
             self.require(name)
-        given = _about(boxes, categories)
-        about = {} if given is None else {name: given for name in names if self.tasks[name].needs}
+        about = {}
+        if boxes is not None:
+            given = [given_objects(boxes, categories)]
+            about = {name: given for name in names if self.tasks[name].needs}
         options = {"threshold": threshold, "classes": classes, "seed": seed, **settings}
         return self.predict_batch([image], names, about, **options)[0]
 
@@ -546,10 +548,10 @@ class Predictor:
         """Ask a task about the objects of an image, or of each image of a list."""
         images, many = _many(image)
         _check_options(options, ObjectOptions)
-        if not many:
-            about = _about(boxes, categories)
-        elif boxes is None:
+        if boxes is None:
             about = None
+        elif not many:
+            about = [given_objects(boxes, categories)]
         else:
             names = [categories] * len(images) if categories is None or isinstance(categories, str) else categories
             if len(_listed(boxes, "boxes, one entry for each image")) != len(images) or len(names) != len(images):
@@ -557,7 +559,8 @@ class Predictor:
                     f"{len(images)} images were given with boxes for {len(boxes)} and categories for {len(names)}; "
                     "give one entry for each image"
                 )
-            about = [(_about(*each) or [[]])[0] for each in zip(boxes, names, strict=True)]
+            pairs = zip(boxes, names, strict=True)
+            about = [[] if some is None else given_objects(some, name) for some, name in pairs]
         encoded = self._encoded(images)
         answers = self.ask(task, encoded, about, **options)
         found = [Instances(each, size=image.size) for image, each in zip(encoded, answers, strict=True)]
@@ -744,18 +747,6 @@ def _checked_seed(seed: int) -> int:
     if not 0 <= value < 2**64:
         raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
     return value
-
-
-def _about(
-    boxes: Sequence[Instance] | ArrayLike | None, categories: str | Sequence[str] | None
-) -> list[Boxes | list[Instance]] | None:
-    """What one image is asked about, None if nothing was given."""
-    if boxes is None:
-        return None
-    given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
-    if given and len(given) != len(boxes):  # type: ignore[arg-type]
-        raise InputError(f"boxes mix {len(given)} instances with others; give instances or numbers")
-    return [given or Boxes(boxes, categories)]  # type: ignore[arg-type]
 
 
 def _clicks(

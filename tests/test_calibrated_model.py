@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from random_model import OLD, random_model
 from test_calibration import KNOWN, graded_of
 
-from pix2seq import Pix2Seq, Predictor
+from pix2seq import Predictor
 from pix2seq.calibrate import Calibrated, calibrate, write_calibration
 from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
@@ -23,7 +23,6 @@ from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks.objects import Boxes
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD = Path(__file__).parent / "fixtures" / "checkpoint-0.1"  # four tasks, random weights
 SHAPES = ROOT / "checkpoints" / "shapes"
 IMAGE = np.random.default_rng(3).integers(0, 256, (40, 60, 3)).astype(np.uint8)
 # The class `circle`, if it is known, goes by a map that turns the order of classes round.
@@ -34,24 +33,14 @@ MAPS = (
 CALIBRATION = {name: TaskCalibration(0.51, 0.9, 0.5, MAPS) for name in ("detection", "segmentation", "captioning")}
 
 
-def open_old():
-    model = Pix2Seq.from_pretrained(OLD)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        model.decoder.output_bias[[100 + category.label for category in model.categories]] += 3.0
-    return model
-
-
 @pytest.fixture(scope="module")
 def plain():
-    return Predictor(open_old())
+    return Predictor(random_model())
 
 
 @pytest.fixture(scope="module")
 def calibrated():
-    model = open_old()
+    model = random_model()
     model.calibration = {name: each.to_json() for name, each in CALIBRATION.items()}
     return Predictor(model)
 

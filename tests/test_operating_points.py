@@ -6,27 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_metrics import CAT, DOG, target_of
 
 from pix2seq.metrics.coco_ap import average_precision
 from pix2seq.metrics.matching import THRESHOLDS, Matches, curve, operating_points
-from pix2seq.types import Category, ImageRecord, Instance, Target
-
-CAT, DOG = Category(1, 7, "cat"), Category(2, 9, "dog")
-
-
-def target_of(boxes, labels=None, *, image_id=1, crowd=None):
-    boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    count = len(boxes)
-    return Target(
-        image=ImageRecord(image_id, None, 200, 200),
-        boxes_xyxy=boxes,
-        labels=np.array(labels if labels is not None else [1] * count, np.int64),
-        areas=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
-        iscrowd=np.array(crowd if crowd is not None else [False] * count),
-        annotation_ids=np.arange(count),
-        segmentations=(None,) * count,
-        keypoints=np.zeros((count, 0, 3), np.float32),
-    )
+from pix2seq.types import Instance
 
 
 def found(box, score=1.0, category=CAT):

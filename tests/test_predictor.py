@@ -8,12 +8,12 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from random_model import OLD, random_model
 
 from pix2seq import Pix2Seq, Predictor
 from pix2seq.data.image import read_image
@@ -24,7 +24,6 @@ from pix2seq.tasks.objects import Boxes
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.types import Instance
 
-OLD = Path(__file__).parent / "fixtures" / "checkpoint-0.1"  # written by 14286fe: four tasks, random weights
 RNG = np.random.default_rng(3)
 IMAGES = [RNG.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((40, 60), (64, 30), (20, 20), (33, 50))]
 # The middle of each image's objects: six, none, one and three.
@@ -33,13 +32,7 @@ BOXES = [[[2 * i, i, 2 * i + 20, i + 15] for i in range(count)] for count in (6,
 
 @pytest.fixture
 def predictor():
-    model = Pix2Seq.from_pretrained(OLD)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # so that answers differ
-    with torch.no_grad():
-        model.decoder.output_bias[[100 + category.label for category in model.categories]] += 3.0
-    return Predictor(model)
+    return Predictor(random_model())
 
 
 @pytest.fixture

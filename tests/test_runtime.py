@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_predictor import BOXES, IMAGES, OLD, same
+from random_model import OLD
+from test_predictor import BOXES, IMAGES, same
 
 from pix2seq import Pix2Seq, Predictor
 from pix2seq.cli import main
@@ -127,7 +128,7 @@ def completions(predictor, runner, task, pixels, boxes, seed):
         if asker is predictor:
             found = asker._complete(asked, [image], [requests], seed)
         else:
-            found = asker._complete(image, requests, seed)
+            found = asker._complete(asked, image, requests, seed)
         both.append(list(map(without_padding, found)))
     return both
 
@@ -199,11 +200,11 @@ def test_finished_rows_leave_without_changing_others(pair, monkeypatch):
         return step(tokens, cache)
 
     monkeypatch.setattr(runner.graphs, "step", counted)
-    dropping = runner._complete(image, requests, seed)
+    dropping = runner._complete(task, image, requests, seed)
     assert len(set(sizes)) > 1
     assert sizes == sorted(sizes, reverse=True)
     monkeypatch.setattr(runtime_generate, "MAX_SHARE_LEFT", 0.0)
-    for a, b in zip(dropping, runner._complete(image, requests, seed), strict=True):
+    for a, b in zip(dropping, runner._complete(task, image, requests, seed), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
         np.testing.assert_array_equal(a.truncated, b.truncated)

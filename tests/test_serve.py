@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from web_client import OLD, encoded, form, get, noise, png_header, predict, request, serving
+from random_model import OLD, random_model
+from web_client import encoded, form, get, noise, png_header, predict, request, serving
 
 import pix2seq.tasks
 from pix2seq import Pix2Seq, Predictor
@@ -37,13 +37,7 @@ LIMITS = Limits(max_bytes=200_000, max_pixels=10_000, max_requests=4, timeout=30
 @pytest.fixture(scope="module")
 def predictor():
     """A model of random weights that finds persons and writes captions."""
-    model = Pix2Seq.from_pretrained(OLD)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        model.decoder.output_bias[[100 + each.label for each in model.categories if each.keypoints]] += 6.0
-    predictor = Predictor(model)
+    predictor = Predictor(random_model(lambda category: category.keypoints, bias=6.0))
     predictor.configure(num_objects=8, min_box_score=0.0)
     return predictor
 

@@ -8,7 +8,8 @@ import torch
 from click_model import untrained_predictor
 from hypothesis import given
 from hypothesis import strategies as st
-from web_client import OLD, encoded, form, get, noise, png_header, predict, request, serving
+from random_model import OLD
+from web_client import encoded, form, get, noise, png_header, predict, request, serving
 
 from pix2seq import Predictor
 from pix2seq.errors import InputError

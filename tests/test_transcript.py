@@ -113,7 +113,8 @@ def test_text_is_read_word_by_word_and_by_default_all_of_it_is_the_answer():
 
 
 def test_what_was_asked_and_said_comes_with_every_prediction():
-    from test_predictor import BOXES, IMAGES, OLD
+    from random_model import OLD
+    from test_predictor import BOXES, IMAGES
 
     predictor = Predictor.from_pretrained(OLD, device="cpu")
     found = predictor.predict(IMAGES[0], list(predictor.tasks))

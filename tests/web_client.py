@@ -7,7 +7,6 @@ import threading
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ import uvicorn
 from PIL import Image
 
 from pix2seq.web.app import make_app
-
-OLD = Path(__file__).parent / "fixtures" / "checkpoint-0.1"  # four tasks, random weights
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pix2seq.model.decoding.completion import Completion, is_greedy
 from pix2seq.runtime.generate import generate, uniform
 from pix2seq.runtime.graphs import CPU, ExportedConfig, Floats, Graphs
 from pix2seq.tasks import get_task, task_names
-from pix2seq.tasks.objects import Boxes
+from pix2seq.tasks.objects import given_objects
 from pix2seq.tasks.request import EncodedImage, Request
 from pix2seq.tasks.task import Task
 from pix2seq.types import Caption, Instance
@@ -87,12 +87,9 @@ class Runner:
         elif asked.needs:
             about = asked.subjects(self.ask(asked.needs[0], encoded, seed=seed))
         requests = asked.requests(encoded, about)
-        completions = self._complete(encoded, requests, seed)
+        completions = self._complete(asked, encoded, requests, seed)
         while further := asked.follow_up(encoded, requests, completions):
-            requests, completions = further, self._complete(encoded, further, seed)
-        if any(completion.truncated.any() for completion in completions):
-            longest = max(request.generation.max_new_tokens for request in requests)
-            warnings.warn(f"{task}: an answer was cut; {asked.cut_hint(longest)}", stacklevel=2)
+            requests, completions = further, self._complete(asked, encoded, further, seed)
         return asked.calibrated(asked.answers(encoded, requests, completions), self.config.calibration.get(task))
 
     def detect(self, image: EncodedImage | ImageSource, *, seed: int = 0) -> list[Instance]:
@@ -112,7 +109,8 @@ class Runner:
         Boxes are instances, or numbers (N, 4) as x0, y0, x1, y1 in pixels of the image. Numbers need `categories`,
         one name for all or one for each, unless the model knows a single class.
         """
-        return self.ask("segmentation", image, _about(boxes, categories), seed=seed)
+        about = None if boxes is None else given_objects(boxes, categories)
+        return self.ask("segmentation", image, about, seed=seed)
 
     def keypoints(
         self,
@@ -126,7 +124,8 @@ class Runner:
 
         For `boxes` and `categories`, see `segment`.
         """
-        return self.ask("keypoint", image, _about(boxes, categories), seed=seed)
+        about = None if boxes is None else given_objects(boxes, categories)
+        return self.ask("keypoint", image, about, seed=seed)
 
     def caption(self, image: EncodedImage | ImageSource, *, seed: int = 0) -> Caption:
         """Return a sentence about an image."""
@@ -166,8 +165,13 @@ class Runner:
         inputs = np.stack([warp_image(pixels, fit_affine(pixels.shape[:2], size), size) for pixels in images])
         return self.graphs.encode(np.ascontiguousarray(inputs.transpose(0, 3, 1, 2), np.float32) / np.float32(255))
 
-    def _complete(self, image: EncodedImage, requests: Sequence[Request], seed: int) -> list[Completion]:
-        """Answer the requests about an image, those of one kind side by side, and return completions in order."""
+    def _complete(
+        self, task: Task[Any], image: EncodedImage, requests: Sequence[Request], seed: int
+    ) -> list[Completion]:
+        """Answer the requests about an image, those of one kind side by side, and return completions in order.
+
+        Warns if an answer was cut at its length.
+        """
         kinds: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
             whole = request.region is None and request.closeup is None
@@ -179,6 +183,9 @@ class Runner:
                 batch = members[start : start + size]
                 some = self._continue(image, [requests[i] for i in batch], whole, seed)
                 completions |= zip(batch, some, strict=True)
+        if any(completion.truncated.any() for completion in completions.values()):
+            longest = max(request.generation.max_new_tokens for request in requests)
+            warnings.warn(f"{task.name}: an answer was cut; {task.cut_hint(longest)}", stacklevel=3)
         return [completions[i] for i in range(len(requests))]
 
     def _continue(self, image: EncodedImage, requests: Sequence[Request], whole: bool, seed: int) -> list[Completion]:
@@ -206,10 +213,3 @@ class Runner:
                 for i in range(0, len(frames), MAX_CLOSEUPS)
             ]
         return np.concatenate(parts)
-
-
-def _about(boxes: Sequence[Instance] | ArrayLike | None, categories: str | Sequence[str] | None) -> Any:
-    """What one image is asked about, None if nothing was given."""
-    if boxes is None or (isinstance(boxes, Sequence) and boxes and all(isinstance(each, Instance) for each in boxes)):
-        return boxes
-    return Boxes(boxes, categories)  # type: ignore[arg-type]

@@ -44,6 +44,17 @@ class Boxes:
     scores: Sequence[float] | None = None  # None: 1 for each
 
 
+def given_objects(boxes: Sequence[Instance] | ArrayLike, categories: str | Sequence[str] | None) -> Any:
+    """Return what a user asks about in one image: instances, or `Boxes` made of numbers and class names.
+
+    Raises `InputError` for a mix of instances and others.
+    """
+    given = [box for box in boxes if isinstance(box, Instance)] if isinstance(boxes, Sequence) else []
+    if given and len(given) != len(boxes):  # type: ignore[arg-type]
+        raise InputError(f"boxes mix {len(given)} instances with others; give instances or numbers")
+    return given or Boxes(boxes, categories)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class ObjectTaskConfig(TaskConfig):
     """Settings of a task about single objects."""

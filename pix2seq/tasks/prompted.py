@@ -8,7 +8,7 @@ side by side, and boxes are kept that several clicks agree on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
@@ -206,7 +206,7 @@ class Prompted(Task[PromptedConfig]):
             drawn = jitter_box(lesson.box_xyxy, self.config.box_jitter, size, rng)
             if rng.random() < 0.5:
                 points, positive, previous = points[:0], positive[:0], []
-        prompt = self._find_prompt(whole, points, positive, drawn, previous)
+        prompt = self._prompt(find_prompt, whole, points, positive, drawn, previous)
         box = box_xyxy_to_yxyx(lesson.box_xyxy) / np.array([*size, *size])
         response = np.append(quality_id(lesson.quality), self.vocab.coord_ids(box))
         weights = np.full(len(response), self.config.find_weight, np.float32)
@@ -222,7 +222,7 @@ class Prompted(Task[PromptedConfig]):
             if self.config.closeup:
                 frame = whole.around(moved, self.config.closeup_padding)
                 closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
-            prompt = self._outline_prompt(frame, points, positive, moved, previous)
+            prompt = self._prompt(outline_prompt, frame, points, positive, moved, previous)
             response = np.append(self._outline(rings, frame, size), EOS)
             if len(response) == 1:
                 continue  # too small to have an outline
@@ -243,7 +243,9 @@ class Prompted(Task[PromptedConfig]):
         whole = Frame.of_input(size)
         response = np.append(quality_id(0.0), self.vocab.coord_ids(np.array([0.0, 0.0, 1.0, 1.0])))
         weights = np.array([self.config.find_weight, 0, 0, 0, 0], np.float32)
-        return [Example(self._find_prompt(whole, point[None], np.ones(1, np.bool_)), response, response, weights)]
+        return [
+            Example(self._prompt(find_prompt, whole, point[None], np.ones(1, np.bool_)), response, response, weights)
+        ]
 
     def _outline(self, rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> NDArray[np.int64]:
         """Return the ids of rings within a frame, at equal distances, without an end."""
@@ -252,38 +254,22 @@ class Prompted(Task[PromptedConfig]):
         even = [ring[:, ::-1] / input_size[::-1] for ring in space_evenly(near, self.config.even_points)]
         return encode_polygons(even, self.vocab, max_points=self.config.max_points)
 
-    def _find_prompt(
+    def _prompt(
         self,
+        write: Callable[..., NDArray[np.int64]],
         frame: Frame,
         points_xy: NDArray[np.floating],
         positive: NDArray[np.bool_],
         box_xyxy: NDArray[np.floating] | None = None,
         previous: Sequence[Ring] = (),
     ) -> NDArray[np.int64]:
-        return find_prompt(
+        """Write the prompt of a step, by `find_prompt` or `outline_prompt`, in a frame."""
+        return write(
             self.vocab.task_id(self.name),
             frame.to_input_yx(points_xy),
             positive,
             self.vocab,
             box_yxyx=None if box_xyxy is None else frame.to_input_yxyx(box_xyxy[None])[0],
-            previous=[frame.to_input_yx(ring) for ring in previous],
-            short_points=self.config.short_points,
-        )
-
-    def _outline_prompt(
-        self,
-        frame: Frame,
-        points_xy: NDArray[np.floating],
-        positive: NDArray[np.bool_],
-        box_xyxy: NDArray[np.floating],
-        previous: Sequence[Ring] = (),
-    ) -> NDArray[np.int64]:
-        return outline_prompt(
-            self.vocab.task_id(self.name),
-            frame.to_input_yx(points_xy),
-            positive,
-            self.vocab,
-            box_yxyx=frame.to_input_yxyx(box_xyxy[None])[0],
             previous=[frame.to_input_yx(ring) for ring in previous],
             short_points=self.config.short_points,
         )
@@ -382,7 +368,7 @@ class Prompted(Task[PromptedConfig]):
     def _find(self, image: EncodedImage, step: _Step) -> Request:
         """Ask which box is meant."""
         clicks, vocab = step.clicks, self.vocab
-        prompt = self._find_prompt(image.frame(), *_arrays(clicks), _box(clicks), clicks.previous)
+        prompt = self._prompt(find_prompt, image.frame(), *_arrays(clicks), _box(clicks), clicks.previous)
         grammar = RatedBoxGrammar(QUALITY[0], QUALITY[-1], vocab.coord_base, vocab.num_bins)
         greedy = {"temperature": 0.0} if step.role == "grid" else {}
         generation = GenerationConfig(FIND_LENGTH, grammar=grammar, eos_id=None, **{**self.sampling, **greedy})
@@ -395,7 +381,7 @@ class Prompted(Task[PromptedConfig]):
         box = np.array(step.mask.box_xyxy)
         closeup = image.frame().around(box, self.config.closeup_padding) if self.config.closeup else None
         frame = closeup or image.frame()
-        prompt = self._outline_prompt(frame, *_arrays(step.clicks), box, step.clicks.previous)
+        prompt = self._prompt(outline_prompt, frame, *_arrays(step.clicks), box, step.clicks.previous)
         grammar = PolygonGrammar(
             self.vocab.coord_base, self.vocab.num_bins, SEPARATOR, EOS, max_points=self.config.max_points
         )
