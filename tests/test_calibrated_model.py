@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from random_model import OLD, random_model
 from test_calibration import KNOWN, graded_of
 
@@ -17,7 +18,7 @@ from pix2seq.cli import main
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.errors import InputError
-from pix2seq.infer.predict import read_boxes
+from pix2seq.infer.predict import predict_files, read_boxes
 from pix2seq.metrics.calibration import CalibrationReport, ScoreMap, TaskCalibration
 from pix2seq.model.pretrained import find_checkpoint
 from pix2seq.tasks.objects import Boxes
@@ -125,6 +126,20 @@ def test_what_is_drawn_is_of_the_checkpoints_threshold(plain, calibrated):
     assert prediction.draw().tobytes() == prediction.draw(min_score=0.51).tobytes()
     assert prediction.draw().tobytes() != prediction.draw(min_score=0.0).tobytes()
     assert set(plain.thresholds.values()) == {0.3}
+
+
+def test_files_for_labelling_tools_hold_what_is_drawn(calibrated, tmp_path):
+    calibrated.model.save_pretrained(tmp_path / "model")
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    predict_files(
+        [tmp_path / "a.png"], checkpoint=tmp_path / "model", out=tmp_path / "out", tasks=["detection"],
+        label_format="coco", device="cpu",
+    )  # fmt: skip
+    own = json.loads((tmp_path / "out" / "a.json").read_text())["instances"]
+    written = json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"]
+    likely = [each["bbox"] for each in own if each["score"] >= 0.51]
+    assert 0 < len(likely) < len(own)
+    assert [each["bbox"] for each in written] == likely
 
 
 def test_written_objects_are_asked_about_by_their_raw_scores(calibrated, tmp_path):

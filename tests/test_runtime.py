@@ -22,6 +22,7 @@ from test_predictor import BOXES, IMAGES, same
 from pix2seq import Pix2Seq, Predictor
 from pix2seq.cli import main
 from pix2seq.errors import InputError
+from pix2seq.metrics.calibration import ScoreMap, TaskCalibration
 from pix2seq.model.config import EncoderConfig
 from pix2seq.model.decoding.completion import GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar, KeypointGrammar, PolygonGrammar, TextGrammar
@@ -184,6 +185,44 @@ def test_results_are_those_of_the_predictor(pair):
         expected, found = (asker.predict(pixels, ["detection", "segmentation", "captioning"]) for asker in pair)
         flat = [answer for name in found for answer in found[name]]
         assert all(map(same, flat, [*expected.instances, *expected.captions]))
+
+
+@ONE_ENCODER
+def test_scores_are_calibrated_as_the_predictor_does_it(exported, tmp_path):
+    folder = shutil.copytree(exported / "onnx", tmp_path / "onnx")
+    content = json.loads((folder / "config.json").read_text())
+    curve = ScoreMap("isotonic", (0.0, 0.2, 1.0), (0.1, 0.6, 0.9))
+    maps = {name: TaskCalibration(0.5, 0.9, 0.5, (((), curve),)) for name in ("detection", "segmentation")}
+    content["calibration"] = {name: each.to_json() for name, each in maps.items()}
+    (folder / "config.json").write_text(json.dumps(content))
+    predictor, runner = Predictor.from_pretrained(exported / "checkpoint", device="cpu"), Runner(folder, num_threads=1)
+    raw = [each.score for each in predictor.detect(IMAGES[0])]
+    predictor.calibration = maps
+    for pixels in IMAGES:
+        found = runner.detect(pixels)
+        assert all(map(same, found, predictor.detect(pixels)))
+        assert all(map(same, runner.segment(pixels, found), predictor.segment(pixels, found)))
+    assert [each.raw_score for each in predictor.detect(IMAGES[0])] == pytest.approx(raw)
+    assert [each.score for each in runner.detect(IMAGES[0])] != pytest.approx(raw)
+
+
+@ONE_ENCODER
+def test_a_task_may_ask_again_after_the_first_answers(pair):
+    predictor, runner = pair
+
+    def twice(image, requests, completions):
+        """After one request, ask it twice, and nothing more after those."""
+        return [] if len(requests) == 2 else [*requests, *requests]
+
+    for asker in pair:
+        asker.tasks["captioning"].follow_up = twice
+    (expected,) = predictor.ask("captioning", [IMAGES[0]])
+    found = runner.ask("captioning", IMAGES[0])
+    assert len(found) == len(expected) == 2
+    assert all(map(same, found, expected))
+    exchange = predictor.predict(IMAGES[0], ["captioning"]).exchanges["captioning"]
+    assert len(exchange.requests) == len(exchange.completions) == 3  # all that was asked and said is kept
+    assert all(map(same, exchange.answers, expected))
 
 
 @ONE_ENCODER
