@@ -1,12 +1,14 @@
 """Token ids: one vocabulary for all tasks, in the official layout.
 
     0            padding and end of sequence
-    10 .. 14     task prompts
+    10 .. 17     task prompts
     18 .. 29     prompts of tasks registered from elsewhere
     30           noise: the class of a noise object
     40, 41       separator of polygon parts, invisible keypoint
     42, 43       positive click, negative click
+    44, 45       no, yes
     46 .. 56     quality: an IoU of 0 to 1 in tenths
+    57 .. 72     slots: classes that the prompt says the meaning of
     100 ..       classes, label `l` at 100 + l (labels start at 1)
     1000 ..      coordinate bins
     3000 ..      text
@@ -28,13 +30,24 @@ from pix2seq.settings import PositiveInt, Range, Settings
 
 PAD = 0
 EOS = 0  # padding and the end of a sequence share an id
-TASK_IDS = {"detection": 10, "segmentation": 11, "keypoint": 12, "captioning": 13, "prompted": 14}
+TASK_IDS = {
+    "detection": 10,
+    "segmentation": 11,
+    "keypoint": 12,
+    "captioning": 13,
+    "prompted": 14,
+    "by_example": 15,
+    "by_words": 16,
+    "matching": 17,
+}
 OTHER_TASK_IDS = range(18, 30)
 NOISE = 30
 SEPARATOR = 40
 INVISIBLE = 41
 POSITIVE, NEGATIVE = 42, 43
+NO, YES = 44, 45
 QUALITY = range(46, 57)
+SLOTS = range(57, 73)
 CLASS_BASE = 100
 MAX_SIZE = 2**20
 
@@ -133,7 +146,9 @@ class Vocab(Settings):
         """Describe an id in a word, for people who look at sequences."""
         names = {PAD: "end", NOISE: "noise", SEPARATOR: "separator", INVISIBLE: "invisible"}
         names |= {POSITIVE: "positive", NEGATIVE: "negative"}
+        names |= {NO: "no", YES: "yes"}
         names |= {token: f"quality:{step}" for step, token in enumerate(QUALITY)}
+        names |= {token: f"slot:{number}" for number, token in enumerate(SLOTS, start=1)}
         names |= {token_id: f"task:{name}" for name, token_id in (self.other_tasks | TASK_IDS).items()}
         if token in names:
             return names[token]

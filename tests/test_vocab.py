@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pix2seq.errors import InputError
-from pix2seq.vocab import CLASS_BASE, NOISE, OTHER_TASK_IDS, TASK_IDS, Vocab, dequantize, quantize
+from pix2seq.vocab import CLASS_BASE, NO, NOISE, OTHER_TASK_IDS, SLOTS, TASK_IDS, YES, Vocab, dequantize, quantize
 
 
 def test_the_layout_is_the_official_one():
     vocab = Vocab()
-    assert TASK_IDS == {"detection": 10, "segmentation": 11, "keypoint": 12, "captioning": 13, "prompted": 14}
+    names = ("detection", "segmentation", "keypoint", "captioning", "prompted", "by_example", "by_words", "matching")
+    assert {name: 10 + number for number, name in enumerate(names)} == TASK_IDS
+    assert (NO, YES, SLOTS[0], SLOTS[-1]) == (44, 45, 57, 72)
     assert (NOISE, CLASS_BASE, vocab.coord_base, vocab.text_base, vocab.max_label) == (30, 100, 1000, 3000, 899)
     assert vocab.coord_ids(np.array([0.0, 0.5, 1.0], np.float32)).tolist() == [1000, 1500, 1999]
 
