@@ -478,6 +478,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--easy", action="store_true", help="five classes, larger and plain, on plain ground")
     parser.add_argument("--person-share", type=float, help="share of figures that are persons; by default 1 of 11")
     parser.add_argument("--classes", help="only these classes, separated by commas; by default all eleven")
+    parser.add_argument("--stuff", action="store_true", help="sky and ground behind the figures, annotated as stuff")
     parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
 
     def run(args: argparse.Namespace) -> None:
@@ -493,6 +494,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             easy=args.easy,
             person_share=args.person_share,
             classes=None if args.classes is None else [name.strip() for name in args.classes.split(",")],
+            stuff=args.stuff,
             workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation images in {args.folder}")

@@ -33,6 +33,7 @@ class Category:
     keypoints: tuple[str, ...] = ()  # names of the K points, in order
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of indices into `keypoints`, from 0
     flip_pairs: tuple[tuple[str, str], ...] | None = None  # points that swap in a mirror; None: their names say it
+    is_stuff: bool = False  # a region without number, such as sky; COCO writes `isthing: 0`
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a config file, the inverse of `from_json`."""
@@ -44,7 +45,7 @@ class Category:
             "skeleton": [list(pair) for pair in self.skeleton],
         }
         pairs = {} if self.flip_pairs is None else {"flip_pairs": [list(pair) for pair in self.flip_pairs]}
-        return value | pairs
+        return value | pairs | ({"is_stuff": True} if self.is_stuff else {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Category:
@@ -61,7 +62,10 @@ class Category:
             raise ValueError(f"the skeleton of {name!r} names other points than its {len(keypoints)} keypoints")
         if not all(isinstance(text, str) for pair in flip_pairs or () for text in pair):
             raise ValueError(f"the flip pairs of {name!r} must be names of its keypoints, got {flip_pairs}")
-        return cls(label, number, name, keypoints, skeleton, flip_pairs)
+        is_stuff = value.get("is_stuff", False)
+        if type(is_stuff) is not bool:
+            raise ValueError(f"is_stuff of {name!r} must be true or false, got {is_stuff!r}")
+        return cls(label, number, name, keypoints, skeleton, flip_pairs, is_stuff)
 
 
 def category_key(name: str) -> str:

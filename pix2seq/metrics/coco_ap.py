@@ -25,6 +25,7 @@ from pix2seq.metrics.calibration import Graded
 from pix2seq.metrics.confusion import Confusion, confusion
 from pix2seq.metrics.matching import THRESHOLDS, Matches, operating_points, point_metrics
 from pix2seq.metrics.metric import Metric, Scores
+from pix2seq.metrics.panoptic import PanopticQuality, Segment
 from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target, category_key
 
 Kind = Literal["box", "mask", "keypoint"]
@@ -173,6 +174,8 @@ def average_precision(
     matches = _matches(scored, counted, detections)
     metrics |= point_metrics(matches)
     threshold = metrics["threshold@0.5"]
+    if kind == "mask":
+        metrics |= _panoptic(known_images, annotations, detections, categories, id_of_label, threshold)
     return ApResult(
         metrics,
         _per_class(scored, names_of, counted, detections, matches),
@@ -183,6 +186,36 @@ def average_precision(
         confusion=confusion(annotations, detections, list(names_of.values()), threshold) if kind == "box" else None,
         graded=_graded(matches, names_of),
     )
+
+
+def _panoptic(
+    images: Mapping[int, ImageRecord],
+    annotations: Sequence[Mapping[str, Any]],
+    detections: Sequence[Mapping[str, Any]],
+    categories: Sequence[Category],
+    id_of_label: Mapping[int, int],
+    threshold: float | None,
+) -> dict[str, float | None]:
+    """Score masks as one map an image: those of at least `threshold`."""
+    stuff = {id_of_label[category.label] for category in categories if category.is_stuff}
+    quality = PanopticQuality(set(id_of_label.values()), stuff)
+    truths: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in images}
+    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in images}
+    for annotation in annotations:
+        if annotation["area"] != _IGNORED_AREA:
+            truths[annotation["image_id"]].append(annotation)
+    for detection in detections:
+        if threshold is not None and detection["score"] >= threshold:
+            found[detection["image_id"]].append(detection)
+    decode = lambda each: mask_utils.decode(each["segmentation"]).astype(np.bool_)  # noqa: E731
+    for image_id in images:
+        smallest_first = sorted(truths[image_id], key=lambda each: each["area"])
+        best_first = sorted(found[image_id], key=lambda each: -each["score"])
+        quality.add(
+            [Segment(decode(each), each["category_id"], bool(each["iscrowd"])) for each in smallest_first],
+            [Segment(decode(each), each["category_id"]) for each in best_first],
+        )
+    return quality.result()
 
 
 def _is_counted(annotation: Mapping[str, Any]) -> bool:

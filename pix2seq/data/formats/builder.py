@@ -102,6 +102,8 @@ class DatasetBuilder:
         keypoints: tuple[str, ...] = (),
         bones: tuple[tuple[int, int], ...] = (),
         flip_pairs: tuple[tuple[str, str], ...] | None = None,
+        *,
+        is_stuff: bool = False,
     ) -> int:
         """Add a class, or join it with the one of its name, and return its index.
 
@@ -112,7 +114,7 @@ class DatasetBuilder:
             taken = {known.number for known in self._categories}
             number = max(taken, default=0) + 1 if number in taken or number < 0 else number
             self._category_index[key] = len(self._categories)
-            self._categories.append(_Class(number, name.strip(), keypoints, bones, flip_pairs, [name]))
+            self._categories.append(_Class(number, name.strip(), keypoints, bones, flip_pairs, is_stuff, [name]))
             return len(self._categories) - 1
         index = self._category_index[key]
         known = self._categories[index]
@@ -190,8 +192,9 @@ class _Class:
     keypoints: tuple[str, ...]
     bones: tuple[tuple[int, int], ...]
     flip_pairs: tuple[tuple[str, str], ...] | None
+    is_stuff: bool
     spellings: list[str]
 
     def category(self) -> Category:
         """Return the class, still without a label of its own."""
-        return Category(self.number, self.number, self.name, self.keypoints, self.bones, self.flip_pairs)
+        return Category(self.number, self.number, self.name, self.keypoints, self.bones, self.flip_pairs, self.is_stuff)

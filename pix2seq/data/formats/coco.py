@@ -179,7 +179,8 @@ class _Reader:
             bones = tuple(bone for bone in skeleton if all(0 <= end < len(keypoints) for end in bone))
             if bones != skeleton:
                 self.defects.add(None, None, "skeleton names an unknown keypoint", "bone left out", name)
-            place = self.builder.add_category(number, name, keypoints, bones, flip_pairs)
+            is_stuff = fields.get("isthing") == 0
+            place = self.builder.add_category(number, name, keypoints, bones, flip_pairs, is_stuff=is_stuff)
             if index.setdefault(number, place) != place:
                 raise InputError(
                     f"{path} gives the category id {fields['id']} to {name!r}, but {names[number]!r} has it already; "

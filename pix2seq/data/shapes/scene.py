@@ -40,6 +40,10 @@ TOLERANCE = 0.5  # fine pixels; straightens the stairs of a slanted edge and no 
 CLASS_NAMES = (*POLYGONS, "person")
 EASY_CLASS_NAMES = ("circle", "square", "triangle", "star", "heart")
 COLOUR_NAMES = tuple(HSV_RANGES)
+GROUNDS = {"plain": 0.2, "gradient": 0.25, "clouds": 0.3, "stripes": 0.1, "checks": 0.05, "noise": 0.1}  # their odds
+# Stuff, from top to bottom, and the grounds that show it.
+STUFF = {"sky": ("plain", "gradient", "clouds"), "ground": ("stripes", "checks", "noise")}
+HORIZON = (0.25, 0.75)  # range of its height at either side, as a share of the image's
 
 
 @dataclass
@@ -63,10 +67,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image (H, W, 3) and its figures, from back to front."""
+    """An image (H, W, 3), its figures, from back to front, and the stuff behind them."""
 
     image: NDArray[np.uint8]
     figures: list[Figure]
+    stuff: list[Figure] = field(default_factory=list)  # without colour or texture, as if no figure stood before it
 
 
 @dataclass
@@ -93,12 +98,13 @@ def make_scene(
     easy: bool = False,
     person_share: float | None = None,
     classes: Sequence[str] | None = None,
+    stuff: bool = False,
 ) -> Scene:
     """Draw an image of `size` x `size` pixels with 1 to `max_figures` figures that may overlap.
 
     An `easy` scene has five classes, larger figures, no textures and a plain background. `person_share`, from 0 to 1,
     is the share of figures that are drawn as persons; by default all classes are as likely. `classes` names those that
-    are drawn; with `person_share` it needs one beside the person.
+    are drawn; with `person_share` it needs one beside the person. With `stuff`, a horizon parts `STUFF`.
     """
     names = tuple(classes or (EASY_CLASS_NAMES if easy else CLASS_NAMES))
     side = size * SUPERSAMPLING
@@ -117,7 +123,8 @@ def make_scene(
                 placed.append(candidate)
                 below[candidate.mask] = len(placed)
                 break
-    fine = _background(rng, size, easy)
+    regions = _stuff(rng, size) if stuff else []
+    fine = _background(rng, size, easy) if not stuff else _landscape(rng, size, easy, regions)
     for candidate in placed:
         _paint(rng, fine, candidate)
     for number, candidate in enumerate(placed, start=1):
@@ -125,7 +132,7 @@ def make_scene(
     image = cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA)
     grain = rng.uniform(0, 4 if easy else 9)
     image = image.astype(np.float32) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(grain)
-    return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed])
+    return Scene(image.clip(0, 255).astype(np.uint8), [candidate.figure for candidate in placed], regions)
 
 
 def _random_figure(
@@ -169,10 +176,33 @@ def _fits(candidate: _PlacedFigure, placed: list[_PlacedFigure], covered: NDArra
     )
 
 
-def _background(rng: Generator, size: int, easy: bool) -> NDArray[np.uint8]:
+def _stuff(rng: Generator, size: int) -> list[Figure]:
+    """Part an image by a slanted horizon."""
+    left, right = (rng.uniform(*HORIZON, 2) * size).tolist()
+    found = []
+    for name, (edge, low, high) in zip(
+        STUFF, ((0.0, 0.0, max(left, right)), (float(size), min(left, right), float(size))), strict=True
+    ):
+        ring = np.array([[0.0, edge], [size, edge], [size, right], [0.0, left]])
+        found.append(Figure(name, "", "", (0.0, low, float(size), high), [ring], abs(ring_area(ring))))
+    return found
+
+
+def _landscape(rng: Generator, size: int, easy: bool, regions: Sequence[Figure]) -> NDArray[np.uint8]:
+    """Draw regions of stuff that cover the image, each with one of its grounds."""
+    whole = (0, 0, size * SUPERSAMPLING, size * SUPERSAMPLING)
+    first, *others = regions
+    fine = _background(rng, size, easy, STUFF[first.name])
+    for region in others:
+        mask = fill([ring * SUPERSAMPLING for ring in region.rings], whole)
+        fine[mask] = _background(rng, size, easy, STUFF[region.name])[mask]
+    return fine
+
+
+def _background(rng: Generator, size: int, easy: bool, kinds: Sequence[str] = tuple(GROUNDS)) -> NDArray[np.uint8]:
     """Draw a background of size * SUPERSAMPLING pixels a side; it has no edges, so it is drawn small and enlarged."""
-    kinds, odds = ("plain", "gradient", "clouds", "stripes", "checks", "noise"), (0.2, 0.25, 0.3, 0.1, 0.05, 0.1)
-    kind = "plain" if easy else str(rng.choice(kinds, p=odds))
+    odds = np.array([GROUNDS[kind] for kind in kinds])
+    kind = "plain" if easy else str(rng.choice(kinds, p=odds / odds.sum()))
     first, second = muted_colour(rng), muted_colour(rng)
     if kind in ("stripes", "checks", "noise"):
         second = first + (second - first) * np.float32(0.35)  # low contrast, so it stays a background

@@ -28,7 +28,7 @@ from pix2seq.data.shapes.captions import (
     phrase,
     relation,
 )
-from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, MAX_FIGURES, Figure
+from pix2seq.data.shapes.scene import CLASS_NAMES, COLOUR_NAMES, MAX_FIGURES, STUFF, Figure
 from pix2seq.types import Target
 
 SLACK = 0.002  # pixels that rounding in a file may move a centre
@@ -55,17 +55,19 @@ def is_true_of(text: str, target: Target, *, names: Mapping[int, str]) -> bool |
 
 def figures_of(target: Target, names: Mapping[int, str]) -> list[Figure] | None:
     """Return the figures of a generated image, without masks; None if its annotations are not of that world."""
-    if not 0 < len(target.attributes) <= MAX_FIGURES or target.image.width != target.image.height:
+    if not target.attributes or target.image.width != target.image.height:
         return None
     figures = []
     for box, label, area, attributes in zip(
         target.boxes_xyxy.tolist(), target.labels.tolist(), target.areas.tolist(), target.attributes, strict=True
     ):
         name, colour = names.get(label, ""), attributes.get("colour", "")
+        if name in STUFF:
+            continue
         if name not in CLASS_NAMES or colour not in COLOUR_NAMES:
             return None
         figures.append(Figure(name, colour, attributes.get("texture", ""), tuple(box), area=area))
-    return figures
+    return figures if 0 < len(figures) <= MAX_FIGURES else None
 
 
 def _is_list(sentence: str, leads: Sequence[str], facts: Sequence[str]) -> bool:

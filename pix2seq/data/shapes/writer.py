@@ -22,7 +22,7 @@ from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.image import read_image
 from pix2seq.data.shapes.captions import captions
 from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
-from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, Figure, make_scene
+from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, STUFF, Figure, make_scene
 from pix2seq.drawing import draw_target, tile
 from pix2seq.errors import InputError, unknown_name
 
@@ -31,6 +31,7 @@ VAL_IDS_FROM = 5_000_000
 JPEG_QUALITY = 92
 # As in COCO, ids have gaps and the person comes first; this exposes code that uses ids as indices.
 CATEGORY_IDS = {name: 1 if name == "person" else 3 + 2 * i for i, name in enumerate(CLASS_NAMES)}
+STUFF_IDS = {name: 101 + 2 * i for i, name in enumerate(STUFF)}
 
 Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]  # entry of an image, of its annotations, captions
 
@@ -46,11 +47,12 @@ def write_shapes(
     easy: bool = False,
     person_share: float | None = None,
     classes: Sequence[str] | None = None,
+    stuff: bool = False,
     workers: int = 1,
 ) -> None:
     """Write `num_train` and `num_val` images of `size` pixels a side into `out`, a new or empty folder.
 
-    Each has 1 to `max_objects` figures; for `easy`, `person_share` and `classes`, see `make_scene`. Raises `InputError`
+    Each has 1 to `max_objects` figures; for the other options, see `make_scene`. Raises `InputError`
     if the folder is not empty, a number is out of range or a class is unknown.
     """
     out = Path(out)
@@ -77,16 +79,19 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     try:
         world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
-        world |= {"person_share": person_share, "classes": classes}
+        world |= {"person_share": person_share, "classes": classes, "stuff": stuff}
         command = f"pix2seq data shapes DIR --train {num_train} --val {num_val} --size {size} --seed {seed}"
         command += f" --max-objects {max_objects}" if max_objects != MAX_FIGURES else ""
         command += " --easy" if easy else ""
         command += f" --person-share {person_share}" if person_share is not None else ""
         command += f" --classes {','.join(classes)}" if classes else ""
+        command += " --stuff" if stuff else ""
         info = {"version": "1.0", "year": 2026, "command": command}
         for split, count in (("train", num_train), ("val", num_val)):
             described = {"description": f"Generated shapes, {split}, seed {seed}", **info}
-            _write_split(partial_folder, split, count, partial(write_image, split=split, **world), described, workers)
+            _write_split(
+                partial_folder, split, count, partial(write_image, split=split, **world), described, workers, stuff
+            )
         if out.exists():
             out.rmdir()
         partial_folder.rename(out)
@@ -108,7 +113,13 @@ def contact_sheet(
 
 
 def _write_split(
-    folder: Path, split: str, count: int, write: Callable[..., Written], info: dict[str, Any], workers: int
+    folder: Path,
+    split: str,
+    count: int,
+    write: Callable[..., Written],
+    info: dict[str, Any],
+    workers: int,
+    stuff: bool,
 ) -> None:
     image_folder = folder / f"{split}2017"
     image_folder.mkdir()
@@ -134,6 +145,9 @@ def _write_split(
         {"supercategory": "figure" if name == "person" else "shape", "id": category_id, "name": name}
         for name, category_id in sorted(CATEGORY_IDS.items(), key=lambda item: item[1])
     ]
+    if stuff:
+        categories = [{**category, "isthing": 1} for category in categories]
+        categories += [{"supercategory": "stuff", "id": i, "name": name, "isthing": 0} for name, i in STUFF_IDS.items()]
     person = {**categories[0], "keypoints": KEYPOINTS, "skeleton": [list(pair) for pair in SKELETON]}
     common = {
         "info": info,
@@ -172,30 +186,31 @@ def write_image(
     easy: bool,
     person_share: float | None,
     classes: Sequence[str] | None,
+    stuff: bool,
 ) -> Written:
     """Draw and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share, classes=classes)
+    scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share, classes=classes, stuff=stuff)
     image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
     name = f"{image_id:012d}.jpg"
     encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     (folder / name).write_bytes(encoded.tobytes())
     image = {"license": 1, "file_name": name, "height": size, "width": size, "id": image_id}
-    return image, [_annotation(figure, image_id) for figure in scene.figures], captions(scene, rng)
+    return image, [_annotation(figure, image_id) for figure in [*scene.figures, *scene.stuff]], captions(scene, rng)
 
 
 def _annotation(figure: Figure, image_id: int) -> dict[str, Any]:
     x0, y0, x1, y1 = figure.box_xyxy
     entry: dict[str, Any] = {
         "image_id": image_id,
-        "category_id": CATEGORY_IDS[figure.name],
+        "category_id": (CATEGORY_IDS | STUFF_IDS)[figure.name],
         "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
         "area": round(figure.area, 3),
         "iscrowd": 0,
         "segmentation": [[round(v, 3) for v in ring.ravel().tolist()] for ring in figure.rings],
-        "colour": figure.colour,
-        "texture": figure.texture,
     }
+    if figure.name not in STUFF:
+        entry |= {"colour": figure.colour, "texture": figure.texture}
     if figure.keypoints is not None:
         points = figure.keypoints
         entry["keypoints"] = [v for x, y, seen in points.tolist() for v in (round(x, 2), round(y, 2), int(seen))]
