@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,16 +60,25 @@ def show_demo(
     _draw(predictions, out)
     table = demo_table(result, dataset, predictions)
     (out / "table.txt").write_text(table, encoding="utf-8")
-    some = dataset.images[0].path
+    some, run = dataset.images[0].path, typed_command()
     print(
         f"\n{table}\n{time.perf_counter() - started:.0f} seconds in all. "
         f"Look at {out / 'demo.png'}; all scores are in {out / 'metrics.json'}, this table is in {out / 'table.txt'}.\n"
         "Next:\n"
-        f"  one image, as JSON too           pix2seq predict {some} --checkpoint {checkpoint}\n"
-        f"  other images                     pix2seq demo --seed {seed + 1}\n"
-        "  a model of your own, in minutes  pix2seq demo --train\n"
-        "  your own images (COCO or VOC)    pix2seq train --config configs/detection_voc.yaml data=MY_DATA"
+        f"  one image, as JSON too           {run} predict {some} --checkpoint {checkpoint}\n"
+        f"  other images                     {run} demo --seed {seed + 1}\n"
+        f"  a model of your own, in minutes  {run} demo --train\n"
+        f"  your own images (COCO or VOC)    {run} train --config configs/detection_voc.yaml data=MY_DATA"
     )
+
+
+def typed_command() -> str:
+    """Return how to type the running command: its name, or its path where the shell does not find that name."""
+    name, path = "pix2seq", Path(sys.argv[0])
+    found = shutil.which(name)
+    if path.name != name or (found is not None and Path(found).resolve() == path.resolve()):
+        return name
+    return os.path.relpath(path)
 
 
 def find_model(checkpoint: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,21 @@ def test_a_wrong_export_ends_in_one_line(run, data, exported, tmp_path, change, 
     assert main(["export", *source, "--out", str(tmp_path / "x"), *(words.get(word, word) for word in change)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_demo_names_the_command_as_it_must_be_typed(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "pix2seq"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert demo.typed_command() == "bin/pix2seq"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert demo.typed_command() == "pix2seq"
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    assert demo.typed_command() == "pix2seq"
 
 
 def test_the_demo_shows_new_images_and_scores_them(exported, tmp_path, capsys):
