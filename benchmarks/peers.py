@@ -1,12 +1,14 @@
-"""Detectors trained from scratch on the same images for the same minutes: ours, ours as earlier, and torchvision's.
+"""Detectors trained on the same images for the same minutes: ours, ours as earlier, and torchvision's.
 
     python benchmarks/peers.py DATA [--minutes 10] [--threads 2] [--seeds 0 1 2] [--models ours ...] [--json]
 
 DATA is a folder in COCO or Pascal VOC layout with the splits train and val. All models see the same augmentation, batch
-size and AdamW settings of --config, average their weights as it says, and have no pretrained weights:
+size and AdamW settings of --config, and average their weights as it says. All but `tuned` start from scratch:
 
-- `ours` is --config as it is.
-- `earlier` is the same model with the choices of earlier implementations in PyTorch: no noise objects (a list ends by
+- `tuned` is --config as it is, from the model that it names as `init`: by default the shipped one, which has seen
+  generated shapes alone. Without `init` there is no such row.
+- `ours` is the same model from scratch.
+- `earlier` is `ours` with the choices of earlier implementations in PyTorch: no noise objects (a list ends by
   its end token), no positions added to the memory again, and every sequence padded to the length of the longest.
 - torchvision's `ssdlite320_mobilenet_v3_large` and `fasterrcnn_mobilenet_v3_large_320_fpn` in float32, on images of 320
   pixels in height, the size that they are made for, at the peak rate --peer-lr.
@@ -58,13 +60,13 @@ from pix2seq.training.optimizer import build_optimizer, set_learning_rate
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import PAD
 
-OURS, EARLIER = "ours", "earlier"
+TUNED, OURS, EARLIER = "tuned", "ours", "earlier"
 PEER_OPTIONS: dict[str, dict[str, Any]] = {
     # All likely boxes, as COCO's measure expects; by default, Faster R-CNN leaves out those below 0.05.
     "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.001, "detections_per_img": 100},
     "fasterrcnn_mobilenet_v3_large_320_fpn": {"box_score_thresh": 0.001, "box_detections_per_img": 100},
 }
-MODELS = (OURS, EARLIER, *PEER_OPTIONS)
+MODELS = (TUNED, OURS, EARLIER, *PEER_OPTIONS)
 PEER_HEIGHT = 320  # pixels
 TRIAL_STEPS = (8, 8, 32)  # the first run warms up, the others differ by 24 steps
 WARMUP_STEPS = 50
@@ -93,9 +95,11 @@ class PaddedDetection(Detection):
 
 
 def train_ours(base: TrainConfig, model: str, minutes: float, out: Path) -> dict[str, Any]:
-    """Train `ours` or `earlier` for some minutes, and return the row of its result."""
+    """Train `tuned`, `ours` or `earlier` for some minutes, and return the row of its result."""
     config = replace(base, log_every=20, eval_every=0, eval_images=1, num_workers=0, trackers=())
     config = replace(config, checkpoint_every=10**9)
+    if model != TUNED:
+        config = replace(config, init=None)
     if model == EARLIER:
         config = as_earlier(config)
     times = [processor_time(config, steps, out / f"trial{index}") for index, steps in enumerate(TRIAL_STEPS)]
@@ -253,6 +257,8 @@ def _main(argv: Sequence[str]) -> None:
     for seed in args.seeds:
         for name in args.models:
             config = load_config(args.config, [], data=str(args.data), seed=seed, tasks=[Detection.name], device="cpu")
+            if name == TUNED and config.init is None:
+                continue
             with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
                 if name in PEER_OPTIONS:
                     row = train_peer(config, name, args.minutes, args.peer_lr)
