@@ -38,7 +38,6 @@ from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import given_objects
 from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.task import Task
-from pix2seq.tokenizers.captioning import encode_caption
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Clicks, Instance, ObjectMask, category_key
 
@@ -363,6 +362,8 @@ class Predictor:
 
     def embed_text(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """Return unit vectors (S, E) of sentences. Raises `InputError` if the model makes none."""
+        from pix2seq.tokenizers.captioning import encode_caption
+
         size = self._embedding_size()
         self._check_ready()
         text, longest = self.model.text, self.model.decoder.max_seq_len
