@@ -78,8 +78,14 @@ def all_settings(config: Settings, prefix: str = "") -> Iterator[Setting]:
             sections.append((value, f"{prefix}{field.name}."))
         else:
             yield Setting(prefix + field.name, shown(value), in_words(hints[field.name]), comments.get(field.name, ""))
+            sections += [(part(), f"{prefix}{field.name}.") for part in get_args(hints[field.name]) if is_section(part)]
     for value, name in sections:
         yield from all_settings(value, name)
+
+
+def is_section(hint: Any) -> bool:
+    """Return whether a type is one of settings, which a field may hold in place of null."""
+    return isinstance(hint, type) and issubclass(hint, Settings)
 
 
 def shown(value: Any) -> str:
@@ -107,6 +113,8 @@ def in_words(hint: Any) -> str:
         return f"{number} of {' and '.join(each)}" if len(each) == 1 else f"{number}: {', '.join(each)}"
     if origin is dict:
         return f"mapping of names to {in_words(parts[1])}"
+    if is_section(hint):
+        return "the settings of that section"
     names = {
         int: "whole number",
         float: "number",

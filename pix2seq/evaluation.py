@@ -191,6 +191,8 @@ def measure(
         known = predictor.model.categories
         classes = ClassMap(needed_categories(dataset, known), known)
     categories = dataset.categories if classes is None else classes.categories
+    captions = dataset.annotations.all_captions()
+    asking = {name: predictor.tasks[name].with_data(captions, categories) for name in tasks}
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]
@@ -201,8 +203,7 @@ def measure(
                 targets = [classes.to_model(target) for target in targets]
             needed = {need for name in tasks for need in predictor.tasks[name].needs if need in predictor.tasks}
             found = {name: predictor.ask(name, encoded, seed=seed) for name in sorted(needed)}
-            for name in tasks:
-                task = predictor.tasks[name]
+            for name, task in asking.items():
                 supply = found.get(task.needs[0]) if task.needs else None
                 asked = [
                     (i, question, about)

@@ -1,11 +1,12 @@
 """Training examples of a task, samples of an image, and how samples become a batch.
 
 Shapes: P prompt tokens, R response tokens, B images, C closeups, S sequences, L tokens of all sequences, K scored
-tokens.
+tokens, T sentences, M tokens of all sentences.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class Example:
     second: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None  # (R,) another target of each token; its weight
     # (R, 4) which ids each response token was sampled from: a range [low, high), and two more ids or -1; None: all
     choices: NDArray[np.int64] | None = None
+    sentence: NDArray[np.int64] | None = None  # with its end, that is true of the image; to compare images with
 
     def shifted(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """Return tokens, targets and weights (P + R - 1,): at each position the decoder predicts the next token."""
@@ -79,13 +81,18 @@ class Batch:
     image_ids: Mapping[str, tuple[int, ...]]  # by task
     samples: tuple[Sample, ...] = ()  # that it was made of, without their images; only where rewards need them
     choices: Tensor | None = None  # (K, 4) int64, of the examples; None: all ids
+    # Sentences that are true of an image, end to end and in the order of images; they read no memory.
+    sentence_tokens: Tensor | None = None  # (M,) int64
+    sentence_lengths: Tensor | None = None  # (T,) int64; on the host
+    sentence_images: Tensor | None = None  # (T,) int64
+    sentence_keys: Tensor | None = None  # (T,) int64, from 0; equal for equal sentences
     layout: Any = None  # where the sequences lie, a `pix2seq.model.packing.Layout`; None: made from `lengths`
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to another device, without what stays on the host."""
         return self._map(
             lambda tensor: tensor.to(device, non_blocking=True),
-            keep=("lengths", "memory_index", "closeups", "closeup_images"),
+            keep=("lengths", "memory_index", "closeups", "closeup_images", "sentence_lengths"),
         )
 
     def pin_memory(self) -> Batch:
@@ -169,6 +176,9 @@ def collate(
     choices = None
     if any(example.choices is not None for example in examples):
         choices = torch.from_numpy(np.concatenate([_choices(example) for example in examples])[scored])
+    told = [(each.image, each.example.sentence) for each in placed if each.example.sentence is not None]
+    told.sort(key=lambda pair: pair[0])
+    sentences = [sentence for _, sentence in told]
     return Batch(
         images=torch.from_numpy(_stack([sample.image for sample in samples])) if images is None else images,
         tokens=torch.from_numpy(np.concatenate(tokens)),
@@ -185,8 +195,18 @@ def collate(
         counts=tuple(np.bincount(task_index, scored_weights, len(tasks)).tolist()),
         image_ids={name: tuple(s.image_id for s in samples if name in s.examples) for name in tasks},
         choices=choices,
+        sentence_tokens=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *sentences])),
+        sentence_lengths=torch.tensor([len(each) for each in sentences], dtype=torch.int64),
+        sentence_images=torch.tensor([image for image, _ in told], dtype=torch.int64),
+        sentence_keys=torch.tensor([_key(each) for each in sentences], dtype=torch.int64),
         samples=tuple(replace(sample, image=sample.image[:0]) for sample in samples) if keep_samples else (),
     )
+
+
+def _key(sentence: NDArray[np.int64]) -> int:
+    """Return a number below 2**63 by which equal sentences are found."""
+    digest = hashlib.blake2b(np.ascontiguousarray(sentence, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _scored(

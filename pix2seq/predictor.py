@@ -189,8 +189,8 @@ class Predictor:
             return []
         height, width = self.model.config.image_size
         return [
-            EncodedImage(memory, each, (height, width), maps)
-            for (memory, maps), each in zip(self._encode_pixels(pixels), pixels, strict=True)
+            EncodedImage(memory, each, (height, width), maps, embedding)
+            for (memory, maps, embedding), each in zip(self._encode_pixels(pixels), pixels, strict=True)
         ]
 
     def ask(
@@ -345,6 +345,35 @@ class Predictor:
         _check_options(options, Options)
         captions = [found[0] for found in self.ask("captioning", images, **options)]
         return captions if many else captions[0]
+
+    def match(self, image: OneImage, sentences: Sequence[str]) -> NDArray[np.float64]:
+        """Return the probability that each sentence is true of an image, (S,), each 0 to 1."""
+        about = list(_listed(sentences, "sentences"))
+        return np.array([match.score for match in self.ask("matching", [image], [about])[0]], np.float64)
+
+    def embed(self, images: Sequence[OneImage]) -> NDArray[np.float32]:
+        """Return unit vectors (B, E) of images, to compare with those of other images and of sentences.
+
+        Raises `InputError` if the model makes none.
+        """
+        size = self._embedding_size()
+        found = [image.embedding for image in self._encoded(images)]
+        return torch.stack(found).cpu().numpy() if found else np.zeros((0, size), np.float32)
+
+    def embed_text(self, sentences: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors (S, E) of sentences. Raises `InputError` if the model makes none."""
+        from pix2seq.tokenizers.captioning import encode_caption
+
+        size = self._embedding_size()
+        self._check_ready()
+        text, longest = self.model.text, self.model.decoder.max_seq_len
+        if text is None:
+            raise InputError("this checkpoint has no text tokenizer, so it reads no sentences")
+        ids = [
+            encode_caption(each, text, self.model.config.vocab, max_tokens=longest)
+            for each in _listed(sentences, "sentences")
+        ]
+        return self._embed_sentences(ids) if ids else np.zeros((0, size), np.float32)
 
     def click(
         self,
@@ -603,14 +632,41 @@ class Predictor:
         encoded = iter(self.encode_batch(fresh))
         return [image if isinstance(image, EncodedImage) else next(encoded) for image in images]
 
-    def _encode_pixels(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Memory (N, D) and finer maps of each image (H, W, 3), of any sizes."""
+    def _encode_pixels(
+        self, images: Sequence[NDArray[np.uint8]]
+    ) -> list[tuple[Tensor, tuple[Tensor, ...], Tensor | None]]:
+        """Memory (N, D), finer maps and embedding (E,), if any, of each image (H, W, 3), of any sizes."""
         size = self.model.config.image_size
         inputs = np.stack([warp_image(pixels, fit_affine(pixels.shape[:2], size), size) for pixels in images])
         batch = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(self.model.device).float() / 255
         with torch.inference_mode(), self._autocast():
             memory, maps = self.model.encode_with_maps(batch)
-        return [(memory[i], tuple(each[i] for each in maps)) for i in range(len(images))]
+            embeddings = self.model.embed_images(memory) if self.model.contrast is not None else None
+        return [
+            (memory[i], tuple(each[i] for each in maps), None if embeddings is None else embeddings[i])
+            for i in range(len(images))
+        ]
+
+    def _embedding_size(self) -> int:
+        settings = self.model.config.contrast
+        if settings is None:
+            raise InputError(
+                "this checkpoint makes no embeddings; train one with model.contrast.dim=128, as in "
+                "configs/matching_shapes.yaml"
+            )
+        return settings.dim
+
+    def _embed_sentences(self, sentences: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Embed sentences (L,), ends included, each as it would be alone: (S, E)."""
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+        found = np.zeros((len(sentences), self._embedding_size()), np.float32)
+        for start in range(0, len(order), MAX_ROWS):
+            some = order[start : start + MAX_ROWS]
+            tokens = torch.from_numpy(np.concatenate([sentences[i] for i in some])).to(self.model.device)
+            lengths = torch.tensor([len(sentences[i]) for i in some])
+            with torch.inference_mode(), self._autocast():
+                found[some] = self.model.embed_sentences(tokens, lengths).cpu().numpy()
+        return found
 
     def _look_closer(self, asked: Sequence[tuple[EncodedImage, Frame]]) -> Tensor:
         """Memories (R, N, D) of frames of encoded images."""
@@ -631,6 +687,11 @@ class Predictor:
         """
         asked = [(image, request) for image, some in zip(images, requests, strict=True) for request in some]
         completions: list[Completion | None] = [None] * len(asked)
+        embedded = [i for i, (_, request) in enumerate(asked) if request.embeds]
+        if embedded:
+            embeddings = self._embed_sentences([asked[i][1].prompt for i in embedded])
+            for i, embedding in zip(embedded, embeddings, strict=True):
+                completions[i] = Completion.of_embedding(embedding)
         for batch in self._batches(asked):
             some = [asked[i] for i in batch]
             memory, memory_index = self._memories(some)
@@ -656,7 +717,10 @@ class Predictor:
         decoder = self.model.decoder
         width = decoder.token_embedding.weight.shape[1]
         token_bytes = 2 * len(decoder.blocks) * width * (2 if self.bf16 else 4)
-        order = sorted(range(len(asked)), key=lambda i: (asked[i][1].num_samples, -asked[i][1].length))
+        order = sorted(
+            (i for i, (_, request) in enumerate(asked) if not request.embeds),
+            key=lambda i: (asked[i][1].num_samples, -asked[i][1].length),
+        )
         batches: list[list[int]] = []
         rows = slots = samples = 0
         memories: set[_Key] = set()
@@ -688,7 +752,7 @@ class Predictor:
                 memories[key] = image.memory
         for some in _chunks(list(crops), MAX_CROPS):
             encoded = self._encode_pixels([crops[key] for key in some])
-            memories |= {key: memory for key, (memory, _) in zip(some, encoded, strict=True)}
+            memories |= {key: memory for key, (memory, _, _) in zip(some, encoded, strict=True)}
         for some in _chunks(list(closeups), MAX_CLOSEUPS):
             memories |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
         number = {key: i for i, key in enumerate(keys)}

@@ -26,7 +26,7 @@ from pix2seq.errors import InputError
 from pix2seq.evaluation import EvalResult
 from pix2seq.files import output_file, output_folder, report_write_errors, write_atomically
 from pix2seq.metrics.coco_ap import ApResult
-from pix2seq.metrics.matching import SHOWN, curve
+from pix2seq.metrics.operating_points import SHOWN, curve
 from pix2seq.predictor import Predictor
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.tasks.task import Task

@@ -147,6 +147,18 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Match:
+    """A sentence and whether it is true of an image."""
+
+    text: str
+    score: float  # the probability that it is, 0 to 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry for NAME.json."""
+        return {"text": self.text, "score": round(self.score, 6)}
+
+
+@dataclass(frozen=True)
 class Instance:
     """One predicted object, in pixels of the original image."""
 

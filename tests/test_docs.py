@@ -58,6 +58,7 @@ SMALLER = {
 FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_size=2"]
 FROM_SHAPES = {
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
+    "configs/matching_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
@@ -174,6 +175,14 @@ def clicker(tiny):
 
 
 @pytest.fixture(scope="module")
+def matcher(tiny):
+    """A model that compares images and sentences."""
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'matcher'}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", "configs/matching_shapes.yaml", *settings])) == 0
+    return tiny / "matcher"
+
+
+@pytest.fixture(scope="module")
 def exported(tiny):
     """The tiny model as ONNX graphs."""
     assert cli.main(["export", str(tiny / "run"), "--format", "onnx", "--out", str(tiny / "onnx")]) == 0
@@ -193,6 +202,8 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
     if "runs/prompted" in page.read_text("utf-8"):
         shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
+    if "runs/matching" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("matcher"), tmp_path / "runs/matching")
     if "shapes-onnx" in page.read_text("utf-8"):
         (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])
@@ -342,6 +353,8 @@ def test_the_page_of_settings_has_every_key_with_its_default_range_and_meaning(s
         "Invented objects a sequence; none given: fill up to max_objects, as published.",
     ]
     assert rows["model.image_size"][:2] == ["[640, 640]", "2 values of whole number, from 1 to 8,192"]
+    assert rows["model.contrast"][:2] == ["null", "the settings of that section, or null"]
+    assert rows["model.contrast.dim"][0] == "128"
     assert rows["captioning.flip"][1] == "auto, always, never"
     assert rows["captioning.temperature"][0] == "1.0"  # of the base class
     assert rows["trackers"][:2] == ["[tensorboard]", "list of tensorboard, wandb, trackio"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_metrics import CAT, DOG, target_of
 
 from pix2seq.metrics.coco_ap import average_precision
-from pix2seq.metrics.matching import THRESHOLDS, Matches, curve, operating_points
+from pix2seq.metrics.operating_points import THRESHOLDS, Matches, curve, operating_points
 from pix2seq.types import Instance
 
 

@@ -27,7 +27,7 @@ from pix2seq.vocab import Vocab
 FREE_TEXTS = {
     "data", "val_data", "annotations", "val_annotations", "out",
     "tasks", "train_split", "val_split", "best_metric", "device", "init", "features",
-    "model.encoder.name", "captioning.tokenizer", "augment.flip_pairs", "prompted.answers",
+    "model.encoder.name", "captioning.tokenizer", "matching.tokenizer", "augment.flip_pairs", "prompted.answers",
 }  # fmt: skip
 ALL_TASKS = {"tasks": list(BUILT_IN)}
 
@@ -36,11 +36,16 @@ def leaves(settings, prefix=""):
     """Name, class and type of every field below `settings`, those of nested settings too."""
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
+        value = getattr(settings, field.name) or optional(hints[field.name])
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, type(settings), hints[field.name]
+
+
+def optional(hint):
+    """The settings, at their defaults, that a field may hold in place of None."""
+    return next((part() for part in get_args(hint) if isinstance(part, type) and issubclass(part, Settings)), None)
 
 
 def parts(hint, wrap=lambda value: value):

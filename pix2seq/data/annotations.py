@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing.context import get_spawning_popen
@@ -160,10 +160,9 @@ class Annotations(SharedArrays):
             difficult=difficult,
         )
 
-    def all_captions(self) -> Iterator[str]:
-        """Yield the captions of all images, in order."""
-        for begin, end in pairwise(self.first_char.tolist()):
-            yield self.captions[begin:end].tobytes().decode("utf-8")
+    def all_captions(self) -> Captions:
+        """Return the captions of all images, in order."""
+        return Captions(self.captions, self.first_char)
 
     def table(self, images: ImageTable, categories: Sequence[Category]) -> pd.DataFrame:
         """Return one row per annotation with `OBJECT_COLUMNS`, in double precision; about 200 bytes each."""
@@ -223,6 +222,27 @@ class Annotations(SharedArrays):
         for owner, kind in zip(self.attribute_owner[low:high], self.attribute_kind[low:high], strict=True):
             found[owner - start] = self.attribute_kinds[kind]
         return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Captions(SharedArrays, Sequence[str]):
+    """Captions that lie end to end in memory, each decoded when it is read."""
+
+    text: NDArray[np.uint8]  # UTF-8
+    first_char: NDArray[np.int64]  # (captions + 1,) in bytes
+
+    def __len__(self) -> int:
+        return len(self.first_char) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, end = self.first_char[range(len(self))[index] :][:2]
+        return self.text[begin:end].tobytes().decode("utf-8")
 
 
 def box_annotations(

@@ -13,6 +13,8 @@ from pix2seq.geometry.boxes import box_area, clip_boxes_xyxy, padded_region
 from pix2seq.geometry.polygons import rle_to_rings
 from pix2seq.types import MaskAnnotation, Target
 
+EDGE = 1e-3  # pixels that rounding may move the edge of an image
+
 
 def transform_target(
     target: Target,
@@ -69,6 +71,28 @@ def transform_target(
             affine.scale_x * target.offset_xy[0] + affine.offset_x,
             affine.scale_y * target.offset_xy[1] + affine.offset_y,
         ),
+    )
+
+
+def shown_whole(target: Target, size: tuple[int, int]) -> Target | None:
+    """Return a target as it lies in its image, mirrored if it is shown so; None if some of the image is not shown.
+
+    `target` is in pixels of an input of `size` (height, width), the result in those of the image. It has boxes and
+    areas, but neither masks nor keypoints.
+    """
+    scale, offset = np.array(target.scale_xy), np.array(target.offset_xy)
+    ends = np.stack([offset, offset + scale * [target.image.width, target.image.height]])
+    low, high = ends.min(0), ends.max(0)
+    if (low < -EDGE).any() or (high > np.array(size[::-1]) + EDGE).any():
+        return None
+    return replace(
+        target,
+        boxes_xyxy=(target.boxes_xyxy - np.tile(low, 2)) / np.tile(abs(scale), 2),
+        areas=target.areas / abs(scale.prod()),
+        segmentations=(None,) * len(target.labels),
+        keypoints=target.keypoints[:, :0],
+        scale_xy=(1.0, 1.0),
+        offset_xy=(0.0, 0.0),
     )
 
 

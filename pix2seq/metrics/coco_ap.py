@@ -23,8 +23,8 @@ from pycocotools.cocoeval import COCOeval
 from pix2seq.geometry.keypoints import point_key
 from pix2seq.metrics.calibration import Graded
 from pix2seq.metrics.confusion import Confusion, confusion
-from pix2seq.metrics.matching import THRESHOLDS, Matches, operating_points, point_metrics
 from pix2seq.metrics.metric import Metric, Scores
+from pix2seq.metrics.operating_points import THRESHOLDS, Matches, operating_points, point_metrics
 from pix2seq.metrics.panoptic import PanopticQuality, Segment
 from pix2seq.types import Category, ImageRecord, Instance, MaskAnnotation, Target, category_key
 

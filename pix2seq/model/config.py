@@ -85,6 +85,15 @@ class DecoderConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ContrastConfig(Settings):
+    """Settings of the embeddings by which images and sentences are compared."""
+
+    section = "model.contrast"
+
+    dim: Width = 128  # of an embedding
+
+
+@dataclass(frozen=True)
 class ModelConfig(Settings):
     """Everything that `build_model` needs."""
 
@@ -96,6 +105,7 @@ class ModelConfig(Settings):
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     positions: PositionKind = "fourier"  # of image features; see model/positions.py
     vocab: Vocab = field(default_factory=Vocab)
+    contrast: ContrastConfig | None = None  # None: the model makes no embeddings
 
     def __post_init__(self) -> None:
         super().__post_init__()

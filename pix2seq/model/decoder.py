@@ -73,21 +73,26 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, memory: Tensor, layout: Layout | None = None) -> Tensor:
-        """Process x (R, T, D) on memory (B, N, D) with teacher forcing, or x (L, D) of sequences in a `layout`."""
+    def forward(self, x: Tensor, memory: Tensor | None, layout: Layout | None = None) -> Tensor:
+        """Process x (R, T, D) on memory (B, N, D) with teacher forcing, or x (L, D) of sequences in a `layout`.
+
+        Without memory, for which a layout is needed, there is no cross-attention.
+        """
         if layout is not None:
             return self._forward_packed(x, memory, layout)
+        assert memory is not None
         x = x + self.drop_path(self.self_attention(self.self_norm(x), is_causal=True))
         keys, values = self.cross_attention.project_memory(memory)
         x = x + self.drop_path(self.cross_attention(self.cross_norm(x), keys, values))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
 
-    def _forward_packed(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
-        samples = (layout.image_of_token, len(memory)) if self.drop_path.rate else ()
+    def _forward_packed(self, x: Tensor, memory: Tensor | None, layout: Layout) -> Tensor:
+        samples = (layout.image_of_token, len(layout.image_lengths)) if self.drop_path.rate else ()
         own, cross = self.self_attention, self.cross_attention
         x = x + self.drop_path(own.out(layout.self_attention(own.qkv(self.self_norm(x)), own.num_heads)), *samples)
-        query, key_value = cross.query(self.cross_norm(x)), cross.key_value(memory)
-        x = x + self.drop_path(cross.out(layout.cross_attention(query, key_value, cross.num_heads)), *samples)
+        if memory is not None:
+            query, key_value = cross.query(self.cross_norm(x)), cross.key_value(memory)
+            x = x + self.drop_path(cross.out(layout.cross_attention(query, key_value, cross.num_heads)), *samples)
         return x + self.drop_path(self.mlp(self.mlp_norm(x)), *samples)
 
     def step(self, x: Tensor, cache: LayerCache, start: int) -> Tensor:
@@ -157,8 +162,8 @@ class Decoder(nn.Module):
         """Return causal hidden states (R, T, D) of tokens (R, T) on memory (B, N, D)."""
         return self.norm(self.blocks.run(self._embed(tokens, 0), memory))
 
-    def forward_packed(self, tokens: Tensor, positions: Tensor, layout: Layout, memory: Tensor) -> Tensor:
-        """Return hidden states (L, D) of tokens (L,) in sequences end to end, on memory (B, N, D)."""
+    def forward_packed(self, tokens: Tensor, positions: Tensor, layout: Layout, memory: Tensor | None) -> Tensor:
+        """Return hidden states (L, D) of tokens (L,) in sequences end to end, on memory (B, N, D) or without any."""
         # The gradient of `F.embedding` takes a fraction of the time of that of indexing.
         x = self.token_embedding(tokens) + F.embedding(positions, self.position_embedding)
         return self.norm(self.blocks.run(x, memory, layout))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pix2seq.errors import InputError, shortened
 from pix2seq.files import report_write_errors
 from pix2seq.model.closeups import sample_maps
 from pix2seq.model.config import ModelConfig
+from pix2seq.model.contrast import Contrast
 from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.completion import GenerationConfig
 from pix2seq.model.decoding.generate import Generated, generate, generate_mixed
@@ -26,6 +28,7 @@ from pix2seq.model.encoders.build import build_encoder
 from pix2seq.model.encoders.encoder import Encoder, Maps
 from pix2seq.model.hub import local_folder
 from pix2seq.model.layers import NORM_EPS, DropPath, FeedForward, init_weights
+from pix2seq.model.packing import Layout
 from pix2seq.model.positions import GridPositions, fourier_1d, sequence_encodings
 from pix2seq.model.pretrained import (
     CALIBRATION_KEY,
@@ -99,11 +102,13 @@ class Pix2Seq(nn.Module):
         config: ModelConfig,
         categories: Sequence[Category] = (),
         text: TextTokenizer | None = None,
+        contrast: Contrast | None = None,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder
         self.projection = projection
         self.decoder = decoder
+        self.contrast = contrast
         self.config = config
         self.categories = tuple(categories)
         self.text = text
@@ -180,6 +185,32 @@ class Pix2Seq(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Project encoder features (B, N, encoder.dim) of images of `config.image_size` to memory (B, N, D)."""
         return self.projection(features, self.encoder.grid(*self.config.image_size))
+
+    def embed_images(self, memory: Tensor) -> Tensor:
+        """Return unit vectors (B, E) of images with memory (B, N, D). Raises `ValueError` without `model.contrast`."""
+        return self._contrast().embed_images(memory)
+
+    def embed_sentences(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return unit vectors (S, E) of sentences, whose tokens (L,) lie end to end; `lengths` (S,) in host memory.
+
+        A sentence ends with its end token. Raises `ValueError` without `model.contrast`.
+        """
+        contrast, numbers = self._contrast(), lengths.numpy()
+        layout = Layout(lengths, torch.arange(len(lengths)), len(lengths), tokens.device)
+        starts = np.cumsum(numbers) - numbers
+        positions = np.arange(len(tokens)) - np.repeat(starts, numbers)
+        at = torch.from_numpy(np.concatenate([positions, starts + numbers - 1])).to(tokens.device, non_blocking=True)
+        hidden = self.decoder.forward_packed(tokens, at[: len(tokens)], layout, None)
+        return contrast.embed_states(hidden.index_select(0, at[len(tokens) :]))
+
+    def contrast_scale(self) -> Tensor:
+        """Return what the loss multiplies similarities by, (1,). Raises `ValueError` without `model.contrast`."""
+        return self._contrast().scale
+
+    def _contrast(self) -> Contrast:
+        if self.contrast is None:
+            raise ValueError("the model makes no embeddings; train one with model.contrast.dim=128")
+        return self.contrast
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return logits (B, T, V) for tokens (B, T), or (B * I, T, V) for tokens (B, I, T), with teacher forcing."""
@@ -387,7 +418,10 @@ def build_model(
     )
     if positions == "fourier":
         _init_coordinates(decoder, config.vocab)
-    return Pix2Seq(encoder, projection, decoder, config, categories, text)
+    contrast = None
+    if config.contrast is not None:  # last, so that the others draw the same weights with it and without
+        contrast = Contrast(dec.dim, dec.num_heads, dec.mlp_dim, config.contrast.dim)
+    return Pix2Seq(encoder, projection, decoder, config, categories, text, contrast)
 
 
 @torch.no_grad()

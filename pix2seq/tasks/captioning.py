@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -14,13 +13,13 @@ from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import TextGrammar
-from pix2seq.settings import NonNegativeFloat, PositiveInt, Range, ShareBelowOne
+from pix2seq.settings import NonNegativeFloat, Range, ShareBelowOne
 from pix2seq.tasks.request import EncodedImage, Request
-from pix2seq.tasks.task import Judge, Task, TaskConfig, Verdict
-from pix2seq.tokenizers.captioning import decode_caption, drop_inputs, encode_caption
-from pix2seq.tokenizers.text import SentencePieceTokenizer, TextTokenizer, WordTokenizer
+from pix2seq.tasks.sentences import SentenceConfig, SentenceTask
+from pix2seq.tasks.task import Judge, Verdict
+from pix2seq.tokenizers.captioning import decode_caption, drop_inputs
 from pix2seq.types import Caption, Category, Target
-from pix2seq.vocab import MAX_SIZE, PAD
+from pix2seq.vocab import PAD
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
@@ -29,78 +28,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CaptioningConfig(TaskConfig):
+class CaptioningConfig(SentenceConfig):
     """How captioning is trained and asked."""
 
     section = "captioning"
 
-    tokenizer: str = "words"  # words (nltk), sentencepiece (trained on the captions), or a sentencepiece model file
-    # Most words or pieces of a vocabulary that is made from the captions.
-    text_size: Annotated[int, Range(least=1, most=MAX_SIZE)] = 8000
-    min_count: PositiveInt = 1  # times a word must appear to get into it
     captions_per_image: Annotated[int, Range(least=1, most=1000)] = 5  # of an image in a training step
-    max_tokens: Annotated[int, Range(least=2, most=10_000)] = 128  # of a caption, end included
     eos_weight: NonNegativeFloat = 0.1  # loss weight of the end token
     input_drop: ShareBelowOne = 0.5  # share of the words that the decoder reads as the noise token
     truth_weight: NonNegativeFloat = 0.0  # in the reward: of being true, where the annotations can tell
-    # Mirrored images: auto leaves out captions that name a side, always keeps them, never: no flips.
-    flip: Literal["auto", "always", "never"] = "auto"
 
 
-class Captioning(Task[CaptioningConfig]):
+class Captioning(SentenceTask[CaptioningConfig]):
     """Sentences."""
 
     name = "captioning"
     hub_pipeline = "image-to-text"
     config_type = CaptioningConfig
     main_metric = "BLEU-4"
-    learns_from = "caption"
     length_setting = "captioning.max_tokens"
-    uses_classes = False
-    reads_text = True
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the model's text."""
-        if self.text is None:
-            raise ValueError("captioning needs a text tokenizer")
-        return self.text
-
-    @classmethod
-    def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
-        """Make the tokenizer that the config asks for from captions, or read it from a file."""
-        assert isinstance(config, CaptioningConfig)
-        if config.tokenizer == "words":
-            return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size)
-        if config.tokenizer == "sentencepiece":
-            return SentencePieceTokenizer.train(captions, config.text_size)
-        path = Path(config.tokenizer)
-        if not path.is_file():
-            raise InputError(
-                f"captioning.tokenizer is {config.tokenizer!r}; expected words, sentencepiece or a sentencepiece "
-                "model file"
-            )
-        return SentencePieceTokenizer.from_file(path)
 
     @property
     def max_seq_len(self) -> int:
         """See `Task`."""
         return 1 + self.config.max_tokens
 
-    @property
-    def flips(self) -> bool:
-        """See `Task`."""
-        return self.config.flip != "never"
-
-    def after_flip(self, target: Target) -> Target:
-        """See `Task`."""
-        return target if self.config.flip == "always" else super().after_flip(target)
-
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return a sequence for each of up to `captions_per_image` captions, drawn at random."""
         found = []
         for i in rng.permutation(len(target.captions))[: self.config.captions_per_image]:
-            ids = encode_caption(target.captions[i], self.tokenizer, self.vocab, max_tokens=self.config.max_tokens)
+            ids = self.encode(target.captions[i])
             weights = np.ones(len(ids), np.float32)
             weights[-1] = self.config.eos_weight
             inputs = drop_inputs(ids, self.config.input_drop, rng)

@@ -62,6 +62,7 @@ class EncodedImage:
     pixels: NDArray[np.uint8]  # (H, W, 3)
     input_size: tuple[int, int]  # height, width of the model's input
     maps: tuple[Any, ...] = ()  # (C, h, w) each, for closeups
+    embedding: Any = None  # (E,) unit vector, where the model compares images with sentences
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,6 +88,7 @@ class Request:
     closeup: Frame | None = None  # what the question reads a memory of, made from the image's maps
     num_samples: int = 1  # answers to draw
     expected_tokens: int | None = None  # likely length of the answer; None: `generation.max_new_tokens`
+    embeds: bool = False  # the answer is the embedding of the prompt, which is a sentence and reads no image
 
     def frame(self, image: EncodedImage) -> Frame:
         """Return what the answer's coordinates are relative to."""

@@ -86,6 +86,7 @@ class Task(ABC, Generic[Config]):
     uses_classes: ClassVar[bool] = True  # whether the model must know the classes of the data
     reads_masks: ClassVar[bool] = False  # whether examples need masks, where an image need not have any
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
+    tells_sentences: ClassVar[bool] = False  # whether examples have a `sentence`, to compare images with
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
     takes_clicks: ClassVar[bool] = False  # it answers `Clicks` with each `ObjectMask` they can mean, None with all
 
@@ -158,6 +159,13 @@ class Task(ABC, Generic[Config]):
     def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
         """Make the tokenizer of a task that `reads_text` from the captions of its training data."""
         raise NotImplementedError(f"{cls.name} reads text; it must say how text becomes tokens")
+
+    def with_data(self, captions: Sequence[str], categories: Sequence[Category]) -> Self:
+        """Return the task for targets of a data set, for a task that `reads_text` and has to know others of its texts.
+
+        `captions` are those of all its images, `categories` say what the labels of its targets mean.
+        """
+        return self
 
     def summary(self, example: Example) -> str:
         """Describe a training sequence in a few words, for `pix2seq data sequences`."""

@@ -2,7 +2,8 @@
 
 OUT/checkpoints/step-00001000/
     config.json, model.safetensors     for `from_pretrained` (averaged weights, if the run averages them)
-    state.safetensors, state.json      raw weights and optimiser state; the position, settings and data of the run.
+    state.safetensors, state.json      raw weights, optimiser state and what the objective keeps; the position,
+                                       settings and data of the run.
                                        There is no random state, because every draw is a function of seed, step and
                                        sample
     state/                             replaces state.safetensors if weights are sharded: one file per rank
@@ -82,6 +83,7 @@ class RunState:
     model: Pix2Seq
     optimizer: torch.optim.Optimizer
     ema: Ema | None
+    objective: Mapping[str, Tensor] = field(default_factory=dict)  # `Objective.state`
     step: int = 0  # finished optimiser steps
     seconds: float = 0.0  # of training so far, without evaluation and saving
     skipped: int = 0  # steps without an update, because the loss or gradient was not finite
@@ -94,7 +96,7 @@ class Snapshot:
     """The content of a checkpoint."""
 
     weights: Mapping[str, Tensor]  # full tensors of model.safetensors; averaged, if the run averages them
-    tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME
+    tensors: Mapping[str, Tensor]  # of state.safetensors or state/: weights/NAME, optimizer/INDEX/NAME, ...
     position: Mapping[str, Any]  # of state.json: the numbers and the record of `RunState`
 
     @property
@@ -177,6 +179,7 @@ def take_snapshot(state: RunState, ranks: Ranks | None = None) -> Snapshot:
     tensors = {f"weights/{name}": tensor for name, tensor in raw.items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+    tensors |= {f"objective/{name}": tensor for name, tensor in state.objective.items()}
     position: dict[str, Any] = {"step": state.step, "seconds": state.seconds, "skipped": state.skipped}
     position |= {"one_thread": state.one_thread, **state.record}
     averages = {}
@@ -323,6 +326,11 @@ def _empty_tensors(state: RunState, shapes: Mapping[str, torch.Size]) -> dict[st
     tensors = {}
     for name, shape in shapes.items():
         kind, _, rest = name.partition("/")
+        if kind == "objective":
+            held = state.objective.get(rest)
+            if held is not None and held.shape == shape:
+                tensors[name] = torch.empty_like(held)
+            continue
         like = weights[rest] if kind == "weights" else parameters[int(rest.split("/")[0])]
         tensors[name] = torch.empty_like(like) if like.shape == shape else torch.empty(shape)
     return tensors
@@ -354,6 +362,10 @@ def _restore(state: RunState, snapshot: Snapshot) -> None:
     if state.ema is not None:
         for key, average in state.ema.weights.items():
             average.copy_(sharded_like(average, snapshot.weights[key]))
+    for key, value in _with_prefix("objective/", snapshot.tensors).items():
+        held = state.objective.get(key)
+        if held is not None and held.shape == value.shape:  # else its size was changed, and it starts anew
+            held.copy_(value)
     state.step, state.seconds, state.skipped = step, seconds, skipped
     chosen = position.get("one_thread")
     state.one_thread = None if chosen is None else bool(chosen)

@@ -31,6 +31,7 @@ from pix2seq.settings import (
 )
 from pix2seq.tasks import DEFAULT_TASK, get_task, loaded_task_names, task_names
 from pix2seq.tasks.task import TaskConfig
+from pix2seq.training.contrast import ContrastTraining
 from pix2seq.training.optimizer import OptimizerName, ScheduleConfig
 from pix2seq.training.reward import RewardConfig
 from pix2seq.training.yaml_file import parse_yaml, read_yaml
@@ -104,6 +105,7 @@ class TrainConfig(Settings):
     freeze: Literal["encoder"] | None = None  # encoder: it keeps its weights; None: everything is trained
     features: str | None = None  # folder that `pix2seq data features` wrote; replaces images and the encoder's forward
     reward: RewardConfig = field(default_factory=RewardConfig)
+    contrast: ContrastTraining = field(default_factory=ContrastTraining)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,6 +63,26 @@ class Ranks:
         values: list[Any] | None = [None] * self.size if self.first else None
         dist.gather_object(value, values)
         return values or []
+
+    def row_counts(self, counts: Sequence[int]) -> Tensor:
+        """Return the counts (K,) of each rank, (ranks, K), in host memory."""
+        own = torch.tensor(counts)
+        if self.size == 1:
+            return own[None]
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return torch.stack(found)
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the rows (n, ...) of all ranks, in the order of ranks. Gradients find their way back.
+
+        Rank r has `counts[r]` rows.
+        """
+        if self.size == 1:
+            return rows
+        padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
+        parts = all_gather(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Call `action` on the first rank and return its result on every rank. An `InputError` there ends all ranks."""

@@ -18,6 +18,7 @@ from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
 from pix2seq.vocab import CLASS_BASE
 
+ADDED = "contrast."  # what a model may have and its source not, or the other way round
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
 
@@ -25,15 +26,17 @@ POSITIONS = "decoder.position_embedding"
 def with_init_model(config: TrainConfig) -> TrainConfig:
     """Return the settings with the model of the checkpoint `config.init`, unless they set the model themselves.
 
-    The checkpoint's text tokens are left out, because those of a run come from its own captions.
+    `model.contrast` alone may be set beside it. The checkpoint's text tokens are left out, because those of a run come
+    from its own captions.
     """
-    if config.init is None or config.model != ModelConfig():
+    contrast = config.model.contrast
+    if config.init is None or config.model != ModelConfig(contrast=contrast):
         return config
     source, _, _ = read_config(find_checkpoint(Path(config.init)))
     vocab = source.vocab
     if vocab.num_text:
         vocab = replace(vocab, num_text=0, size=vocab.text_base)
-    return replace(config, model=replace(source, vocab=vocab))
+    return replace(config, model=replace(source, vocab=vocab, contrast=contrast or source.contrast))
 
 
 def initial_encoder(config: TrainConfig) -> Encoder:
@@ -59,9 +62,14 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     """Copy the weights of `source` into `model`, and return one line that says how much of the vocabulary matched.
 
     Rows of the vocabulary are matched by meaning: classes and words by name, coordinates by bin. Rows without
-    a match keep their fresh weights. Raises `InputError` if any other shape differs; the message calls `source` `name`.
+    a match keep their fresh weights, and so does `model.contrast` if `source` has none. Raises `InputError` if any
+    other shape differs; the message calls `source` `name`.
     """
     ours, theirs = model.state_dict(), source.state_dict()
+    if model.contrast is None or source.contrast is None:
+        ours, theirs = (
+            {key: tensor for key, tensor in each.items() if not key.startswith(ADDED)} for each in (ours, theirs)
+        )
     for key in sorted(ours.keys() | theirs.keys()):
         fits = key in ours and key in theirs and ours[key].shape[1:] == theirs[key].shape[1:]
         if not fits or (key not in (*VOCAB_ROWS, POSITIONS) and ours[key].shape != theirs[key].shape):

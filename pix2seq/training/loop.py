@@ -35,6 +35,7 @@ from pix2seq.training.checkpoint import (
     set_aside,
 )
 from pix2seq.training.config import TrainConfig
+from pix2seq.training.contrast import NAME, ContrastiveLoss, Queue
 from pix2seq.training.distributed import Ranks, full_tensor, join_ranks
 from pix2seq.training.ema import Ema
 from pix2seq.training.initialize import initialize_from, with_init_model
@@ -138,7 +139,8 @@ class _Trainer:
         if config.compile:
             compile_model(model)
         self.rewards: Rewards | None = None
-        objective: Objective = CrossEntropy(config.label_smoothing)
+        contrast = self._contrast(model)
+        objective: Objective = CrossEntropy(config.label_smoothing, contrast)
         if config.objective == "reward":
             self.rewards = Rewards(
                 model, recipe.tasks, recipe.train_data, config.reward, seed=config.seed, bf16=config.bf16
@@ -148,11 +150,23 @@ class _Trainer:
         optimizer = build_optimizer(
             model, name=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas
         )
-        self.state = RunState(model, optimizer, Ema(model, config.ema_decay) if config.ema_decay else None)
+        ema = Ema(model, config.ema_decay) if config.ema_decay else None
+        self.state = RunState(model, optimizer, ema, objective.state)
+        self._has_contrast = contrast is not None
         self._skipped_in_a_row = 0
         self._pending: deque[_Outcome] = deque()  # steps whose outcome was not looked at
         self._saved: Path | None = None  # the last written checkpoint
         self._saved_step = -1
+
+    def _contrast(self, model: Pix2Seq) -> ContrastiveLoss | None:
+        """Return the contrastive loss, if the model makes embeddings and a task tells sentences; else freeze them."""
+        settings = self.config.model.contrast
+        if model.contrast is None or settings is None:
+            return None
+        if self.config.objective == "reward" or not self.recipe.tells_sentences:
+            model.contrast.requires_grad_(False)
+            return None
+        return ContrastiveLoss(self.ranks, Queue.empty(self.config.contrast.queue, settings.dim, self.ranks.device))
 
     def train(self, report: Report, stop: StopRequest) -> None:
         """Train to the last step. Raises `Stopped` once the state is saved, if `stop` was requested."""
@@ -171,6 +185,7 @@ class _Trainer:
         )
         step: Step = RecordedStep() if recorded else train_step
         loss_weights = {name: config.task(name).loss_weight for name in config.tasks}
+        loss_weights[NAME] = config.contrast.loss_weight
         if self.rewards is not None:
             loss_weights |= self.rewards.likelihood_weights(loss_weights)
         may_try = self.ranks.device.type == "cpu" and self.ranks.size == 1 and not config.compile
@@ -219,7 +234,7 @@ class _Trainer:
     def _records_steps(self) -> bool:
         """Whether steps are CUDA graphs: on one GPU, for the optimiser that can be recorded.
 
-        A recording has no place for closeups, of which every batch has another number.
+        A recording has no place for closeups and compared sentences, of which every batch has another number.
         """
         config, ranks = self.config, self.ranks
         alone = ranks.device.type == "cuda" and ranks.size == 1 and config.accumulate == 1
@@ -227,6 +242,7 @@ class _Trainer:
             alone
             and self.rewards is None
             and not config.model.encoder.closeups
+            and not self._has_contrast
             and config.cuda_graphs
             and config.optimizer == "adamw"
             and config.bf16

@@ -5,6 +5,7 @@ Shapes: B images, L tokens, K scored tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,12 +18,18 @@ from pix2seq.model.decoder import Decoder
 from pix2seq.model.decoding.grammar import Allowed
 from pix2seq.model.packing import Layout
 from pix2seq.model.pix2seq import Pix2Seq
+from pix2seq.training.contrast import NAME, ContrastiveLoss
 
 LOGITS_AT_ONCE = 2**24  # in one chunk of the loss: 64 MiB in float32
 
 
 class Objective(Protocol):
     """A loss that a step can split over micro-batches and ranks: a sum for each name, to be divided by a count."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors that it changes when called, by name; they are part of a checkpoint."""
+        ...
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Return what the sums of a batch are divided by, told in host memory before the model runs."""
@@ -35,16 +42,26 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The cross entropy of scored tokens, for each task apart. The default objective."""
+    """The cross entropy of scored tokens, for each task apart, and maybe a contrastive loss. The default objective."""
 
     label_smoothing: float = 0.0
+    contrast: ContrastiveLoss | None = None
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """See `Objective`."""
+        return {} if self.contrast is None else self.contrast.queue.state
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Return the sum of the tokens' weights by task."""
-        return dict(zip(batch.tasks, batch.counts, strict=True))
+        """Return the sum of the tokens' weights by task, and the number of sentences that are compared with images."""
+        counts = dict(zip(batch.tasks, batch.counts, strict=True))
+        if self.contrast is not None:
+            assert batch.sentence_lengths is not None
+            counts[NAME] = float(len(batch.sentence_lengths))
+        return counts
 
     def __call__(self, model: Pix2Seq, batch: Batch) -> dict[str, tuple[Tensor, float]]:
-        """Return the sum over tokens of weight times cross entropy by task.
+        """Return the sum over tokens of weight times cross entropy by task, and over sentences the contrastive loss.
 
         The output layer runs at scored positions only: prompts and the coordinates of noise objects have weight 0,
         and would cost a row of V logits each.
@@ -58,7 +75,9 @@ class CrossEntropy:
         losses = losses * batch.weights
         # A table of tasks, because adding by index is not the same from run to run on a GPU.
         is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
-        sums = torch.where(is_task, losses, 0.0).sum(1)
+        sums = [*torch.where(is_task, losses, 0.0).sum(1)]
+        if self.contrast is not None:
+            sums.append(self.contrast(model, memory[: len(images)], batch))
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
 

@@ -50,6 +50,11 @@ class Recipe:
     features: FeatureStore | None = None  # in place of the images of the training split
     notes: tuple[str, ...] = ()  # what the user should know before the first step
 
+    @property
+    def tells_sentences(self) -> bool:
+        """Whether some sequences hold sentences to compare images with."""
+        return any(task.tells_sentences for task in self.tasks.values())
+
     def evaluations(self) -> list[tuple[Dataset, list[str]]]:
         """Return the validation splits, each with all tasks that are scored on it."""
         datasets = {id(dataset): dataset for dataset in self.val_data.values()}.values()
@@ -92,6 +97,14 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             vocab = vocab.with_text(text.size)
 
     tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
+    tasks |= {
+        name: task.with_data(_captions(train_data[name]), categories) for name, task in tasks.items() if task.reads_text
+    }
+    if config.model.contrast is not None and config.init is None and not any(t.tells_sentences for t in tasks.values()):
+        raise InputError(
+            f"model.contrast compares images with sentences, and {', '.join(tasks)} tells none; train a task that "
+            "does, or leave model.contrast out"
+        )
     for name, task in tasks.items():
         if task.max_seq_len > config.model.decoder.max_seq_len:
             raise InputError(
@@ -339,13 +352,15 @@ def _text_tokenizer(
 ) -> TextTokenizer:
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
-    if isinstance(dataset, ShardIndex):
-        where, captions = dataset.location, dataset.captions()
-    else:
-        where, captions = str(dataset.root), list(dataset.annotations.all_captions())
-    if not captions:
+    where = dataset.location if isinstance(dataset, ShardIndex) else str(dataset.root)
+    captions = _captions(dataset)
+    if not len(captions):
         raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
     return get_task(task).make_text_tokenizer(config.task(task), captions)
+
+
+def _captions(dataset: Dataset | ShardIndex) -> Sequence[str]:
+    return dataset.captions() if isinstance(dataset, ShardIndex) else dataset.annotations.all_captions()
 
 
 def task_seed(config: TrainConfig, task_id: int) -> int:

@@ -65,7 +65,7 @@ class TrainingModel:
         self.ranks = ranks or Ranks(model.device)
         self._sums = parallelize(_Sums(model, objective), self.ranks, parallel, blocks=model.block_list())
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()] + [*objective.state.values()]
 
     def backward(self, batch: Batch, factors: Tensor, *, last: bool) -> Tensor:
         """Add the gradients of the objective's sums, each times its factor; return the sums, (names,).
@@ -80,7 +80,7 @@ class TrainingModel:
         return sums.detach()
 
     def running_statistics(self) -> list[Tensor]:
-        """Return copies of the running statistics of batch norms, the only state that a forward pass changes."""
+        """Return copies of all that a forward pass changes: statistics of batch norms, and the objective's state."""
         return [buffer.clone() for buffer in self._statistics]
 
     def restore_statistics(self, statistics: Sequence[Tensor], keep: Tensor) -> None:

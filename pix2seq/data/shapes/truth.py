@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import permutations
 
 from pix2seq.data.shapes.captions import (
@@ -36,12 +37,7 @@ SLACK = 0.002  # pixels that rounding in a file may move a centre
 
 def is_true(text: str, figures: Sequence[Figure], size: int) -> bool:
     """Return whether a sentence is true of the figures of an image of `size` pixels a side."""
-    sentence = re.sub(r"\s+(?=[,.])", "", " ".join(text.lower().split())).removesuffix(".")
-    return (
-        _is_list(sentence, LISTING_LEADS, counted(figures))
-        or _is_list(sentence, COUNTING_LEADS, counted_classes(figures))
-        or sentence in _statements(figures, size)
-    )
+    return Facts(figures, size).say(text)
 
 
 def is_true_of(text: str, target: Target, *, names: Mapping[int, str]) -> bool | None:
@@ -49,8 +45,43 @@ def is_true_of(text: str, target: Target, *, names: Mapping[int, str]) -> bool |
 
     `names` are those of the classes by the labels of `target`.
     """
+    facts = facts_of(target, names=names)
+    return None if facts is None else facts.say(text)
+
+
+def facts_of(target: Target, *, names: Mapping[int, str]) -> Facts | None:
+    """Return what is true of an annotated image, for many sentences; see `is_true_of`."""
     figures = figures_of(target, names)
-    return None if figures is None else is_true(text, figures, target.image.width)
+    return None if figures is None else Facts(figures, target.image.width)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is true of the figures of an image of `size` pixels a side."""
+
+    figures: Sequence[Figure]
+    size: int
+
+    def say(self, text: str) -> bool:
+        """Return whether a sentence is true."""
+        sentence = re.sub(r"\s+(?=[,.])", "", " ".join(text.lower().split())).removesuffix(".")
+        return (
+            _is_list(sentence, LISTING_LEADS, self._counted)
+            or _is_list(sentence, COUNTING_LEADS, self._counted_classes)
+            or sentence in self._statements
+        )
+
+    @cached_property
+    def _counted(self) -> list[str]:
+        return counted(self.figures)
+
+    @cached_property
+    def _counted_classes(self) -> list[str]:
+        return counted_classes(self.figures)
+
+    @cached_property
+    def _statements(self) -> set[str]:
+        return _statements(self.figures, self.size)
 
 
 def figures_of(target: Target, names: Mapping[int, str]) -> list[Figure] | None:

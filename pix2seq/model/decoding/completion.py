@@ -57,6 +57,13 @@ class Completion:
     best_tokens: NDArray[np.int64] | None  # (S, T')
     best_logprobs: NDArray[np.float32] | None  # (S, T')
     truncated: NDArray[np.bool_]  # (S,)
+    embedding: NDArray[np.float32] | None = None  # (E,) in place of continuations, where that was asked for
+
+    @classmethod
+    def of_embedding(cls, embedding: NDArray[np.float32]) -> Completion:
+        """Return the answer to a prompt that was not continued but embedded."""
+        nothing = np.zeros((0, 0), np.int64)
+        return cls(nothing, nothing.astype(np.float32), None, None, np.zeros(0, np.bool_), embedding)
 
     def steps(self, start: int, stop: int) -> Completion:
         """Return the tokens of some steps only."""
