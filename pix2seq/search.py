@@ -105,7 +105,7 @@ def update_index(
     """
     paths = [path for path in find_inputs([index.root]) if not is_video(path)]
     now = {stamp.name: stamp for path in paths if (stamp := _stamp(path, index.root)) is not None}
-    before = index.stamps
+    before = dict(index.stamps)
     todo = [stamp for stamp in now.values() if before.get(stamp.name) != stamp]
     unreadable: dict[str, InputError] = {}
     done: list[Stamp] = []

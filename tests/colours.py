@@ -73,7 +73,7 @@ def seeing_colours():
         calls.append(len(images))
         return embed(predictor, images)
 
-    able = {name: True for name in ("can_match", "can_find_like", "can_find_words")}
+    able = dict.fromkeys(("can_match", "can_find_like", "can_find_words"), True)
     methods = {"embed": counted, "embed_text": embed_text, "match": match, "find": find}
     with mock.patch.multiple(Predictor, create=True, **methods, **able):
         yield calls

@@ -9,6 +9,7 @@ from unittest import mock
 import dying
 import numpy as np
 import pytest
+import torch
 from colours import COLOURS, embed, filled, seeing_colours
 from forked import forked
 from hypothesis import given, settings
@@ -68,10 +69,10 @@ def names(folder):
 def stored(out):
     """The embedding of each image, by name; fails if one is there twice."""
     found = ImageIndex(out)
-    rows = [(stamp.name, row.numpy()) for shard in found._shards for stamp, row in zip(shard.images, shard.embeddings)]
-    counted = [rows[row] for row in found.rows]
-    assert len({name for name, _ in counted}) == len(counted) == len(found)
-    return dict(counted)
+    vectors = torch.cat([shard.embeddings for shard in found._shards])[found.rows].numpy()
+    counted = [found._names[row] for row in found.rows]
+    assert len(set(counted)) == len(counted) == len(found)
+    return dict(zip(counted, vectors, strict=True))
 
 
 def agrees(out, folder):
@@ -276,7 +277,7 @@ def test_a_candidate_that_is_gone_is_left_out_with_a_warning(photos, tmp_path, p
     out = open_index(tmp_path / "index", photos, checkpoint=OLD, model="m")
     update_index(predictor, out)
     (photos / "red.png").unlink()
-    assert [hit.name for hit in search(predictor, out, sentence="red")][0] == "half.png"
+    assert search(predictor, out, sentence="red")[0].name == "half.png"
     assert "red.png does not exist" in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -76,7 +77,6 @@ class ImageIndex:
             self.checkpoint, self.model = str(content["checkpoint"]), str(content["model"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / INDEX_FILE} is no file of an index ({error!r}); write another index") from None
-        self._shards: list[_Shard] = []
         self._read_shards()
 
     @classmethod
@@ -90,7 +90,7 @@ class ImageIndex:
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self.rows)
+        return len(self.stamps)
 
     def nearest(self, query: NDArray[np.float32], count: int) -> list[tuple[str, float]]:
         """Return the images whose embeddings are most like a unit vector (E,), with their cosine, best first.
@@ -115,9 +115,7 @@ class ImageIndex:
 
     def add(self, images: Sequence[Stamp], embeddings: NDArray[np.float32]) -> None:
         """Add a file of images with their embeddings (n, E); they take the place of earlier ones of the same names."""
-        number = max((shard.number for shard in self._shards), default=-1) + 1
-        self._write(self.folder / f"images-{number:06d}.safetensors", images, torch.from_numpy(embeddings).half())
-        self._read_shards()
+        self._append(self._write(self._next_number(), images, torch.from_numpy(embeddings).half()))
 
     def keep(self, names: Collection[str]) -> None:
         """Drop all images but `names`, join small files, and remove what a killed process left half written."""
@@ -132,10 +130,9 @@ class ImageIndex:
             return
         images = [stamp for s in loose for stamp, stays in zip(s.images, kept[s.path], strict=True) if stays]
         embeddings = torch.cat([shard.embeddings[torch.from_numpy(kept[shard.path])] for shard in loose])
-        first = max(shard.number for shard in self._shards) + 1
-        for number, start in enumerate(range(0, len(images), SHARD_IMAGES), first):
+        for number, start in enumerate(range(0, len(images), SHARD_IMAGES), self._next_number()):
             stop = start + SHARD_IMAGES
-            self._write(self.folder / f"images-{number:06d}.safetensors", images[start:stop], embeddings[start:stop])
+            self._write(number, images[start:stop], embeddings[start:stop])
         for shard in loose:  # last: an image in both files counts once
             shard.path.unlink(missing_ok=True)
         fsync_folder(self.folder)
@@ -150,16 +147,26 @@ class ImageIndex:
             )
 
     def _read_shards(self) -> None:
-        known = {shard.path: shard for shard in self._shards}
-        paths = sorted(self.folder.glob(_PATTERN))
-        self._shards = sorted((known.get(path) or self._open(path) for path in paths), key=lambda shard: shard.number)
-        if len({shard.embeddings.shape[1] for shard in self._shards}) > 1:
+        self._shards: list[_Shard] = []
+        self._names: list[str] = []  # of all embeddings, in the order of the files
+        self._last: dict[str, int] = {}  # of each image, the embedding that counts
+        self.stamps: dict[str, Stamp] = {}  # by name: the images as they were when they were embedded
+        for shard in sorted(map(self._open, self.folder.glob(_PATTERN)), key=lambda shard: shard.number):
+            self._append(shard)
+
+    def _append(self, shard: _Shard) -> None:
+        if self._shards and shard.embeddings.shape[1] != self._shards[0].embeddings.shape[1]:
             raise InputError(f"{self.folder} holds embeddings of different sizes; remove it, and write the index again")
-        every = [stamp for shard in self._shards for stamp in shard.images]
-        last = {stamp.name: row for row, stamp in enumerate(every)}
-        self._names = [stamp.name for stamp in every]
-        self.stamps = {stamp.name: stamp for stamp in every}  # by name, as they were when they were embedded
-        self.rows = np.array(sorted(last.values()), np.int64)  # (N,) of all embeddings, those that count
+        self._shards.append(shard)
+        self._last |= {stamp.name: row for row, stamp in enumerate(shard.images, start=len(self._names))}
+        self._names += [stamp.name for stamp in shard.images]
+        self.stamps |= {stamp.name: stamp for stamp in shard.images}
+        self.__dict__.pop("rows", None)
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """Of all embeddings those that count, one for each image, ascending (N,)."""
+        return np.array(sorted(self._last.values()), np.int64)
 
     def _open(self, path: Path) -> _Shard:
         try:
@@ -176,7 +183,11 @@ class ImageIndex:
             raise InputError(f"{path} cannot be read ({error}); remove it, and run pix2seq index again") from None
         return _Shard(path, images, embeddings)
 
-    def _write(self, path: Path, images: Sequence[Stamp], embeddings: Tensor) -> None:
+    def _next_number(self) -> int:
+        return max((shard.number for shard in self._shards), default=-1) + 1
+
+    def _write(self, number: int, images: Sequence[Stamp], embeddings: Tensor) -> _Shard:
+        path = self.folder / f"images-{number:06d}.safetensors"
         partial = path.with_name(f".partial-{path.name}")
         with report_write_errors(path, "writing an index", num_bytes=embeddings.nbytes, then="run the command again"):
             partial.write_bytes(b"")
@@ -187,3 +198,4 @@ class ImageIndex:
             fsync_file(partial)
             partial.replace(path)
             fsync_folder(path.parent)
+        return self._open(path)
