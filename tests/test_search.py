@@ -69,6 +69,8 @@ def names(folder):
 def stored(out):
     """The embedding of each image, by name; fails if one is there twice."""
     found = ImageIndex(out)
+    if not len(found):
+        return {}
     vectors = torch.cat([shard.embeddings for shard in found._shards])[found.rows].numpy()
     counted = [found._names[row] for row in found.rows]
     assert len(set(counted)) == len(counted) == len(found)
