@@ -821,6 +821,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
     parser.add_argument("--port", type=_port, default=7860, help="0 takes any that is free")
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="images to try; by default generated ones")
+    parser.add_argument("--index", type=Path, help="index of a folder to search on the page; see pix2seq index")
     parser.add_argument("--max-bytes", type=_positive, help="of a request; by default 20 MiB")
     parser.add_argument("--max-pixels", type=_positive, help="of an image; by default 34 million")
     parser.add_argument("--max-requests", type=_positive, help="at the same time, waiting ones included; by default 16")
@@ -839,6 +840,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             host=args.host,
             port=args.port,
             examples=args.examples,
+            index=args.index,
             limits=limits,
             device=args.device,
             bf16=args.bf16,
