@@ -31,13 +31,13 @@ def embed(predictor, images):
 
 
 def embed_text(predictor, sentences):
-    return unit(np.stack([sum(np.array(COLOURS[word]) for word in named(text)) + 1.0 for text in sentences]))
+    return unit(np.stack([sum((np.array(COLOURS[word]) for word in named(text)), np.ones(3)) for text in sentences]))
 
 
 def match(predictor, image, sentences):
     flat = pixels_of(image).reshape(-1, 3)
-    shares = [max(np.mean(np.all(flat == COLOURS[word], axis=1)) for word in named(text)) for text in sentences]
-    return np.array(shares, np.float32)
+    share = {word: np.mean(np.all(flat == colour, axis=1)) for word, colour in COLOURS.items()}
+    return np.array([max((share[word] for word in named(text)), default=0.0) for text in sentences])
 
 
 def find(predictor, image, like=None, words=None):
