@@ -22,7 +22,7 @@ from pix2seq.data.image_index import INDEX_FILE, SHARD_IMAGES, ImageIndex, Stamp
 from pix2seq.data.read_ahead import read_ahead
 from pix2seq.drawing import Canvas, tile
 from pix2seq.errors import InputError
-from pix2seq.files import output_folder, read_json, report_write_errors
+from pix2seq.files import output_folder, read_json, report_write_errors, write_atomically
 from pix2seq.infer.inputs import find_inputs, is_video
 from pix2seq.infer.outputs import as_json
 from pix2seq.predictor import ImageLike, Predictor
@@ -209,7 +209,7 @@ def write_results(out: Path, query: Mapping[str, str], index: ImageIndex, hits: 
             tile(drawn, columns=min(_COLUMNS, len(drawn))).save(out / SHEET_FILE)
         else:
             (out / SHEET_FILE).unlink(missing_ok=True)
-        (out / RESULTS_FILE).write_bytes(as_json(content))
+        write_atomically(out / RESULTS_FILE, as_json(content))
 
 
 def thumbnail(path: Path, side: int, **options: Any) -> NDArray[np.uint8]:
