@@ -39,6 +39,7 @@ test-slow: .venv/ready ## the tests that train or convert something larger
 
 test-web: .venv/ready ## the tests of pix2seq serve: HTTP under load, and the page in Chromium if it is installed
 	$(PY) -m pytest -m "" tests/test_serve.py tests/test_serve_clicks.py tests/test_page.py tests/test_page_clicks.py \
+	  tests/test_serve_search.py tests/test_page_search.py \
 	  tests/test_transcript.py
 
 serve: .venv/ready ## show the trained model on a web page at http://127.0.0.1:7860; CHECKPOINT=DIR shows another

@@ -141,6 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_eval(commands.add_parser("eval", help="metrics of a checkpoint on a data set"))
     add_calibrate(commands.add_parser("calibrate", help="make scores probabilities, and choose what is worth showing"))
     add_predict(commands.add_parser("predict", help="run tasks on images; writes JSON and a drawing for each"))
+    add_index(commands.add_parser("index", help="embed the images of a folder, to be searched"))
+    add_search(commands.add_parser("search", help="find the images of an index that a sentence is true of"))
     add_convert(commands.add_parser("convert", help="an official TensorFlow checkpoint to this project's format"))
     add_export(commands.add_parser("export", help="write a trained model for others: weights and a card, or ONNX"))
     data = commands.add_parser("data", help="make or check a data set")
@@ -151,6 +153,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_answers(data_commands.add_parser("answers", help="write what a model answers, to learn from its mistakes"))
     add_features(data_commands.add_parser("features", help="encode every image once, to train without the encoder"))
+    captions = data_commands.add_parser("captions", help="write captions by a model, or keep those that it finds true")
+    _add_examples(captions, "data captions filter MY_DATA --checkpoint runs/mine --out filtered")
+    captions_commands = captions.add_subparsers(dest="captions_command", metavar="COMMAND", parser_class=_Parser)
+    add_filter_captions(captions_commands.add_parser("filter", help="keep the captions that match their image"))
+    add_write_captions(captions_commands.add_parser("write", help="add captions that a model writes"))
     add_sequences(data_commands.add_parser("sequences", help="print and draw what a model learns from one image"))
     add_demo(commands.add_parser("demo", help="show the trained model on new images, or train one"))
     add_serve(commands.add_parser("serve", help="show a trained model on a web page, and answer over HTTP"))
@@ -162,6 +169,8 @@ def _main(argv: Sequence[str]) -> int:
     parser = make_parser()
     # argparse takes positional words from one position only; people put key=value before and after options.
     args, others = parser.parse_known_args(argv)
+    if others and getattr(args, "sentence", "") is None and not others[0].startswith("-"):
+        args.sentence = others.pop(0)
     if others and not (hasattr(args, "settings") and all("=" in word and word[0] != "-" for word in others)):
         args.parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:
@@ -396,6 +405,74 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def add_index(parser: argparse.ArgumentParser) -> None:
+    """Add the options of indexing a folder."""
+    _add_examples(parser, "index photos --checkpoint runs/mine --out photos-index")
+    parser.add_argument("folder", type=Path, help="its images, and those of the folders below it, are embedded")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder with an embedding")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the index, new or to be updated")
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.model.hub import local_folder
+        from pix2seq.model.pretrained import find_checkpoint, fingerprint
+        from pix2seq.predictor import Predictor
+        from pix2seq.search import open_index, update_index
+
+        checkpoint = find_checkpoint(local_folder(args.checkpoint)).resolve()
+        index = open_index(args.out, args.folder, checkpoint=checkpoint, model=fingerprint(checkpoint))
+        predictor = Predictor.from_pretrained(checkpoint, device=args.device, bf16=args.bf16)
+        update = update_index(predictor, index, batch_size=args.batch_size, progress=True)
+        for error in update.unreadable.values():
+            print(f"warning: left out: {error}", file=sys.stderr)
+        print(f"index: {args.out}, {update.text()}")
+
+    parser.set_defaults(run=run)
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add the options of searching an index."""
+    _add_examples(
+        parser,
+        "search photos-index 'a red star left of a person' --out found",
+        "search photos-index --image street.jpg --top 8",
+    )
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder that pix2seq index wrote")
+    parser.add_argument("sentence", nargs="?", help="what is true of the images to find")
+    parser.add_argument("--image", type=Path, help="find images like this one instead")
+    parser.add_argument("--checkpoint", type=Path, help="by default where it was when the index was written")
+    parser.add_argument("--out", type=Path, default=Path("search"), help="folder for results.json and results.png")
+    parser.add_argument("--top", type=_positive, default=20, help="images to show")
+    parser.add_argument(
+        "--candidates", type=_positive, default=100, help="images that the embedding finds, for matching to order"
+    )
+    parser.add_argument("--no-matching", action="store_true", help="order by the embedding alone, which is quicker")
+    _add_overwrite(parser)
+    _add_device(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.data.image_index import ImageIndex
+        from pix2seq.model.hub import local_folder
+        from pix2seq.model.pretrained import find_checkpoint, fingerprint
+        from pix2seq.predictor import Predictor
+        from pix2seq.search import check_results, search, write_results
+
+        index = ImageIndex(args.index)
+        check_results(args.out, overwrite=args.overwrite)
+        checkpoint = find_checkpoint(local_folder(args.checkpoint or index.checkpoint))
+        index.check_model(fingerprint(checkpoint))
+        predictor = Predictor.from_pretrained(checkpoint, device=args.device, bf16=args.bf16)
+        options = {"top": args.top, "num_candidates": args.candidates, "match": not args.no_matching}
+        hits = search(predictor, index, sentence=args.sentence, image=args.image, **options)
+        query = {"sentence": args.sentence} if args.image is None else {"image": str(args.image)}
+        write_results(args.out, query, index, hits)
+        for number, hit in enumerate(hits, start=1):
+            print(f"{number:>3}  {hit.text()}  {hit.name}")
+
+    parser.set_defaults(run=run)
+
+
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """Add the options of conversion."""
     from pix2seq.convert.presets import preset_table
@@ -601,6 +678,62 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def add_filter_captions(parser: argparse.ArgumentParser) -> None:
+    """Add the options of filtering captions."""
+    _add_examples(
+        parser,
+        "data captions filter MY_DATA --checkpoint runs/mine --out filtered --min-score 0.6",
+        "data captions filter written --checkpoint runs/mine --out filtered --best 5",
+    )
+    _add_captions(parser)
+    parser.add_argument(
+        "--min-score", type=_share, default=0.5, help="least probability of being true; by default 0.5, 0 keeps all"
+    )
+    parser.add_argument("--best", type=_positive, metavar="K", help="captions to keep of an image at most")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.caption_filter import FILTER_REPORT, CaptionFile, filter_captions
+        from pix2seq.predictor import Predictor
+
+        captions = CaptionFile.read(args.folder, args.split, annotations=args.annotations)
+        predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
+        options = {"min_score": args.min_score, "best": args.best, "batch_size": args.batch_size, "progress": True}
+        report = filter_captions(predictor, captions, args.out, **options)
+        kept, dropped = (sum(report[name].values()) for name in ("kept", "dropped"))
+        print(f"{kept} captions kept and {dropped} dropped, in {args.out}; why, in {args.out / FILTER_REPORT}")
+
+    parser.set_defaults(run=run)
+
+
+def add_write_captions(parser: argparse.ArgumentParser) -> None:
+    """Add the options of writing captions."""
+    _add_examples(parser, "data captions write MY_DATA --checkpoint runs/mine --out written --per-image 3")
+    _add_captions(parser)
+    parser.add_argument("--per-image", type=_positive, default=2, metavar="N", help="captions to sample for an image")
+    parser.add_argument("--top-p", type=_share, default=0.9, help="share of the probability that is sampled from")
+    parser.add_argument("--seed", type=_seed, default=0, help="of sampling, 0 to 2**64 - 1")
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.caption_filter import WRITE_REPORT, CaptionFile, write_captions
+        from pix2seq.predictor import Predictor
+
+        captions = CaptionFile.read(args.folder, args.split, annotations=args.annotations, needed=False)
+        predictor = Predictor.from_pretrained(args.checkpoint, device=args.device, bf16=args.bf16)
+        report = write_captions(
+            predictor,
+            captions,
+            args.out,
+            num_captions=args.per_image,
+            top_p=args.top_p,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            progress=True,
+        )
+        print(f"{report['added']['written']} captions added, in {args.out}; which, in {args.out / WRITE_REPORT}")
+
+    parser.set_defaults(run=run)
+
+
 def add_sequences(parser: argparse.ArgumentParser) -> None:
     """Add the options of showing training sequences."""
     _add_examples(parser, "data sequences MY_DATA --task detection --out seen.png")
@@ -690,6 +823,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines too")
     parser.add_argument("--port", type=_port, default=7860, help="0 takes any that is free")
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="images to try; by default generated ones")
+    parser.add_argument("--index", type=Path, help="index of a folder to search on the page; see pix2seq index")
     parser.add_argument("--max-bytes", type=_positive, help="of a request; by default 20 MiB")
     parser.add_argument("--max-pixels", type=_positive, help="of an image; by default 34 million")
     parser.add_argument("--max-requests", type=_positive, help="at the same time, waiting ones included; by default 16")
@@ -708,6 +842,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             host=args.host,
             port=args.port,
             examples=args.examples,
+            index=args.index,
             limits=limits,
             device=args.device,
             bf16=args.bf16,
@@ -727,6 +862,16 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def _add_annotations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO file of the split, if several could be")
+
+
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="COCO folder, which stays as it is")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint or run folder")
+    parser.add_argument("--out", required=True, type=Path, help="new folder: the captions, a report, links to the rest")
+    parser.add_argument("--split", default="train", help="other splits stay as they are")
+    _add_annotations(parser)
+    parser.add_argument("--batch-size", type=_positive, default=16)
+    _add_device(parser)
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:

@@ -176,6 +176,21 @@ class Predictor:
         own = self.calibration
         return {name: own[name].threshold if name in own else DEFAULT_THRESHOLD for name in self.tasks}
 
+    @property
+    def can_match(self) -> bool:
+        """Whether the checkpoint was trained to tell if a sentence is true of an image."""
+        return "matching" in self.tasks
+
+    @property
+    def can_find_like(self) -> bool:
+        """Whether the checkpoint was trained to find objects like one of another image."""
+        return "by_example" in self.tasks
+
+    @property
+    def can_find_words(self) -> bool:
+        """Whether the checkpoint was trained to find what words name."""
+        return "by_words" in self.tasks
+
     def encode(self, image: ImageLike) -> EncodedImage:
         """Read and encode one image: a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a
         tensor (3, H, W) of uint8 or of floats in [0, 1]."""

@@ -4,17 +4,24 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import torch
+from colours import SeeingColours
+
+import pix2seq.data.image_index
 import pix2seq.data.loader
 import pix2seq.files
+import pix2seq.search
 import pix2seq.training.checkpoint
 import pix2seq.training.loop
 from pix2seq.cli import main
 from pix2seq.data.samples import TrainingSet
 from pix2seq.infer.outputs import Outputs
 from pix2seq.predictor import Predictor
+from pix2seq.search import open_index, update_index
 from pix2seq.training.step import TrainingModel
 
 # Owner and name of the function that triggers the signal when it is called.
@@ -31,6 +38,13 @@ PREDICTION_POINTS = {
     "writing a file": (pix2seq.files, "fsync_file"),
     "replacing a file": (Path, "replace"),
 }
+INDEX_POINTS = {
+    "embedding": (SeeingColours, "embed"),
+    "writing a file": (pix2seq.data.image_index, "fsync_file"),
+    "replacing a file": (Path, "replace"),
+    "joining files": (torch, "cat"),
+    "removing a file": (Path, "unlink"),
+}
 
 
 def train(arguments, point=None, call=1, signum=signal.SIGKILL):
@@ -43,10 +57,28 @@ def predict(arguments, point, call):
     run(["predict", *arguments], PREDICTION_POINTS[point], call, signal.SIGKILL)
 
 
+def index(folder, out, point=None, call=1):
+    """Bring an index with files of four images up to date, killed right after call number `call` at a point."""
+    with (
+        mock.patch.object(pix2seq.data.image_index, "SHARD_IMAGES", 4),
+        mock.patch.object(pix2seq.search, "SHARD_IMAGES", 4),
+        signalled(None if point is None else INDEX_POINTS[point], call, signal.SIGKILL),
+    ):
+        update_index(SeeingColours(), open_index(out, folder, checkpoint=folder, model="m"), batch_size=2)
+
+
 def run(command, point, call, signum):
     """Run a command, with a signal right after call number `call` of a function."""
-    if point is None:
+    with signalled(point, call, signum):
         raise SystemExit(main(command))
+
+
+@contextmanager
+def signalled(point, call, signum):
+    """Send this process a signal right after call number `call` of a function, given by owner and name."""
+    if point is None:
+        yield
+        return
     owner, name = point
     original = getattr(owner, name)
     calls = 0
@@ -60,7 +92,7 @@ def run(command, point, call, signum):
         return result
 
     with mock.patch.object(owner, name, dying):
-        raise SystemExit(main(command))
+        yield
 
 
 def train_for(arguments, seconds):

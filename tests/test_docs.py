@@ -14,10 +14,12 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import numpy as np
 import pytest
+from colours import seeing_colours
 from mkdocs.commands.build import build
 from mkdocs.config import load_config as load_site
 from nbclient import NotebookClient
@@ -26,7 +28,7 @@ from test_videos import write_video
 from tiny_settings import ALL, TINY
 
 import pix2seq.tasks
-from pix2seq import cli, register_task
+from pix2seq import Predictor, cli, register_task
 from pix2seq.data.shapes import write_shapes
 from pix2seq.drawing import Chip, draw_chips
 from pix2seq.model.config import DecoderConfig, EncoderConfig
@@ -51,6 +53,9 @@ SMALLER = {
     "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
     "data sequences": ["device=cpu"],
     "data features": MODEL,
+    "data captions": ["--device", "cpu"],
+    "index": ["--device", "cpu"],
+    "search": ["--device", "cpu"],
     "data answers": ["--limit", "2", "--device", "cpu"],
     # Probabilities need 100 answers, some of them right.
     "calibrate": ["--checkpoint", "checkpoints/shapes", "--split", "train", "--out", "calibrated", "--device", "cpu"],
@@ -190,6 +195,17 @@ def exported(tiny):
 
 
 @pytest.fixture
+def comparing():
+    """Predictors that compare images and sentences, by colour, and find all sentences likely."""
+
+    def match(predictor, image, sentences):
+        return np.full(len(sentences), 0.9)
+
+    with seeing_colours(), mock.patch.object(Predictor, "match", match):
+        yield
+
+
+@pytest.fixture
 def workplace(page, tiny, tmp_path, monkeypatch, request):
     """A folder that looks as if the user had followed the page so far."""
     (tmp_path / "checkpoints").mkdir()
@@ -214,6 +230,10 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
     content = {"image": "street.jpg", "width": 480, "height": 400, "instances": [person], "captions": []}
     (tmp_path / "street.json").write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
+    if "photos-index" in page.read_text("utf-8"):
+        request.getfixturevalue("comparing")
+    if any("photos-index" in text for text in blocks(page, "python")):
+        assert cli.main(["index", "photos", "--checkpoint", "runs/mine", "--out", "photos-index"]) == 0
     return tmp_path
 
 

@@ -122,7 +122,7 @@ def test_a_token_shows_its_place_on_the_image(uploaded, expected):
         assert float(corner.get_attribute("cx")) == pytest.approx(x if position < 2 else x + width, abs=2)
         assert float(corner.get_attribute("cy")) == pytest.approx(y if position < 2 else y + height, abs=2)
     uploaded.point(uploaded.all(row)[4])
-    assert f"best answer {best['category']} {best['score']:.3f}" in uploaded.text("#token")
+    assert f"best answer {best['category']} {best.get('raw_score', best['score']):.3f}" in uploaded.text("#token")
     assert not uploaded.all("[data-layer=cue] line")
     uploaded.leave()
     assert not uploaded.all("[data-layer=cue] *")

@@ -258,7 +258,8 @@ def test_a_client_that_goes_away_is_forgotten(port, slow):
 
 def test_the_description_and_the_page_need_nothing_from_elsewhere(predictor, port):
     paths = get(port, "/openapi.json").json["paths"]
-    assert set(paths) == {"/predict", "/images", "/clicks", "/tasks", "/health", "/examples", "/examples/{index}.jpg"}
+    gets = {"/tasks", "/health", "/examples", "/examples/{index}.jpg", "/indexed/{number}"}
+    assert set(paths) == {"/predict", "/images", "/clicks", "/find", "/search"} | gets
     assert {"200", "400", "413", "415", "422", "503", "504"} <= set(paths["/predict"]["post"]["responses"])
     page = get(port, "/")
     assert page.headers["content-type"].startswith("text/html")

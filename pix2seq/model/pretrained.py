@@ -6,6 +6,7 @@ the files it needs to resume beside these two; see `pix2seq.training.checkpoint`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pix2seq.errors import InputError
-from pix2seq.files import find_damage, fsync_file, read_json, write_atomically
+from pix2seq.files import find_damage, fsync_file, read_json, sha256, write_atomically
 from pix2seq.model.config import ModelConfig
 from pix2seq.types import Category
 
@@ -125,6 +126,12 @@ def read_calibration(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
         raise InputError(f"calibration in {folder / CONFIG_FILE} is no mapping by task; run pix2seq calibrate again")
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the sha256 of what the model of a readable checkpoint computes: its weights and its settings."""
+    settings = json.dumps(read_json(folder / CONFIG_FILE)["model"], sort_keys=True)
+    return hashlib.sha256(f"{settings} {sha256(folder / WEIGHTS_FILE)}".encode()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -25,23 +25,31 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from pix2seq.data.image import NotAnImageError, TooManyPixelsError, read_image
+from pix2seq.data.image_index import ImageIndex
 from pix2seq.drawing import category_color
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
+from pix2seq.search import search
+from pix2seq.tasks.task import Task
 from pix2seq.types import Clicks, ObjectMask
 from pix2seq.web.answers import drawings_to_json, sequences_to_json, without_unlikely
 from pix2seq.web.examples import ExampleImage
+from pix2seq.web.folder import ImageFolder, NoSuchImageError, media_type
 from pix2seq.web.images import KeptImages, NotKeptError
 from pix2seq.web.limits import ExtraHeaders, Gate, Limits
 
 PAGE = Path(__file__).parent / "page"
 MAX_ABOUT = 10_000  # characters
 MAX_POINTS = 10_000  # clicks, or points of a polygon
+MAX_EXAMPLES = 64  # boxes to find the like of; models read fewer
+MAX_WORDS = 1000  # characters
+MAX_RESULTS = 100
 FAR = (-1e6, 1e6)  # pixels, beyond any image
 STATUS: dict[type[Exception], int] = {
     NotAnImageError: 415,
     TooManyPixelsError: 413,
     NotKeptError: 410,
+    NoSuchImageError: 404,
 }  # of errors in the input; 422 for all others
 HEADERS = {
     # The page loads nothing from anywhere else, and no other page shows it as its own.
@@ -97,6 +105,25 @@ class Question(BaseModel):
         return Clicks(points, labels, self.box, rings, self.num_candidates)
 
 
+class Example(BaseModel):
+    """An object of a kept image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(max_length=64, description="its id, from /images")
+    box: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat] = Field(description="x0, y0, x1, y1 in pixels")
+
+
+class Wanted(BaseModel):
+    """What to find in a kept image: objects like those of examples, or what words name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(max_length=64, description="its id, from /images")
+    like: list[Example] = Field([], max_length=MAX_EXAMPLES)
+    words: str = Field("", max_length=MAX_WORDS, description="such as: striped star")
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The form cannot be read"},
     413: {"model": Error, "description": "Too many bytes or pixels"},
@@ -117,7 +144,18 @@ ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"description": "As the content of NAME.json", "content": {"application/json": {"example": EXAMPLE}}}
 }
 
-
+OBJECTS = {name: EXAMPLE[name] for name in ("width", "height", "instances")}
+FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Objects, best first, as in NAME.json",
+        "content": {"application/json": {"example": OBJECTS}},
+    }
+}
+HIT = {"file": "2026/street.jpg", "score": 0.41, "match": 0.93, "url": "/indexed/17", "thumbnail": "data:image/jpeg,"}
+HITS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Images, best first", "content": {"application/json": {"example": {"results": [HIT]}}}},
+    404: {"model": Error, "description": "The server has no index, or not this image"},
+}
 MASK = ObjectMask((40.0, 20.0, 180.0, 310.0), [np.array([[40, 20], [180, 20], [110, 310]], np.float32)], 0.9).to_json()
 MASKS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Masks, best first", "content": {"application/json": {"example": {"masks": [MASK]}}}}
@@ -127,8 +165,8 @@ MASKS: dict[int | str, dict[str, Any]] = {
 class Asker:
     """Asks the model, one request at a time."""
 
-    def __init__(self, predictor: Predictor, limits: Limits) -> None:
-        self.predictor, self.limits = predictor, limits
+    def __init__(self, predictor: Predictor, limits: Limits, folder: ImageFolder | None) -> None:
+        self.predictor, self.limits, self.folder = predictor, limits, folder
         self._thread = ThreadPoolExecutor(1, "pix2seq-asker")
         self._kept = KeptImages(limits.max_kept_images, limits.max_kept_bytes)  # the thread's own
 
@@ -143,7 +181,8 @@ class Asker:
         with_drawings: bool,
     ) -> bytes:
         """Answer a request as JSON. Raises `InputError` if it cannot be."""
-        names = [name.strip() for name in tasks.split(",") if name.strip()] or list(self.predictor.tasks)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        names = names or [name for name, task in self.predictor.tasks.items() if about or not needs_about(task)]
         for name in names:
             self.predictor.require(name)
         asked = {name: self.predictor.tasks[name] for name in names}
@@ -182,6 +221,29 @@ class Asker:
         (masks,) = self.predictor.ask(question.task, [image], about, seed=question.seed)
         return json.dumps({"masks": [mask.to_json() for mask in masks]}, allow_nan=False).encode()
 
+    def find(self, wanted: Wanted) -> bytes:
+        """Answer with the objects that are wanted as JSON. Raises `InputError` if they cannot be asked for."""
+        if bool(wanted.like) == bool(wanted.words.strip()):
+            raise InputError("what to find is given by like or by words; give one of them")
+        image = self._kept.get(wanted.image)
+        if wanted.like:
+            like = [(self._kept.get(example.image), example.box) for example in wanted.like]
+            found = self.predictor.find(image, like=like)  # type: ignore[attr-defined]
+        else:
+            found = self.predictor.find(image, words=wanted.words)  # type: ignore[attr-defined]
+        width, height = image.size
+        content = {"width": width, "height": height, "instances": [each.to_json() for each in found]}
+        return json.dumps(content, allow_nan=False).encode()
+
+    def search(self, text: str, image: UploadFile | None, top: int, match: bool) -> bytes:
+        """Answer a search of the folder as JSON. Raises `InputError` if there is none, or nothing to look for."""
+        if self.folder is None:
+            raise NoSuchImageError("this server searches no folder; start it with --index INDEX")
+        pixels = None if image is None else read_image(image.file.read(), max_pixels=self.limits.max_pixels)
+        sentence = text if text.strip() else None
+        hits = search(self.predictor, self.folder.index, sentence=sentence, image=pixels, top=top, match=match)
+        return json.dumps({"results": [self.folder.to_json(hit) for hit in hits]}, allow_nan=False).encode()
+
     async def run(self, request: Request, function: Callable[..., T], *args: Any) -> T:
         """Run a function in the thread, when it is free. A request whose client has gone or gives up is dropped."""
         future = asyncio.wrap_future(self._thread.submit(function, *args))
@@ -201,10 +263,17 @@ class Asker:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def make_app(predictor: Predictor, *, limits: Limits | None = None, examples: Sequence[ExampleImage] = ()) -> FastAPI:
-    """Return an application that shows a model on a page, and answers over HTTP."""
+def make_app(
+    predictor: Predictor,
+    *,
+    limits: Limits | None = None,
+    examples: Sequence[ExampleImage] = (),
+    index: ImageIndex | None = None,
+) -> FastAPI:
+    """Return an application that shows a model on a page, and answers over HTTP; `index` is of a folder to search."""
     limits = limits or Limits()
-    asker = Asker(predictor, limits)
+    folder = None if index is None else ImageFolder(index, max_pixels=limits.max_pixels)
+    asker = Asker(predictor, limits, folder)
     app = FastAPI(
         title="Pix2Seq",
         summary="Ask a trained model about images",
@@ -245,10 +314,34 @@ def make_app(predictor: Predictor, *, limits: Limits | None = None, examples: Se
         """Return the masks that clicks can mean, best first."""
         return Response(await asker.run(request, asker.click, question), media_type="application/json")
 
+    @app.post("/find", responses=FOUND | ERRORS | GONE)
+    async def find(request: Request, wanted: Wanted) -> Response:
+        """Find the objects of a kept image that are like an example, or that words name."""
+        return Response(await asker.run(request, asker.find, wanted), media_type="application/json")
+
+    @app.post("/search", responses=HITS | ERRORS)
+    async def search_folder(
+        request: Request,
+        text: Annotated[str, Form(max_length=MAX_WORDS, description="a sentence that is true of the images")] = "",
+        image: Annotated[UploadFile | None, File(description="or an image that they are like")] = None,
+        top: Annotated[int, Form(ge=1, le=MAX_RESULTS, description="images to return")] = 24,
+        match: Annotated[bool, Form(description="whether matching orders what the embedding finds")] = True,
+    ) -> Response:
+        """Search the folder that the server has an index of."""
+        return Response(await asker.run(request, asker.search, text, image, top, match), media_type="application/json")
+
+    @app.get("/indexed/{number}", response_class=FileResponse, responses={404: HITS[404]})
+    def indexed(number: int) -> FileResponse:
+        """Return an image of the folder."""
+        if folder is None:
+            raise HTTPException(404, "this server searches no folder")
+        path = folder.path(number)
+        return FileResponse(path, media_type=media_type(path))
+
     @app.get("/tasks")
     async def list_tasks() -> dict[str, Any]:
         """Return what the model can be asked, its classes, and the limits of this server."""
-        return describe(predictor) | {"limits": asdict(limits)}
+        return describe(predictor) | {"index": folder and folder.describe(), "limits": asdict(limits)}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -284,6 +377,7 @@ def describe(predictor: Predictor) -> dict[str, Any]:
                 "name": name,
                 "needs": task.needs,
                 "about_format": task.about_format,
+                "needs_about": needs_about(task),
                 "takes_clicks": task.takes_clicks,
             }
             for name, task in predictor.tasks.items()
@@ -292,9 +386,15 @@ def describe(predictor: Predictor) -> dict[str, Any]:
             category.to_json() | {"color": "#{:02x}{:02x}{:02x}".format(*category_color(category.name))}
             for category in known.values()
         ],
+        "finds": {"like": predictor.can_find_like, "words": predictor.can_find_words},
         "num_bins": predictor.model.config.vocab.num_bins,
         "image_size": predictor.model.config.image_size,
     }
+
+
+def needs_about(task: Task[Any]) -> bool:
+    """Return whether a task cannot be asked about a whole image alone."""
+    return task.about_format is not None and not task.needs and not task.takes_clicks
 
 
 def _failure(status: int, message: str) -> JSONResponse:

@@ -4,8 +4,9 @@
 // nothing of it but the encoded image.
 
 import { element, find, shape, withProperty } from "./dom.js";
+import { askAbout, KeptImage } from "./kept.js";
 import { deletePoint, insertPoint, movePoint, ringsOf, toCoco } from "./masks.js";
-import { describeError, getJson } from "./server.js";
+import { describeError } from "./server.js";
 
 const UNASKED = { points: [], labels: [], candidates: [], chosen: 0 };
 const START = { ...UNASKED, objects: [] };
@@ -23,7 +24,7 @@ export class Clicks {
 
   // Starts anew on an image file.
   open(blob, name) {
-    Object.assign(this, { blob, name, kept: null, states: [START], pending: [], drag: null, editing: false });
+    Object.assign(this, { blob, name, kept: new KeptImage(blob, name), states: [START], pending: [], drag: null, editing: false });
     this.queue = Promise.resolve();
     this.show();
   }
@@ -122,30 +123,11 @@ export class Clicks {
     this.act(() => void (this.states.length > 1 && this.states.pop()));
   }
 
-  // Asks the server, which may have dropped the image since the last click.
   async ask(question) {
-    this.kept ??= await this.send();
-    const post = () =>
-      getJson("/clicks", {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ image: this.kept, task: this.task, ...question }),
-      });
-    try {
-      return (await post()).masks;
-    } catch (error) {
-      if (error.status !== 410) throw error;
-      this.kept = await this.send();
-      return (await post()).masks;
-    }
-  }
-
-  async send() {
-    const form = new FormData();
-    form.append("image", this.blob, this.name);
-    const { id, width, height } = await getJson("/images", { method: "POST", body: form });
-    this.stage.setSize(width, height); // of an image that this browser cannot show
-    return id;
+    const { kept } = this;
+    const { masks } = await askAbout("/clicks", [kept], (image) => ({ image, task: this.task, ...question }));
+    if (kept === this.kept) this.stage.setSize(...kept.size); // of an image that this browser cannot show
+    return masks;
   }
 
   // Showing

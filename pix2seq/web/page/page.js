@@ -2,6 +2,8 @@
 
 import { Clicks } from "./clicks.js";
 import { element, find, withProperty } from "./dom.js";
+import { Finder } from "./find.js";
+import { Search } from "./search.js";
 import { Sequences } from "./sequences.js";
 import { describeError, getJson } from "./server.js";
 import { Stage } from "./stage.js";
@@ -16,6 +18,8 @@ const categories = new Map(model.categories.map((category) => [category.id, cate
 const askable = model.tasks.filter((task) => !task.takes_clicks); // others have their own way
 const clicked = model.tasks.find((task) => task.takes_clicks);
 const clicks = clicked && new Clicks(stage, clicked.name, say);
+const finder = (model.finds.like || model.finds.words) && new Finder(stage, model.finds, say);
+const modes = { tasks: askable.length > 0, clicks: Boolean(clicked), find: Boolean(finder) };
 const state = { image: null, name: "", answer: null, task: null, request: null };
 
 // Asking
@@ -26,6 +30,7 @@ async function open(blob, name) {
   say("");
   await stage.open(blob);
   clicks?.open(blob, name);
+  if (finder) finder.open(blob, name);
   if (mode() === "tasks") await ask();
 }
 
@@ -33,13 +38,17 @@ function mode() {
   return document.body.dataset.mode;
 }
 
-// Shows the answers of tasks, or what clicks find.
+// Shows the answers of tasks, or what clicks, examples or words find.
 function setMode(name) {
   document.body.dataset.mode = name;
   clicks?.setActive(name === "clicks");
   state.request?.abort();
   find("#stage").classList.remove("asking");
-  if (name === "tasks" && !state.answer) ask();
+  stage.clear();
+  if (finder) finder.setActive(name === "find");
+  if (name !== "tasks") return;
+  if (state.answer) showAnswer();
+  else ask();
 }
 
 // Asks the chosen tasks about the image; an earlier request that is still open is given up.
@@ -206,7 +215,7 @@ for (const place of ["#stage", "#objects", "#captions"].map(find)) {
 
 function addTasks() {
   for (const task of askable) {
-    const input = element("input", { type: "checkbox", name: task.name, checked: true });
+    const input = element("input", { type: "checkbox", name: task.name, checked: !task.needs_about });
     find("#tasks").append(element("label", {}, input, ` ${task.name}`));
   }
   const showAbout = () => {
@@ -235,9 +244,12 @@ function press(button) {
 }
 
 function openFile(file) {
-  if (!file) return;
+  if (file) openNamed(file, file.name || "image");
+}
+
+function openNamed(blob, name) {
   press(null);
-  open(file, file.name || "image");
+  return open(blob, name);
 }
 
 find("#controls").addEventListener("submit", (event) => event.preventDefault());
@@ -258,8 +270,14 @@ find("#play").addEventListener("click", ({ target }) => {
 });
 
 addTasks();
-find("#mode").hidden = !(clicked && askable.length);
+if (model.index) new Search(model.index, { open: openNamed, shown: () => state });
+const possible = Object.keys(modes).filter((name) => modes[name]);
+find("#mode").hidden = possible.length < 2;
+for (const input of find("#mode").querySelectorAll("input")) {
+  input.parentElement.hidden = !modes[input.value];
+  input.checked = input.value === (possible[0] ?? "tasks");
+}
 find("#mode").addEventListener("change", ({ target }) => setMode(target.value));
-setMode(askable.length || !clicked ? "tasks" : "clicks");
+setMode(possible[0] ?? "tasks");
 await addExamples();
 document.body.dataset.ready = "";
