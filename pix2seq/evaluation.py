@@ -191,6 +191,7 @@ def measure(
         known = predictor.model.categories
         classes = ClassMap(needed_categories(dataset, known), known)
     categories = dataset.categories if classes is None else classes.categories
+    asking = {name: task if uses_classes else task.with_categories(categories) for name, task in predictor.tasks.items()}
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]
@@ -202,7 +203,7 @@ def measure(
             needed = {need for name in tasks for need in predictor.tasks[name].needs if need in predictor.tasks}
             found = {name: predictor.ask(name, encoded, seed=seed) for name in sorted(needed)}
             for name in tasks:
-                task = predictor.tasks[name]
+                task = asking[name]
                 supply = found.get(task.needs[0]) if task.needs else None
                 asked = [
                     (i, question, about)

@@ -20,6 +20,7 @@ from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
+ADDED = ("encoder.colour.weight",)  # starts at zero, so a model with it starts as one without
 
 
 def with_init_model(config: TrainConfig) -> TrainConfig:
@@ -62,7 +63,7 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     a match keep their fresh weights. Raises `InputError` if any other shape differs; the message calls `source` `name`.
     """
     ours, theirs = model.state_dict(), source.state_dict()
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in sorted((ours.keys() | theirs.keys()) - set(ADDED)):
         fits = key in ours and key in theirs and ours[key].shape[1:] == theirs[key].shape[1:]
         if not fits or (key not in (*VOCAB_ROWS, POSITIONS) and ours[key].shape != theirs[key].shape):
             raise InputError(f"init={name} is another model (see {key}); use model settings that equal its config.json")
@@ -70,6 +71,8 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     for key, tensor in ours.items():
         if key in VOCAB_ROWS:
             tensor[to_rows] = theirs[key][from_rows].to(tensor)
+        elif key not in theirs:
+            continue
         elif key == POSITIONS:
             length = min(len(tensor), len(theirs[key]))
             tensor[:length] = theirs[key][:length].to(tensor)

@@ -86,10 +86,10 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     if resumed is not None:
         vocab = replace(vocab, other_tasks=read_config(resumed)[0].vocab.other_tasks)
     vocab, text = vocab.with_tasks(config.tasks), None
-    for name, kind in kinds.items():
-        if kind.reads_text and text is None:
-            text = _text_tokenizer(config, name, train_data[name], resumed)
-            vocab = vocab.with_text(text.size)
+    readers = [name for name, kind in kinds.items() if kind.reads_text]
+    if readers:
+        text = _text_tokenizer(config, readers, train_data, resumed)
+        vocab = vocab.with_text(text.size)
 
     tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
     for name, task in tasks.items():
@@ -142,6 +142,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             notes += _compare_classes(name, dataset, train_data[name], categories)
+    if max(category.label for category in categories) > vocab.max_label:  # of tasks that do not use them
+        categories = ()
     return Recipe(
         tuple(samples), train_data, val_data, categories, text, vocab, tasks, features, tuple(dict.fromkeys(notes))
     )
@@ -335,17 +337,28 @@ def _open_val(config: TrainConfig, source: Source) -> Dataset:
 
 
 def _text_tokenizer(
-    config: TrainConfig, task: str, dataset: Dataset | ShardIndex, resumed: Path | None
+    config: TrainConfig, readers: Sequence[str], data: Mapping[str, Dataset | ShardIndex], resumed: Path | None
 ) -> TextTokenizer:
+    """Return the tokenizer that the tasks `readers` share, made by the first of them of what all of them read.
+
+    Captions are read by the tasks that learn from them, so no other model knows words that only captions have.
+    """
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
-    if isinstance(dataset, ShardIndex):
-        where, captions = dataset.location, dataset.captions()
-    else:
-        where, captions = str(dataset.root), list(dataset.annotations.all_captions())
-    if not captions:
-        raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
-    return get_task(task).make_text_tokenizer(config.task(task), captions)
+    captions: list[str] = []
+    words: list[str] = []
+    for name in readers:
+        dataset = data[name]
+        is_index = isinstance(dataset, ShardIndex)
+        if get_task(name).learns_from == "caption":
+            found = dataset.captions() if is_index else list(dataset.annotations.all_captions())
+            if not found:
+                where = dataset.location if is_index else dataset.root
+                raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
+            captions += found
+        attributes = dataset.attributes if is_index else dataset.annotations.attribute_kinds
+        words += get_task(name).text_words(dataset.categories, attributes)
+    return get_task(readers[0]).make_text_tokenizer(config.task(readers[0]), captions, words)
 
 
 def task_seed(config: TrainConfig, task_id: int) -> int:

@@ -117,7 +117,7 @@ def make_scene(
                 placed.append(candidate)
                 below[candidate.mask] = len(placed)
                 break
-    fine = _background(rng, size, easy)
+    fine = background(rng, size, easy)
     for candidate in placed:
         _paint(rng, fine, candidate)
     for number, candidate in enumerate(placed, start=1):
@@ -169,7 +169,7 @@ def _fits(candidate: _PlacedFigure, placed: list[_PlacedFigure], covered: NDArra
     )
 
 
-def _background(rng: Generator, size: int, easy: bool) -> NDArray[np.uint8]:
+def background(rng: Generator, size: int, easy: bool) -> NDArray[np.uint8]:
     """Draw a background of size * SUPERSAMPLING pixels a side; it has no edges, so it is drawn small and enlarged."""
     kinds, odds = ("plain", "gradient", "clouds", "stripes", "checks", "noise"), (0.2, 0.25, 0.3, 0.1, 0.05, 0.1)
     kind = "plain" if easy else str(rng.choice(kinds, p=odds))
