@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 
 from pix2seq.data.shapes.appearance import HSV_RANGES, TEXTURES
-from pix2seq.data.shapes.captions import direction, noun, place
+from pix2seq.data.shapes.captions import article, direction, noun, place
 from pix2seq.types import Target
 
 COLOURS = tuple(HSV_RANGES)
@@ -30,7 +30,7 @@ ADJECTIVES = {  # how a texture is said; others as they are annotated
 }
 PLACES = tuple(dict.fromkeys(place(x / 6, y / 6) for x in (1, 3, 5) for y in (1, 3, 5)))
 RELATIONS = ("to the left of", "to the right of", "above", "below")
-LEADS = ("", "the ")
+ARTICLES = ("the", "a", "an", "all")
 THING = "thing"  # in place of a class that is not said
 PERSONS = ("people", "persons")
 
@@ -169,7 +169,8 @@ def say(phrase: Phrase, rng: np.random.Generator) -> str:
     """Put a phrase into words: with or without an article, in singular or plural, however many objects it names."""
     plurals = phrase.plurals()
     plural = plurals[int(rng.integers(len(plurals)))] if rng.random() < PLURAL_SHARE else None
-    return LEADS[int(rng.integers(len(LEADS)))] + phrase.text(plural=plural)
+    words = phrase.text(plural=plural)
+    return (words, f"the {words}", article(words) if plural is None else f"all {words}")[int(rng.integers(3))]
 
 
 def describe(scene: Scene, i: int, rng: np.random.Generator, *, in_full: bool = False) -> Phrase:
@@ -256,7 +257,7 @@ def phrase_words(names: Iterable[str], attributes: Iterable[Mapping[str, str]]) 
     values = {each.get(kind, "") for each in attributes for kind in ("colour", "texture")}
     adjectives = [ADJECTIVES.get(value, value) for value in sorted(values - {""})]
     nouns = chain.from_iterable((name, *Phrase(name).plurals()) for name in (*names, THING))
-    return [*nouns, *adjectives, *PLACES, *RELATIONS, *LEADS, "in"]
+    return [*nouns, *adjectives, *PLACES, *RELATIONS, *ARTICLES, "in"]
 
 
 @dataclass(frozen=True)

@@ -349,14 +349,16 @@ def _text_tokenizer(
     words: list[str] = []
     for name in readers:
         dataset = data[name]
-        is_index = isinstance(dataset, ShardIndex)
+        if isinstance(dataset, ShardIndex):
+            where, read, attributes = dataset.location, dataset.captions, dataset.attributes
+        else:
+            annotations = dataset.annotations
+            where, read, attributes = str(dataset.root), annotations.all_captions, annotations.attribute_kinds
         if get_task(name).learns_from == "caption":
-            found = dataset.captions() if is_index else list(dataset.annotations.all_captions())
+            found = list(read())
             if not found:
-                where = dataset.location if is_index else dataset.root
                 raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
             captions += found
-        attributes = dataset.attributes if is_index else dataset.annotations.attribute_kinds
         words += get_task(name).text_words(dataset.categories, attributes)
     return get_task(readers[0]).make_text_tokenizer(config.task(readers[0]), captions, words)
 
