@@ -357,7 +357,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--points", nargs="+", metavar="X,Y[,+|-]", help="clicks on an object, another form of --about")
     parser.add_argument(
-        "--find", action="append", default=[], metavar="WORDS", help="find what they name, as 'striped star'; repeatable"
+        "--find", action="append", default=[], metavar="WORDS", help="objects to find, as 'striped star'; repeatable"
     )
     parser.add_argument(
         "--min-score",

@@ -191,7 +191,9 @@ def measure(
         known = predictor.model.categories
         classes = ClassMap(needed_categories(dataset, known), known)
     categories = dataset.categories if classes is None else classes.categories
-    asking = {name: task if uses_classes else task.with_categories(categories) for name, task in predictor.tasks.items()}
+    asking = dict(predictor.tasks)
+    if classes is None:
+        asking = {name: task.with_categories(categories) for name, task in asking.items()}
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]

@@ -390,7 +390,7 @@ class Predictor:
         if asked is None:
             raise InputError("there is nothing to look for; give a phrase, such as 'striped star'")
         (encoded,) = self._encoded([image])
-        settings = {} if threshold is None else {"min_score": threshold}
+        settings: dict[str, Any] = {} if threshold is None else {"min_score": threshold}
         return Instances(self.ask("by_words", [encoded], [asked], seed=seed, **settings)[0], size=encoded.size)
 
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:

@@ -96,12 +96,10 @@ def test_prompt_and_response_are_as_documented():
     vocab = Vocab(num_bins=11, text_base=1100, size=1110, num_text=10)
     assert phrase_prompt(16, 60, [5, 3], vocab).tolist() == [16, 60, 1105, 1103, SEPARATOR]
     boxes = np.array([[0, 0.1, 0.5, 1], [0.2, 0.2, 0.3, 0.4]])
-    response = encode_named(
-        boxes, np.array([True, False]), 60, vocab, np.random.default_rng(0), noise_weight=0.5
-    )
+    response = encode_named(boxes, np.array([True, False]), 60, vocab, np.random.default_rng(0), noise_weight=0.5)
     coords = [1000, 1001, 1005, 1010, None, 1002, 1002, 1003, 1004, None]
     is_coord = [each is not None for each in coords]
-    assert response.targets.tolist() == [60 if c is None and i == 4 else NOISE if c is None else c for i, c in enumerate(coords)]
+    assert response.targets.tolist() == [*coords[:4], 60, *coords[5:9], NOISE]
     assert response.weights.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0.5]
     assert response.inputs[is_coord].tolist() == response.targets[is_coord].tolist()
     read = {
@@ -202,11 +200,12 @@ def test_a_run_knows_the_words_of_its_phrases_and_no_others(folder, tmp_path):
     write_shards(read_coco(folder, "train"), tmp_path / "shards")
     sharded = settings_of(tmp_path / "shards", f"val_data={folder}")
     assert prepare(sharded).text.tokens == alone.tokens
-    assert ShardIndex.read(tmp_path / "shards", "train").attributes == read_coco(folder, "train").annotations.attribute_kinds
+    kinds = read_coco(folder, "train").annotations.attribute_kinds
+    assert ShardIndex.read(tmp_path / "shards", "train").attributes == kinds
 
 
 def test_a_vocabulary_without_room_for_the_words_is_refused(folder):
-    with pytest.raises(InputError, match="has no room for the .* words of phrases"):
+    with pytest.raises(InputError, match=r"has no room for the .* words of phrases"):
         prepare(settings_of(folder, "tasks=[captioning,by_words]", "captioning.text_size=20"))
 
 
@@ -237,7 +236,8 @@ def test_a_run_starts_from_a_checkpoint_that_knows_none_of_the_words(folder, run
     old = Pix2Seq.from_pretrained(source)
     assert "striped" not in old.text.tokens
     content = json.loads((source / "config.json").read_text())["model"]
-    model = [f"model.{part}.{key}={json.dumps(value)}" for part in ("encoder", "decoder", "memory") for key, value in content[part].items()]
+    parts = [(part, *each) for part in ("encoder", "decoder", "memory") for each in content[part].items()]
+    model = [f"model.{part}.{key}={json.dumps(value)}" for part, key, value in parts]
     model += [f"model.vocab.{key}={content['vocab'][key]}" for key in ("num_bins", "coord_base", "text_base")]
     model += [f"model.vocab.size={content['vocab']['text_base']}", f"model.image_size={content['image_size']}"]
     rest = [each for each in TINY if not each.startswith("model.")]
@@ -413,13 +413,15 @@ def test_predict_finds_what_is_asked_for(checkpoint, shapes, tmp_path, capsys):
 
 
 def test_a_checkpoint_without_the_task_refuses_to_find(run, shapes, tmp_path, capsys):
-    assert main(["predict", str(shapes.target(0).image.path), "--checkpoint", str(run), "--out", str(tmp_path), "--find", "x"]) == 2
+    image = str(shapes.target(0).image.path)
+    assert main(["predict", image, "--checkpoint", str(run), "--out", str(tmp_path), "--find", "x"]) == 2
     assert "was not trained to find objects by words" in capsys.readouterr().err
 
 
 def test_eval_prints_the_scores(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "metrics.json"
-    assert main(["eval", "--checkpoint", str(checkpoint), "--data", str(folder), "--out", str(out), "--limit", "2"]) == 0
+    command = ["eval", "--checkpoint", str(checkpoint), "--data", str(folder), "--out", str(out)]
+    assert main([*command, "--limit", "2"]) == 0
     assert {"by_words/AP50", "by_words/presence_MCC"} <= json.loads(out.read_text())["metrics"].keys()
     assert "presence_MCC" in capsys.readouterr().out
 

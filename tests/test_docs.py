@@ -49,6 +49,7 @@ SMALLER = {
     "eval": ["--device", "cpu"],
     "predict": ["--device", "cpu"],
     "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
+    "data things": ["--train", "2", "--val", "2", "--size", "48", "--workers", "1"],
     "data sequences": ["device=cpu"],
     "data features": MODEL,
     "data answers": ["--limit", "2", "--device", "cpu"],
@@ -58,6 +59,7 @@ SMALLER = {
 FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_size=2"]
 FROM_SHAPES = {
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
+    "configs/by_words_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
@@ -174,6 +176,14 @@ def clicker(tiny):
 
 
 @pytest.fixture(scope="module")
+def reader(tiny):
+    """A model that is asked by words."""
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'reader'}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", "configs/by_words_shapes.yaml", *settings])) == 0
+    return tiny / "reader"
+
+
+@pytest.fixture(scope="module")
 def exported(tiny):
     """The tiny model as ONNX graphs."""
     assert cli.main(["export", str(tiny / "run"), "--format", "onnx", "--out", str(tiny / "onnx")]) == 0
@@ -193,6 +203,12 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
     if "runs/prompted" in page.read_text("utf-8"):
         shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
+    if "runs/words" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("reader"), tmp_path / "runs/words")
+    if "MY_CUTOUTS" in page.read_text("utf-8"):
+        (tmp_path / "MY_CUTOUTS").mkdir()
+        for colour in ("red", "blue"):
+            Image.new("RGBA", (40, 30), colour).save(tmp_path / "MY_CUTOUTS" / f"{colour}-card_01.png")
     if "shapes-onnx" in page.read_text("utf-8"):
         (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])
@@ -236,7 +252,7 @@ def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
             continue
         for word in words:  # what an earlier page, or an earlier command, wrote
             out = Path(word.removeprefix("out="))
-            if word.startswith("out=") or (words[:2] == ["data", "shapes"] and word == words[2]):
+            if word.startswith("out=") or (words[:2] in (["data", "shapes"], ["data", "things"]) and word == words[2]):
                 out.unlink() if out.is_symlink() else shutil.rmtree(out, ignore_errors=True)
         words = [re.sub("=FILE$", f"={printed}", word) for word in words]
         assert cli.main(smaller(words)) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"

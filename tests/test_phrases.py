@@ -91,7 +91,8 @@ def read_slowly(text, figures):
     found = []
     for i, figure in enumerate(figures):
         adjective = ADJECTIVES[figure.texture]
-        nouns = [figure.name, noun(figure.name, 2), "thing", "things", *(["persons"] if figure.name == "person" else [])]
+        nouns = [figure.name, noun(figure.name, 2), "thing", "things"]
+        nouns += ["persons"] if figure.name == "person" else []
         true = set()
         for kind, has_colour, has_texture in product(nouns, (0, 1), (0, 1)):
             before = [adjective] * has_texture
@@ -140,7 +141,8 @@ def num_different(one, other):
 
 
 def test_a_miss_is_near():
-    scene = scene_of([Figure("star", "red", "stripes", (0, 0, 10, 10)), Figure("cross", "blue", "plain", (80, 0, 90, 9))])
+    star, cross = Figure("star", "red", "stripes", (0, 0, 10, 10)), Figure("cross", "blue", "plain", (80, 0, 90, 9))
+    scene = scene_of([star, cross])
     differences = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -159,7 +161,7 @@ def test_two_words_change_where_every_change_of_one_names_something():
 
 @given(figures(), st.integers(0, 2**32), st.booleans())
 def test_mirroring_swaps_left_and_right(figures, seed, absent):
-    """Phrases are drawn from the mirrored annotations; read with the sides swapped, they name the same objects before."""
+    """Phrases are drawn from the mirrored annotations; with the sides swapped, they name the same objects before."""
     assume(all(f.centre[0] % 33 for f in figures))  # on no border between ninths
     target = target_of(figures)
     moved = transform_target(target, Affine(1, 1).then_mirror(100), (100, 100))
@@ -228,8 +230,7 @@ def test_left_out_combinations_are_not_drawn_in_training(figures, seed, absent):
     drawn = PhraseMaker(NAMES, lambda text: True, share).draw(scene, np.random.default_rng(seed), absent=absent)
     if drawn is None:
         return
-    said = re.sub("^(the|an?|all) ", "", drawn.text).partition(" to the ")[0].partition(" above ")[0].partition(" below ")[0]
-    words = said.split()
+    words = re.split(" to the | above | below ", re.sub("^(the|an?|all) ", "", drawn.text))[0].split()
     facts = sum(any(word in words for word in kind) for kind in (COLOURS, ("plain", "striped")))
     facts += not {"thing", "things"} & set(words)
     left_out = [is_held_out((f.name, f.colour, f.texture), share) for f in figures]

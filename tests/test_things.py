@@ -182,9 +182,7 @@ def test_given_backgrounds_are_seen(cutouts, tmp_path):
 
 
 def test_the_number_of_processes_changes_nothing(written, cutouts, tmp_path):
-    write_things(
-        tmp_path / "two", cutouts, num_train=14, num_val=12, size=64, seed=2, unseen_share=0.25, workers=2
-    )
+    write_things(tmp_path / "two", cutouts, num_train=14, num_val=12, size=64, seed=2, unseen_share=0.25, workers=2)
     assert contents(tmp_path / "two", "val") == contents(written, "val")
 
 

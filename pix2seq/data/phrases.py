@@ -8,7 +8,7 @@ are named by their class.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 
@@ -283,8 +283,9 @@ class PhraseMaker:
         )
 
     def draw(self, scene: Scene, rng: np.random.Generator, *, absent: bool, unseen: bool = False) -> Drawn | None:
-        """Draw a phrase that names nothing (`absent`) or something, of what training has seen or not; None: no luck."""
-        askable = [i for i, thing in enumerate(scene.things) if not (thing.is_crowd or (unseen and self._is_seen(thing)))]
+        """Draw a phrase that names nothing (`absent`) or something, of what training sees or not; None: no luck."""
+        things = [(i, thing) for i, thing in enumerate(scene.things) if not thing.is_crowd]
+        askable = [i for i, thing in things if not (unseen and self._is_seen(thing))]
         for _ in range(TRIES):
             phrase: Phrase | None = None
             if askable:

@@ -37,7 +37,7 @@ class EncoderConfig(Settings):
     # Residual blocks after each convolution of a conv stem, except the first.
     stem_blocks: Annotated[int, Range(least=0, most=256)] = 0
     closeups: bool = False  # make memories of single objects from the finer maps of a conv stem; only `vit`
-    # Add the mean colour of each patch to its feature, from zero weights: convolutions and patches forget it; only `vit`.
+    # Add the mean colour of each patch to its feature, by weights that start at zero; only `vit`.
     colour: bool = False
     resnet_depth: Literal[18, 34, 50, 101, 152, 200] = 50  # only `resnet`
     resnet_stages: Literal[3, 4] = 4  # only `resnet`: 4 (stride 32) or 3 (stride 16, C4)

@@ -192,10 +192,11 @@ class ByWords(Task[ByWordsConfig]):
         """Return a request for each phrase, with a slot of its own. Raises `InputError` if there is none."""
         if about is None:
             raise InputError(f"{self.name} is asked about phrases; give some with --find, or Predictor.find")
-        asked = [Asked(text) for text in about] if not isinstance(about, Exam) else about.asked
+        is_exam = isinstance(about, Exam)
+        asked = about.asked if isinstance(about, Exam) else [Asked(text) for text in about]
         slots = [SLOTS[i % len(SLOTS)] for i in range(len(asked))]
         return [
-            Request(self._prompt(each.text, slot), self.generation(slot), subject=(number, each, isinstance(about, Exam)))
+            Request(self._prompt(each.text, slot), self.generation(slot), subject=(number, each, is_exam))
             for number, (each, slot) in enumerate(zip(asked, slots, strict=True), start=1)
         ]
 
@@ -285,7 +286,8 @@ class ByWords(Task[ByWordsConfig]):
 
     def timed(self, target: Target) -> dict[str, Exam]:
         """Time the first phrase."""
-        return {"ms_per_phrase": Exam(exam.asked[:1]) for exam in self.questions(target, None).values()}
+        exams = self.questions(target, None)
+        return {"ms_per_phrase": Exam(exams[""].asked[:1])} if exams else {}
 
     def metric(self, categories: Sequence[Category]) -> PhraseMetric:
         """See `Task`."""
@@ -306,7 +308,5 @@ class ByWords(Task[ByWordsConfig]):
         category = Category(1, 1, self.tokenizer.decode(example.prompt[2:-1] - self.vocab.text_base))
         groups = example.targets.reshape(-1, TOKENS_PER_OBJECT)
         return [
-            instance_at(group[:4], category, Frame.of_input(size), self.vocab)
-            for group in groups
-            if group[-1] != NOISE
+            instance_at(group[:4], category, Frame.of_input(size), self.vocab) for group in groups if group[-1] != NOISE
         ]

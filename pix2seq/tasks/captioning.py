@@ -73,9 +73,7 @@ class Captioning(Task[CaptioningConfig]):
         """Make the tokenizer that the config asks for from captions and `words`, or read it from a file."""
         assert isinstance(config, CaptioningConfig)
         if config.tokenizer == "words":
-            return WordTokenizer.build(
-                captions, min_count=config.min_count, max_size=config.text_size, required=words
-            )
+            return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size, required=words)
         if config.tokenizer == "sentencepiece":
             return SentencePieceTokenizer.train([*captions, *words], config.text_size)
         path = Path(config.tokenizer)

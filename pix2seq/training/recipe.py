@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -349,6 +349,7 @@ def _text_tokenizer(
     words: list[str] = []
     for name in readers:
         dataset = data[name]
+        read: Callable[[], Iterable[str]]
         if isinstance(dataset, ShardIndex):
             where, read, attributes = dataset.location, dataset.captions, dataset.attributes
         else:

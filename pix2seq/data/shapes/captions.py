@@ -15,7 +15,9 @@ from numpy.random import Generator
 from pix2seq.data.shapes.scene import Figure, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-PLURALS = {"person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
+PLURALS = {"person": "people", "mouse": "mice", "knife": "knives"} | {
+    same: same for same in ("sheep", "skis", "scissors")
+}
 LISTING_LEADS = ("", "a picture of ", "there {be} ", "this image shows ")
 COUNTING_LEADS = ("there {be} ", "i can see ", "the picture contains ")
 LOCATED = (("{what} {where}", " and "), ("{where} is {what}", ", and "))  # a statement, and what joins two of them

@@ -106,7 +106,7 @@ def compose(
 
 
 def _place(rng: Generator, side: int, name: str, files: Sequence[Path]) -> _Placed:
-    """Draw one of the cut-outs of a name, turned, stretched, sheared and lit, and its place, mostly inside the image."""
+    """Draw a cut-out of a name, turned, stretched, sheared and lit, and its place, mostly inside the image."""
     low, high = SIDES
     length = side * low * (high / low) ** rng.random()  # small ones are as common as large ones
     cutout = fitted(read_cutout(files[int(rng.integers(len(files)))]), max(round(length), 1))
