@@ -46,7 +46,7 @@ CLICKED = ("click", "everything", "session")  # these too
 FOUND = ("find",)
 TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED + FOUND, "pix2seq.runtime.runner": NAMED}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
-COCO_ROOMS = ("data.formats", "data.shapes")
+COCO_ROOMS = ("data.formats", "data.shapes", "data.things")
 COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}
 
 

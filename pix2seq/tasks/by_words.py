@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -119,10 +119,10 @@ class ByWords(Task[ByWordsConfig]):
         return {label: category.name for label, category in self.categories.items()}
 
     def _is_readable(self, text: str) -> bool:
-        return len(self.tokenizer.encode(text)) <= self.config.max_words and not self._unknown_words(text)
+        return len(_encoded(self.tokenizer, text)) <= self.config.max_words and not self._unknown_words(text)
 
     def _unknown_words(self, text: str) -> list[str]:
-        return [word for word in text.split() if UNKNOWN in self.tokenizer.decode(self.tokenizer.encode(word))]
+        return [word for word in text.split() if UNKNOWN in self.tokenizer.decode(_encoded(self.tokenizer, word))]
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
         """Return a sequence for each of `phrases` phrases, drawn at random."""
@@ -164,7 +164,7 @@ class ByWords(Task[ByWordsConfig]):
         return Example(self._prompt(text, slot), response.inputs, response.targets, response.weights)
 
     def _prompt(self, text: str, slot: int) -> NDArray[np.int64]:
-        return phrase_prompt(self.vocab.task_id(self.name), slot, self.tokenizer.encode(text), self.vocab)
+        return phrase_prompt(self.vocab.task_id(self.name), slot, _encoded(self.tokenizer, text), self.vocab)
 
     # Asking and answering
 
@@ -251,7 +251,7 @@ class ByWords(Task[ByWordsConfig]):
                     f"this checkpoint never read the word {word!r}; the nearest that it did: "
                     f"{', '.join(self._near_words(word))}"
                 )
-            if len(self.tokenizer.encode(phrase)) > self.config.max_words:
+            if len(_encoded(self.tokenizer, phrase)) > self.config.max_words:
                 raise InputError(
                     f"{phrase!r:.80} has more than {self.config.max_words} words, which is the most that this "
                     "checkpoint reads; say it in fewer"
@@ -310,3 +310,9 @@ class ByWords(Task[ByWordsConfig]):
         return [
             instance_at(group[:4], category, Frame.of_input(size), self.vocab) for group in groups if group[-1] != NOISE
         ]
+
+
+@lru_cache(maxsize=2**14)
+def _encoded(tokenizer: TextTokenizer, text: str) -> tuple[int, ...]:
+    """Return the ids of a text; splitting it into words takes longer than all else about a phrase."""
+    return tuple(tokenizer.encode(text))
