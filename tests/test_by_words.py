@@ -318,10 +318,10 @@ def found(text, true, boxes, scores, unseen=False):
     return Found(asked, np.array(boxes, np.float64).reshape(-1, 4), np.array(scores, np.float32), 0.5)
 
 
-BOX, NEAR, FAR = [0, 0, 10, 10], [0, 0, 10, 8], [50, 50, 60, 60]
+BOX, NEAR, LOW, FAR = [0, 0, 10, 10], [0, 0, 10, 8], [6, 0, 16, 10], [50, 50, 60, 60]  # LOW has an IoU of 1/4
 ANSWERS = [
     found("right", [BOX], [NEAR, FAR], [0.9, 0.1]),  # right, and one found
-    found("wrong", [BOX], [FAR, BOX], [0.8, 0.7]),  # the best is wrong, and two found
+    found("wrong", [BOX], [LOW, BOX], [0.8, 0.7]),  # the best is wrong, and two found
     found("silent", [BOX], [], []),  # none found
     found("absent", [], [FAR], [0.3]),  # rightly none
     found("invented", [], [FAR], [0.6]),  # wrongly one

@@ -149,6 +149,12 @@ def test_a_miss_is_near():
         phrase = describe(scene, int(rng.integers(2)), rng)
         differences.append(num_different(phrase, miss(phrase, scene, WORLD, rng)))
     assert set(differences) == {1}
+    # All but the stars and the crosses in blue: one change that names nothing, among many that name something.
+    others = [("star", "red"), ("cross", "red"), ("person", "red"), ("person", "blue")]
+    scene = scene_of([Figure(*each, "plain", (0, 0, 9, 9)) for each in others])
+    world = replace(WORLD, names=NAMES, colours=COLOURS)
+    for seed in range(50):
+        assert miss(Phrase("star", "red"), scene, world, np.random.default_rng(seed)) == Phrase("star", "blue")
 
 
 def test_two_words_change_where_every_change_of_one_names_something():

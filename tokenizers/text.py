@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ _MARK = re.compile(f"[{_MARKS}]")
 _SIDE = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand|handed|side)?\b|clockwise\b", re.IGNORECASE)
 
 
-class TextTokenizer(Protocol):
+class TextTokenizer(Hashable, Protocol):
     """The interface of a text tokenizer."""
 
     @property

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,8 @@ class Scene:
                 each.get("colour", ""),
                 each.get("texture", ""),
                 place(*((centre - low) / (high - low)).tolist()),
-                *centre.tolist(),
+                float(centre[0]),
+                float(centre[1]),
                 is_crowd=crowd,
                 seen=each.get("seen") != "no",
             )
@@ -157,7 +159,7 @@ def _fits(phrase: Phrase, thing: Thing) -> bool:
 def _is_related(phrase: Phrase, i: int, scene: Scene) -> bool:
     if phrase.other is None:
         return True
-    return any(j != i and _relation(i, j, scene) == phrase.relation for j in named(phrase.other, scene))
+    return any(_relation(i, j, scene) == phrase.relation for j in named(phrase.other, scene))
 
 
 def _relation(i: int, j: int, scene: Scene) -> str | None:
@@ -224,7 +226,8 @@ def _with_another_word(phrase: Phrase, world: World, rng: np.random.Generator) -
         other = _with_another_word(phrase.other, world, rng)
         return None if other is None else replace(phrase, other=other)
     values = [value for value in kinds[fact] if value != getattr(phrase, fact)]
-    return replace(phrase, **{fact: values[int(rng.integers(len(values)))]}) if values else None
+    changes: dict[str, Any] = {fact: values[int(rng.integers(len(values)))]} if values else {}
+    return replace(phrase, **changes) if changes else None
 
 
 def is_held_out(combination: tuple[str, str, str], share: float) -> bool:

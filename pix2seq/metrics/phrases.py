@@ -85,7 +85,8 @@ def matthews(pairs: Iterable[tuple[bool, bool]]) -> float | None:
     table = np.array(list(pairs), np.float64).reshape(-1, 2)
     if not len(table) or not table.std(axis=0).all():
         return None
-    return float(np.corrcoef(table.T)[0, 1])
+    centred = (table - table.mean(axis=0)) / table.std(axis=0)
+    return float(centred.prod(axis=1).mean())
 
 
 def _iou(found: Found) -> float:

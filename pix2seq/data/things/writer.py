@@ -69,10 +69,17 @@ def write_things(
         ids = {name: number for number, name in enumerate(sorted(files), start=1)}
         for split, count in (("train", num_train), ("val", num_val)):
             groups = [seen, unseen] if split == "val" and unseen else [seen]
-            world = {"size": size, "seed": seed, "files": files, "max_objects": max_objects, "backgrounds": behind}
+            world: dict[str, Any] = {
+                "size": size,
+                "seed": seed,
+                "files": files,
+                "max_objects": max_objects,
+                "backgrounds": behind,
+            }
             write = partial(write_image, split=split, folder=folder / f"{split}2017", groups=groups, ids=ids, **world)
             (folder / f"{split}2017").mkdir()
-            images, annotations = [], []
+            images: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
             bar = tqdm(spread(write, range(count), workers), total=count, unit="image", desc=f"things {split}")
             for image, found in bar:
                 images.append(image)
