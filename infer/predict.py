@@ -45,6 +45,7 @@ def predict_files(
     tasks: Sequence[str] | None = None,
     boxes: Path | None = None,
     about: str | None = None,
+    find: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     min_score: float | None = None,
     batch_size: int = 16,
@@ -68,7 +69,8 @@ def predict_files(
 
     An image that cannot be read or asked about stops nothing: the others are done first, then an `InputError` names
     it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
-    files. `about` is text for the tasks that take some, see `Task.parse_about`; `settings` are those of
+    files. `about` is text for the tasks that take some, see `Task.parse_about`; `find` are phrases for those that find
+    objects by words, and without `tasks` the only ones asked; `settings` are those of
     `Predictor.configure`. `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
     """
     if not images:
@@ -93,19 +95,27 @@ def predict_files(
     outputs.check(planned, [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
 
     predictor = Predictor(Pix2Seq.from_pretrained(folder).to(pick_device(device)), bf16=bf16)  # the folder is verified
-    tasks = tuple(predictor.tasks) if tasks is None else tasks
+    finders = [name for name, task in predictor.tasks.items() if task.takes_words]
+    if find and not finders:
+        raise InputError("--find was given, but this checkpoint was not trained to find objects by words")
+    if tasks is None:
+        others = [name for name in predictor.tasks if name not in finders]
+        tasks = tuple(finders if find else predictor.tasks if about is not None else others)
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
     asked = {name: predictor.tasks[name] for name in tasks}
     texts = {} if about is None else {name: t.parse_about(about) for name, t in asked.items() if t.about_format}
+    texts |= {name: list(find) for name in finders if find and name in asked}
+    if find and not any(name in texts for name in finders):
+        raise InputError(f"--find was given, but none of {', '.join(tasks)} takes it; add {finders[0]} to --task")
     if about is not None and not texts:
         raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
     with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]
     if boxes is not None and not with_boxes:
         raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
-    run: list[Any] = [list(tasks), about, dict(settings or {}), min_score, seed, bf16]
+    run: list[Any] = [list(tasks), about, list(find), dict(settings or {}), min_score, seed, bf16]
     run += [_stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     more = {path: [stride] if is_video(path) else [] for path in names}
     keys = {path: _digest([*run, _stamp(path), _stamp(box_files.get(path)), *more[path]]) for path in names}

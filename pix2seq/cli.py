@@ -149,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_examples(data, "data shapes shapes --train 2000 --val 200", "data check MY_DATA")
     data_commands = data.add_subparsers(dest="data_command", metavar="COMMAND", parser_class=_Parser)
     add_shapes(data_commands.add_parser("shapes", help="write a generated data set in COCO layout"))
+    add_things(data_commands.add_parser("things", help="write scenes composed from your cut-outs, in COCO layout"))
     add_check(data_commands.add_parser("check", help="read a data set once and report every defect"))
     add_shard(data_commands.add_parser("shard", help="write a data set as tar files, to be read from disk or http"))
     add_answers(data_commands.add_parser("answers", help="write what a model answers, to learn from its mistakes"))
@@ -344,6 +345,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "predict street.jpg --checkpoint runs/mine --out predictions",
         "predict photos/ 'more/*.png' --checkpoint runs/mine --task detection --format cvat",
         "predict clip.mp4 --checkpoint runs/mine --stride 5",
+        "predict street.jpg --checkpoint runs/mine --find 'red car' --find 'people in blue'",
     )
     parser.add_argument(
         "images",
@@ -363,6 +365,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         help="what to ask about, such as '40,20,180,310 person'; a task that cannot read it says what it expects",
     )
     parser.add_argument("--points", nargs="+", metavar="X,Y[,+|-]", help="clicks on an object, another form of --about")
+    parser.add_argument(
+        "--find", action="append", default=[], metavar="WORDS", help="objects to find, as 'striped star'; repeatable"
+    )
     parser.add_argument(
         "--min-score",
         type=_share,
@@ -390,6 +395,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             boxes=args.boxes,
             out=args.out,
             about=about,
+            find=args.find,
             settings=_settings(args),
             min_score=args.min_score,
             batch_size=args.batch_size,
@@ -575,6 +581,47 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
             workers=args.workers,
         )
         print(f"{args.train} training and {args.val} validation images in {args.folder}")
+
+    parser.set_defaults(run=run)
+
+
+def add_things(parser: argparse.ArgumentParser) -> None:
+    """Add the options of scenes of cut-outs."""
+    _add_examples(parser, "data things scenes --cutouts MY_CUTOUTS --train 8000 --val 200 --unseen 0.3")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--cutouts", required=True, type=Path, help="folder of images with an alpha channel, as red-car_01.png"
+    )
+    parser.add_argument("--backgrounds", type=Path, help="folder of images to paste onto; by default generated ones")
+    parser.add_argument("--train", type=int, default=4000, help="training images")
+    parser.add_argument("--val", type=int, default=200, help="validation images")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--unseen", type=float, default=0.25, help="share of the names that only validation has; half of its things"
+    )
+    parser.add_argument("--max-objects", type=int, default=6, help="things in an image at most")
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
+
+    def run(args: argparse.Namespace) -> None:
+        from pix2seq.data.things import write_things
+
+        seen, unseen = write_things(
+            args.folder,
+            args.cutouts,
+            num_train=args.train,
+            num_val=args.val,
+            size=args.size,
+            seed=args.seed,
+            unseen_share=args.unseen,
+            max_objects=args.max_objects,
+            backgrounds=args.backgrounds,
+            workers=args.workers,
+        )
+        print(
+            f"{args.train} training and {args.val} validation images in {args.folder}, of {seen} names that training "
+            f"sees and {unseen} that it does not"
+        )
 
     parser.set_defaults(run=run)
 

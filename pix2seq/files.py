@@ -52,6 +52,26 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `path` once all is written, and is removed if that fails.
+
+    Raises `InputError` if `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} already exists and is not an empty folder; name a new one, or remove it first")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def output_file(path: Path) -> Path:
     """Create the file's folder and return the path. Raises `InputError` if it is a folder or cannot be written."""
     if path.is_dir():

@@ -415,6 +415,28 @@ class Predictor:
         """Return the masks of all objects of any class, best first."""
         return self.ask("prompted", [image], seed=seed)[0]
 
+    def find(
+        self,
+        image: EncodedImage | ImageLike,
+        like: Any = None,
+        words: str | Sequence[str] | None = None,
+        *,
+        threshold: float | None = None,
+        seed: int = 0,
+    ) -> Instances:
+        """Return the objects of an image that a phrase names, best first; none if there is none.
+
+        Phrases, such as "striped star on the left", can stand in the second place too. Several are asked side by side.
+        The category of an object has its phrase as its name. Objects have a probability of being named of at least
+        `threshold`; by default `by_words.min_score` of the checkpoint.
+        """
+        asked = like if words is None else words
+        if asked is None:
+            raise InputError("there is nothing to look for; give a phrase, such as 'striped star'")
+        (encoded,) = self._encoded([image])
+        settings: dict[str, Any] = {} if threshold is None else {"min_score": threshold}
+        return Instances(self.ask("by_words", [encoded], [asked], seed=seed, **settings)[0], size=encoded.size)
+
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:
         """Return a series of clicks on one object of an image, which is encoded once."""
         (encoded,) = self._encoded([image])

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-ATTRIBUTES = ("colour", "texture")
-"""Fields of an annotation that describe an object in a word."""
+ATTRIBUTES = ("colour", "texture", "seen")
+"""Fields of an annotation that describe an object in a word; `seen` is no if the training split has none of its name.
+"""
 
 MaskAnnotation: TypeAlias = list[NDArray[np.float32]] | dict[str, Any]
 """A mask as outer rings, each (P, 2) as x, y with P >= 3, or as a COCO RLE with `size` (h, w) and `counts`."""

@@ -101,7 +101,7 @@ class Vocab(Settings):
             return replace(self, num_text=num_text, size=max(self.size, self.text_base + num_text))
         if num_text > self.num_text:
             raise InputError(
-                f"the captions need {num_text} text ids, but model.vocab.num_text is {self.num_text}; raise it, "
+                f"{num_text} text ids are needed, but model.vocab.num_text is {self.num_text}; raise it, "
                 "or lower captioning.text_size"
             )
         return self

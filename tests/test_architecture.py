@@ -37,17 +37,18 @@ NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models
 
 TASK = re.compile(
-    r"(?<![a-z_-])(detection|segmentation|keypoint|captioning|prompted|matching)(?![a-z_])"
-    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted|Matching)(Config)?\b"
+    r"(?<![a-z_-])(detection|segmentation|keypoint|captioning|prompted|matching|by_words)(?![a-z_])"
+    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted|Matching|ByWords)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
 NAMED = ("detect", "segment", "keypoints", "caption")  # each names its task
 CLICKED = ("click", "everything", "session")  # these too
 SAID = ("match", "embed_text")
 CAN = ("can_match", "can_find_like", "can_find_words")
-TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED + SAID + CAN, "pix2seq.runtime.runner": NAMED}
+FOUND = ("find",)
+TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED + SAID + CAN + FOUND, "pix2seq.runtime.runner": NAMED}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
-COCO_ROOMS = ("data.formats", "data.shapes")
+COCO_ROOMS = ("data.formats", "data.shapes", "data.things")
 COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}
 
 

@@ -51,6 +51,7 @@ SMALLER = {
     "eval": ["--device", "cpu"],
     "predict": ["--device", "cpu"],
     "data shapes": ["--train", "20", "--val", "3", "--size", "48", "--workers", "1"],
+    "data things": ["--train", "2", "--val", "2", "--size", "48", "--workers", "1"],
     "data sequences": ["device=cpu"],
     "data features": MODEL,
     "data captions": ["--device", "cpu"],
@@ -64,6 +65,7 @@ FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_siz
 FROM_SHAPES = {
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
     "configs/matching_shapes.yaml": FEW,
+    "configs/by_words_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
@@ -188,6 +190,14 @@ def matcher(tiny):
 
 
 @pytest.fixture(scope="module")
+def reader(tiny):
+    """A model that is asked by words."""
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'reader'}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", "configs/by_words_shapes.yaml", *settings])) == 0
+    return tiny / "reader"
+
+
+@pytest.fixture(scope="module")
 def exported(tiny):
     """The tiny model as ONNX graphs."""
     assert cli.main(["export", str(tiny / "run"), "--format", "onnx", "--out", str(tiny / "onnx")]) == 0
@@ -220,6 +230,12 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
     if "runs/matching" in page.read_text("utf-8"):
         shutil.copytree(request.getfixturevalue("matcher"), tmp_path / "runs/matching")
+    if "runs/words" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("reader"), tmp_path / "runs/words")
+    if "MY_CUTOUTS" in page.read_text("utf-8"):
+        (tmp_path / "MY_CUTOUTS").mkdir()
+        for colour in ("red", "blue"):
+            Image.new("RGBA", (40, 30), colour).save(tmp_path / "MY_CUTOUTS" / f"{colour}-card_01.png")
     if "shapes-onnx" in page.read_text("utf-8"):
         (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])
@@ -267,7 +283,7 @@ def test_the_commands_of_a_page_run(page, workplace, counting, capsys):
             continue
         for word in words:  # what an earlier page, or an earlier command, wrote
             out = Path(word.removeprefix("out="))
-            if word.startswith("out=") or (words[:2] == ["data", "shapes"] and word == words[2]):
+            if word.startswith("out=") or (words[:2] in (["data", "shapes"], ["data", "things"]) and word == words[2]):
                 out.unlink() if out.is_symlink() else shutil.rmtree(out, ignore_errors=True)
         words = [re.sub("=FILE$", f"={printed}", word) for word in words]
         assert cli.main(smaller(words)) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"

@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ _MARK = re.compile(f"[{_MARKS}]")
 _SIDE = re.compile(r"\b(?:left|right)(?:most|ward|wards|hand|handed|side)?\b|clockwise\b", re.IGNORECASE)
 
 
-class TextTokenizer(Protocol):
+class TextTokenizer(Hashable, Protocol):
     """The interface of a text tokenizer."""
 
     @property
@@ -119,17 +119,24 @@ class WordTokenizer:
                 self._nearest.setdefault(token.strip(" "), token_id)
 
     @classmethod
-    def build(cls, captions: Iterable[str], *, min_count: int = 1, max_size: int = 32_000) -> WordTokenizer:
+    def build(
+        cls, captions: Iterable[str], *, min_count: int = 1, max_size: int = 32_000, required: Iterable[str] = ()
+    ) -> WordTokenizer:
         """Build the vocabulary of captions: frequent tokens first, ties in alphabetical order.
 
         Tokens seen fewer than `min_count` times are left out, then the rarest until at most `max_size`
-        ids remain, special ones included.
+        ids remain, special ones included. Those of the texts `required` come first and are always kept.
         """
         if max_size <= len(SPECIAL_TOKENS):
             raise InputError(f"a vocabulary of {max_size} ids has no room for words; give at least 4")
         counts = Counter(token for caption in captions for token in _split_words(caption))
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        kept = [token for token, count in ranked if count >= min_count]
+        needed = list(dict.fromkeys(token for text in required for token in _split_words(text)))
+        if len(SPECIAL_TOKENS) + len(needed) > max_size:
+            raise InputError(
+                f"a vocabulary of {max_size} ids has no room for the {len(needed)} words of phrases; raise its size"
+            )
+        kept = list(dict.fromkeys([*needed, *(token for token, count in ranked if count >= min_count)]))
         if not kept:
             raise InputError(
                 f"no word occurs {min_count} times in the captions, so the vocabulary is empty; "

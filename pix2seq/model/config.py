@@ -37,6 +37,8 @@ class EncoderConfig(Settings):
     # Residual blocks after each convolution of a conv stem, except the first.
     stem_blocks: Annotated[int, Range(least=0, most=256)] = 0
     closeups: bool = False  # make memories of single objects from the finer maps of a conv stem; only `vit`
+    # Add the mean colour of each patch to its feature, by weights that start at zero; only `vit`.
+    colour: bool = False
     resnet_depth: Literal[18, 34, 50, 101, 152, 200] = 50  # only `resnet`
     resnet_stages: Literal[3, 4] = 4  # only `resnet`: 4 (stride 32) or 3 (stride 16, C4)
     resnet_width: Annotated[float, Range(above=0, most=64)] = 1.0  # only `resnet`: multiplies the number of channels
@@ -47,6 +49,8 @@ class EncoderConfig(Settings):
         super().__post_init__()
         if self.name in OWN_ENCODERS:  # a timm model has its own sizes
             check_heads(self.section, self.dim, self.num_heads)
+        if self.colour and self.name != "vit":
+            raise ValueError(f"model.encoder.colour needs the encoder vit, got {self.name}")
         if self.name == "vit" and self.stem == "conv" and self.patch_size not in CONV_PATCHES:
             raise ValueError(f"model.encoder.stem=conv needs a patch_size of 4, 8, 16 or 32, got {self.patch_size}")
 

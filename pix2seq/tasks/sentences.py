@@ -52,13 +52,15 @@ class SentenceTask(Task[Config]):
         return self.text
 
     @classmethod
-    def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
-        """Make the tokenizer that the config asks for from captions, or read it from a file."""
+    def make_text_tokenizer(
+        cls, config: TaskConfig, captions: Sequence[str], words: Sequence[str] = ()
+    ) -> TextTokenizer:
+        """Make the tokenizer that the config asks for from captions and `words`, or read it from a file."""
         assert isinstance(config, SentenceConfig)
         if config.tokenizer == "words":
-            return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size)
+            return WordTokenizer.build(captions, min_count=config.min_count, max_size=config.text_size, required=words)
         if config.tokenizer == "sentencepiece":
-            return SentencePieceTokenizer.train(captions, config.text_size)
+            return SentencePieceTokenizer.train([*captions, *words], config.text_size)
         path = Path(config.tokenizer)
         if not path.is_file():
             raise InputError(

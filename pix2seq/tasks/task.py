@@ -88,6 +88,7 @@ class Task(ABC, Generic[Config]):
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     tells_sentences: ClassVar[bool] = False  # whether examples have a `sentence`, to compare images with
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
+    takes_words: ClassVar[bool] = False  # it answers phrases with the objects that they name
     takes_clicks: ClassVar[bool] = False  # it answers `Clicks` with each `ObjectMask` they can mean, None with all
 
     def __init__(
@@ -101,7 +102,7 @@ class Task(ABC, Generic[Config]):
         self.vocab = vocab
         self.categories = {category.label: category for category in categories or numbered_categories(vocab)}
         self.max_label = max(self.categories)
-        if self.max_label > vocab.max_label:
+        if self.uses_classes and self.max_label > vocab.max_label:
             raise InputError(
                 f"{len(self.categories)} classes need ids up to {self.max_label}, but the vocabulary holds labels 1 "
                 f"to {vocab.max_label}; raise model.vocab.coord_base"
@@ -156,16 +157,27 @@ class Task(ABC, Generic[Config]):
         )
 
     @classmethod
-    def make_text_tokenizer(cls, config: TaskConfig, captions: Sequence[str]) -> TextTokenizer:
-        """Make the tokenizer of a task that `reads_text` from the captions of its training data."""
+    def make_text_tokenizer(
+        cls, config: TaskConfig, captions: Sequence[str], words: Sequence[str] = ()
+    ) -> TextTokenizer:
+        """Make the tokenizer of a task that `reads_text` from the captions of its training data.
+
+        `words` are the `text_words` of all tasks of the run; it must know them too, however rare they are.
+        """
         raise NotImplementedError(f"{cls.name} reads text; it must say how text becomes tokens")
 
     def with_data(self, captions: Sequence[str], categories: Sequence[Category]) -> Self:
-        """Return the task for targets of a data set, for a task that `reads_text` and has to know others of its texts.
+        """Return the task for targets of a data set.
 
-        `captions` are those of all its images, `categories` say what the labels of its targets mean.
+        `captions` are those of all its images, for a task that has to know others than an image's own. `categories` say
+        what the labels of its targets mean; a task that `uses_classes` has the model's.
         """
-        return self
+        return self if self.uses_classes else type(self)(self.config, self.vocab, categories, self.text)
+
+    @classmethod
+    def text_words(cls, categories: Sequence[Category], attributes: Sequence[Mapping[str, str]]) -> list[str]:
+        """Return what the task reads beside captions, about objects of these classes and attributes, to learn words."""
+        return []
 
     def summary(self, example: Example) -> str:
         """Describe a training sequence in a few words, for `pix2seq data sequences`."""

@@ -18,7 +18,7 @@ from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
 from pix2seq.vocab import CLASS_BASE
 
-ADDED = "contrast."  # what a model may have and its source not, or the other way round
+ADDED = ("contrast.", "encoder.colour.")  # what a model may have and its source not, or the other way round
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
 
@@ -62,14 +62,15 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     """Copy the weights of `source` into `model`, and return one line that says how much of the vocabulary matched.
 
     Rows of the vocabulary are matched by meaning: classes and words by name, coordinates by bin. Rows without
-    a match keep their fresh weights, and so does `model.contrast` if `source` has none. Raises `InputError` if any
+    a match keep their fresh weights, and so does what `source` does not have of `ADDED`. Raises `InputError` if any
     other shape differs; the message calls `source` `name`.
     """
     ours, theirs = model.state_dict(), source.state_dict()
-    if model.contrast is None or source.contrast is None:
-        ours, theirs = (
-            {key: tensor for key, tensor in each.items() if not key.startswith(ADDED)} for each in (ours, theirs)
-        )
+    for prefix in ADDED:
+        if not all(any(key.startswith(prefix) for key in each) for each in (ours, theirs)):
+            ours, theirs = (
+                {key: tensor for key, tensor in each.items() if not key.startswith(prefix)} for each in (ours, theirs)
+            )
     for key in sorted(ours.keys() | theirs.keys()):
         fits = key in ours and key in theirs and ours[key].shape[1:] == theirs[key].shape[1:]
         if not fits or (key not in (*VOCAB_ROWS, POSITIONS) and ours[key].shape != theirs[key].shape):
@@ -78,6 +79,8 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     for key, tensor in ours.items():
         if key in VOCAB_ROWS:
             tensor[to_rows] = theirs[key][from_rows].to(tensor)
+        elif key not in theirs:
+            continue
         elif key == POSITIONS:
             length = min(len(tensor), len(theirs[key]))
             tensor[:length] = theirs[key][:length].to(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,10 +91,10 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     if resumed is not None:
         vocab = replace(vocab, other_tasks=read_config(resumed)[0].vocab.other_tasks)
     vocab, text = vocab.with_tasks(config.tasks), None
-    for name, kind in kinds.items():
-        if kind.reads_text and text is None:
-            text = _text_tokenizer(config, name, train_data[name], resumed)
-            vocab = vocab.with_text(text.size)
+    readers = [name for name, kind in kinds.items() if kind.reads_text]
+    if readers:
+        text = _text_tokenizer(config, readers, train_data, resumed)
+        vocab = vocab.with_text(text.size)
 
     tasks = {name: kind(config.task(name), vocab, categories, text) for name, kind in kinds.items()}
     tasks |= {
@@ -155,6 +155,8 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
     for name, dataset in val_data.items():
         if kinds[name].uses_classes:
             notes += _compare_classes(name, dataset, train_data[name], categories)
+    if max(category.label for category in categories) > vocab.max_label:  # of tasks that do not use them
+        categories = ()
     return Recipe(
         tuple(samples), train_data, val_data, categories, text, vocab, tasks, features, tuple(dict.fromkeys(notes))
     )
@@ -348,15 +350,31 @@ def _open_val(config: TrainConfig, source: Source) -> Dataset:
 
 
 def _text_tokenizer(
-    config: TrainConfig, task: str, dataset: Dataset | ShardIndex, resumed: Path | None
+    config: TrainConfig, readers: Sequence[str], data: Mapping[str, Dataset | ShardIndex], resumed: Path | None
 ) -> TextTokenizer:
+    """Return the tokenizer that the tasks `readers` share, made by the first of them of what all of them read.
+
+    Captions are read by the tasks that learn from them, so no other model knows words that only captions have.
+    """
     if resumed is not None and has_text_tokenizer(resumed):
         return load_text_tokenizer(resumed)
-    where = dataset.location if isinstance(dataset, ShardIndex) else str(dataset.root)
-    captions = _captions(dataset)
-    if not len(captions):
-        raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
-    return get_task(task).make_text_tokenizer(config.task(task), captions)
+    captions: dict[str, Sequence[str]] = {}  # by the data set, which several tasks may share
+    words: list[str] = []
+    for name in readers:
+        dataset = data[name]
+        if isinstance(dataset, ShardIndex):
+            where, attributes = dataset.location, dataset.attributes
+        else:
+            annotations = dataset.annotations
+            where, attributes = str(dataset.root), annotations.attribute_kinds
+        if get_task(name).learns_from == "caption":
+            found = _captions(dataset)
+            if not len(found):
+                raise InputError(f"{where} has no caption to learn from in split {dataset.split!r}")
+            captions[where] = found
+        words += get_task(name).text_words(dataset.categories, attributes)
+    texts = list(chain.from_iterable(captions.values()))
+    return get_task(readers[0]).make_text_tokenizer(config.task(readers[0]), texts, words)
 
 
 def _captions(dataset: Dataset | ShardIndex) -> Sequence[str]:

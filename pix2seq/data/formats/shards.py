@@ -20,7 +20,7 @@ import tarfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException, HTTPMessage, IncompleteRead
 from pathlib import Path
@@ -66,6 +66,7 @@ class ShardIndex:
     categories: tuple[Category, ...]
     shards: tuple[Shard, ...]
     captions_file: Shard
+    attributes: tuple[Mapping[str, str], ...] = ()  # the different descriptions of objects by `ATTRIBUTES`
 
     def __len__(self) -> int:
         """Number of images."""
@@ -100,12 +101,13 @@ class ShardIndex:
             shards = tuple(Shard(**shard) for shard in index["shards"])
             categories = tuple(Category.from_json(category) for category in index["categories"])
             captions_file = Shard(**index["captions_file"])
+            attributes = tuple(dict(each) for each in index.get("attributes", ()))
             _check_index(shards, captions_file, categories)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{location}/{name} is not an index of shards ({error!r}); write it again") from None
-        return cls(str(location), split, categories, shards, captions_file)
+        return cls(str(location), split, categories, shards, captions_file, attributes)
 
 
 def _check_index(shards: Sequence[Shard], captions_file: Shard, categories: Sequence[Category]) -> None:
@@ -265,9 +267,11 @@ def write_shards(
         "categories": [category.to_json() for category in dataset.categories],
         "shards": [asdict(shard) for shard in shards],
         "captions_file": asdict(captions_file),
+        "attributes": list(dataset.annotations.attribute_kinds),
     }
     _write(path, json.dumps(index, indent=1))
-    return ShardIndex(str(folder), dataset.split, dataset.categories, tuple(shards), captions_file)
+    attributes = dataset.annotations.attribute_kinds
+    return ShardIndex(str(folder), dataset.split, dataset.categories, tuple(shards), captions_file, attributes)
 
 
 def is_shards(location: str, split: str) -> bool:

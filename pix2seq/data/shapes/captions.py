@@ -6,6 +6,7 @@ how two figures are related. A relation is stated only if the boxes leave no dou
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,7 +15,9 @@ from numpy.random import Generator
 from pix2seq.data.shapes.scene import Figure, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-PLURALS = {"person": "people", "cross": "crosses"}
+PLURALS = {"person": "people", "mouse": "mice", "knife": "knives"} | {
+    same: same for same in ("sheep", "skis", "scissors")
+}
 LISTING_LEADS = ("", "a picture of ", "there {be} ", "this image shows ")
 COUNTING_LEADS = ("there {be} ", "i can see ", "the picture contains ")
 LOCATED = (("{what} {where}", " and "), ("{where} is {what}", ", and "))  # a statement, and what joins two of them
@@ -38,7 +41,11 @@ def captions(scene: Scene, rng: Generator) -> list[str]:
 
 def noun(name: str, count: int = 1) -> str:
     """Return a class name in singular or plural."""
-    return name if count == 1 else PLURALS.get(name, f"{name}s")
+    if count == 1 or name in PLURALS:
+        return name if count == 1 else PLURALS[name]
+    if re.search("[^aeiou]y$", name):
+        return f"{name[:-1]}ies"
+    return f"{name}es" if re.search("(s|x|z|ch|sh)$", name) else f"{name}s"
 
 
 def phrase(figure: Figure) -> str:
@@ -48,10 +55,16 @@ def phrase(figure: Figure) -> str:
 
 def location(figure: Figure, size: int) -> str:
     """Describe which ninth of the image holds the centre of a figure's box."""
-    x, y = (min(int(value / size * 3), 2) for value in figure.centre)
-    if (x, y) == (1, 1):
+    x, y = figure.centre
+    return place(x / size, y / size)
+
+
+def place(x: float, y: float) -> str:
+    """Describe which ninth of an image holds a point, x and y in [0, 1] of its width and height."""
+    column, row = (min(int(value * 3), 2) for value in (x, y))
+    if (column, row) == (1, 1):
         return "in the middle"
-    across, down = ("left", "", "right")[x], ("top", "", "bottom")[y]
+    across, down = ("left", "", "right")[column], ("top", "", "bottom")[row]
     if across and down:
         return f"in the {down} {across} corner"
     return f"on the {across}" if across else f"at the {down}"
@@ -59,7 +72,14 @@ def location(figure: Figure, size: int) -> str:
 
 def relation(a: Figure, b: Figure, size: int) -> str | None:
     """Describe the position of `a` relative to `b` by the centres of their boxes; None if it is not clear."""
-    dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
+    return direction(b.centre[0] - a.centre[0], b.centre[1] - a.centre[1], size)
+
+
+def direction(dx: float, dy: float, size: float) -> str | None:
+    """Describe where something is from which it is `dx` to the right and `dy` down to something else; see `relation`.
+
+    `size` is the longer side of the image, in the unit of the distances.
+    """
     if max(abs(dx), abs(dy)) < MARGIN * size or 0.6 < abs(dx) / max(abs(dy), 1e-9) < 1.7:
         return None
     if abs(dx) > abs(dy):

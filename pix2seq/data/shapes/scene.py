@@ -124,7 +124,7 @@ def make_scene(
                 below[candidate.mask] = len(placed)
                 break
     regions = _stuff(rng, size) if stuff else []
-    fine = _background(rng, size, easy) if not stuff else _landscape(rng, size, easy, regions)
+    fine = background(rng, size, easy) if not stuff else _landscape(rng, size, easy, regions)
     for candidate in placed:
         _paint(rng, fine, candidate)
     for number, candidate in enumerate(placed, start=1):
@@ -192,14 +192,14 @@ def _landscape(rng: Generator, size: int, easy: bool, regions: Sequence[Figure])
     """Draw regions of stuff that cover the image, each with one of its grounds."""
     whole = (0, 0, size * SUPERSAMPLING, size * SUPERSAMPLING)
     first, *others = regions
-    fine = _background(rng, size, easy, STUFF[first.name])
+    fine = background(rng, size, easy, STUFF[first.name])
     for region in others:
         mask = fill([ring * SUPERSAMPLING for ring in region.rings], whole)
-        fine[mask] = _background(rng, size, easy, STUFF[region.name])[mask]
+        fine[mask] = background(rng, size, easy, STUFF[region.name])[mask]
     return fine
 
 
-def _background(rng: Generator, size: int, easy: bool, kinds: Sequence[str] = tuple(GROUNDS)) -> NDArray[np.uint8]:
+def background(rng: Generator, size: int, easy: bool, kinds: Sequence[str] = tuple(GROUNDS)) -> NDArray[np.uint8]:
     """Draw a background of size * SUPERSAMPLING pixels a side; it has no edges, so it is drawn small and enlarged."""
     odds = np.array([GROUNDS[kind] for kind in kinds])
     kind = "plain" if easy else str(rng.choice(kinds, p=odds / odds.sum()))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -25,6 +24,7 @@ from pix2seq.data.shapes.person import KEYPOINTS, SKELETON
 from pix2seq.data.shapes.scene import CLASS_NAMES, MAX_FIGURES, STUFF, Figure, make_scene
 from pix2seq.drawing import draw_target, tile
 from pix2seq.errors import InputError, unknown_name
+from pix2seq.files import new_folder
 
 SPLITS = {"train": 0, "val": 1}  # part of the seed; also keeps image ids distinct
 VAL_IDS_FROM = 5_000_000
@@ -33,6 +33,7 @@ JPEG_QUALITY = 92
 CATEGORY_IDS = {name: 1 if name == "person" else 3 + 2 * i for i, name in enumerate(CLASS_NAMES)}
 STUFF_IDS = {name: 101 + 2 * i for i, name in enumerate(STUFF)}
 
+T = TypeVar("T")
 Written = tuple[dict[str, Any], list[dict[str, Any]], list[str]]  # entry of an image, of its annotations, captions
 
 
@@ -72,12 +73,8 @@ def write_shapes(
         raise InputError("person-share needs a class beside the person; name one more, or leave it out")
     if seed < 0:
         raise InputError(f"seed is {seed}; expected 0 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already exists and is not an empty folder; name a new one, or remove it first")
-    partial_folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    (partial_folder / "annotations").mkdir(parents=True)
-    try:
+    with new_folder(out) as folder:
+        (folder / "annotations").mkdir()
         world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
         world |= {"person_share": person_share, "classes": classes, "stuff": stuff}
         command = f"pix2seq data shapes DIR --train {num_train} --val {num_val} --size {size} --seed {seed}"
@@ -89,14 +86,8 @@ def write_shapes(
         info = {"version": "1.0", "year": 2026, "command": command}
         for split, count in (("train", num_train), ("val", num_val)):
             described = {"description": f"Generated shapes, {split}, seed {seed}", **info}
-            _write_split(
-                partial_folder, split, count, partial(write_image, split=split, **world), described, workers, stuff
-            )
-        if out.exists():
-            out.rmdir()
-        partial_folder.rename(out)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+            write = partial(write_image, split=split, **world)
+            _write_split(folder, split, count, write, described, workers, stuff)
 
 
 def contact_sheet(
@@ -127,7 +118,7 @@ def _write_split(
     instances: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     bar = tqdm(
-        _spread(partial(write, folder=image_folder), range(count), workers),
+        spread(partial(write, folder=image_folder), range(count), workers),
         total=count,
         unit="image",
         desc=f"shapes {split}",
@@ -163,7 +154,8 @@ def _write_split(
         path.write_text(json.dumps({**common, **part}), encoding="utf-8")
 
 
-def _spread(write: Callable[[int], Written], indices: Iterable[int], workers: int) -> Iterator[Written]:
+def spread(write: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
+    """Yield what a function returns for each index, in order, from several processes."""
     if workers <= 1:
         yield from map(write, indices)
         return

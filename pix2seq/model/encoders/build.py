@@ -48,7 +48,7 @@ def build_encoder(
         stem: nn.Module = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
     else:
         stem = ConvStem(config.dim, config.patch_size, config.stem_blocks)
-    return VisionTransformer(stem, config.patch_size, closeups=config.closeups, **transformer)
+    return VisionTransformer(stem, config.patch_size, closeups=config.closeups, colour=config.colour, **transformer)
 
 
 def encoder_fingerprint(encoder: Encoder, config: EncoderConfig, positions: str) -> str:

@@ -34,10 +34,12 @@ class VisionTransformer(Encoder):
         drop_path: float = 0.0,
         positions: PositionKind = "sincos",
         closeups: bool = False,
+        colour: bool = False,
     ) -> None:
         """`stem` maps images to (B, dim, H / stride, W / stride). Learned positions fit only `image_size`.
 
-        With `closeups` it can `look_closer`, which needs a convolutional stem.
+        With `closeups` it can `look_closer`, which needs a convolutional stem. With `colour`, the mean colour of each
+        patch is added to its feature by a linear layer that starts at zero; closeups are without.
         """
         super().__init__()
         self.dim = dim
@@ -58,7 +60,10 @@ class VisionTransformer(Encoder):
                 )
             self.finer_dims = stem.map_dims
             self.closeup_stem = nn.Linear(4 * sum(stem.map_dims), dim)
+        self.colour = nn.Linear(3, dim, bias=False) if colour else None
         self.apply(init_weights)
+        if self.colour is not None:
+            nn.init.zeros_(self.colour.weight)
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.init_as_identity()
@@ -66,7 +71,7 @@ class VisionTransformer(Encoder):
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Encode images (B, 3, H, W) in [0, 1] as features (B, N, dim), class token first. Also return their grid."""
         features = self.stem(images)
-        return self._transform(features.flatten(2).transpose(1, 2), _size(features)), _size(features)
+        return self._whole(images, features), _size(features)
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Maps]:
         """See `Encoder`."""
@@ -74,7 +79,7 @@ class VisionTransformer(Encoder):
             return super().with_maps(images)
         assert isinstance(self.stem, ConvStem)
         features, maps = self.stem.with_maps(images)
-        return self._transform(features.flatten(2).transpose(1, 2), _size(features)), _size(features), maps
+        return self._whole(images, features), _size(features), maps
 
     def look_closer(self, sampled: Tensor) -> Tensor:
         """See `Encoder`. Each feature comes from a square of 2 x 2 samples, as a patch does from its pixels."""
@@ -83,6 +88,15 @@ class VisionTransformer(Encoder):
         grid = (sampled.shape[-2] // 2, sampled.shape[-1] // 2)
         squares = F.pixel_unshuffle(sampled, 2).flatten(2).transpose(1, 2)  # (R, N, 4 C)
         return self._transform(self.closeup_stem(squares), grid)
+
+    def _whole(self, images: Tensor, features: Tensor) -> Tensor:
+        """Encode the patches of whole images (B, 3, H, W)."""
+        encoded = self._transform(features.flatten(2).transpose(1, 2), _size(features))
+        if self.colour is None:
+            return encoded
+        means = F.adaptive_avg_pool2d(images - 0.5, _size(features)).flatten(2).transpose(1, 2)
+        seen = self.colour(means.to(self.colour.weight.dtype))
+        return encoded + (seen if self.class_token is None else F.pad(seen, (0, 0, 1, 0)))
 
     def _transform(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Encode patches (B, N, dim) of a grid."""
