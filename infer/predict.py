@@ -98,7 +98,10 @@ def predict_files(
         predictor.require(name)
     predictor.configure(**(settings or {}))
     asked = {name: predictor.tasks[name] for name in tasks}
-    texts = {} if about is None else {name: t.parse_about(about) for name, t in asked.items() if t.about_format}
+    texts: dict[str, Any] = {}
+    if about is not None:
+        parsed = {name: (task, task.parse_about(about)) for name, task in asked.items() if task.about_format}
+        texts = {name: task.encoded([each], predictor.encode_batch)[0] for name, (task, each) in parsed.items()}
     if about is not None and not texts:
         raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
     with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]

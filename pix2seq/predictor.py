@@ -36,7 +36,8 @@ from pix2seq.results import Instances
 from pix2seq.session import Session
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import given_objects
-from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
+from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Reference, Request
+from pix2seq.tasks.shown import given_examples
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Clicks, Instance, ObjectMask, category_key
@@ -52,7 +53,7 @@ MAX_ROWS = 512  # sequences that are decoded side by side
 MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are decoded side by side
 MAX_CROPS = 16  # crops that are encoded side by side
 MAX_CLOSEUPS = 64  # closeups that are encoded side by side
-_Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
+_Key = tuple[int, tuple[Any, ...]]  # an image, and which of its memories
 
 
 class Options(TypedDict, total=False):
@@ -244,6 +245,8 @@ class Predictor:
             found = self.ask(asked.needs[0], encoded, threshold=threshold, classes=classes, seed=seed)
             about = [asked.subjects(each) for each in found]
         abouts = [None] * len(encoded) if about is None else _one_each(encoded, about)
+        if about is not None:
+            abouts = asked.encoded(abouts, self._encoded)
         requests = [
             asked.requests(image, keeps(asked.check_about(image, each)) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
@@ -370,6 +373,24 @@ class Predictor:
     def everything(self, image: EncodedImage | ImageLike, *, seed: int = 0) -> list[ObjectMask]:
         """Return the masks of all objects of any class, best first."""
         return self.ask("prompted", [image], seed=seed)[0]
+
+    def find(
+        self, image: EncodedImage | ImageLike, like: Any = None, *, threshold: float | None = None, seed: int = 0
+    ) -> Instances:
+        """Return the objects of an image that are like examples, best first; none if there is none.
+
+        `like` is an (image, (x0, y0, x1, y1)): an image in any form that `encode` takes, or encoded before, and a box in
+        its pixels. A list of them are examples of one kind of object, and a dictionary has the examples of several
+        kinds by name, which answers have as their category. Objects have a score of at least `threshold`; by default
+        `by_example.min_score` of the checkpoint.
+        """
+        if like is None:
+            raise InputError("there is no example to look for; give like=(image, (x0, y0, x1, y1))")
+        self.require("by_example")
+        least = self.tasks["by_example"].config.min_score if threshold is None else threshold
+        (encoded,) = self._encoded([image])
+        found = self.ask("by_example", [encoded], [given_examples(like)], threshold=least, seed=seed)[0]
+        return Instances(found, size=encoded.size)
 
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:
         """Return a series of clicks on one object of an image, which is encoded once."""
@@ -567,12 +588,18 @@ class Predictor:
         return found if many else found[0]
 
     def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
-        """Raise `InputError` if a task, as `source` sets it, needs longer sequences than the model has."""
+        """Raise `InputError` if a task, as `source` sets it, needs longer sequences or more memories than the model has."""
         longest = self.model.decoder.max_seq_len
         if task.max_seq_len > longest:
             raise InputError(
                 f"{source} needs sequences of {task.max_seq_len} tokens ({task.name}), but this checkpoint ends at "
                 f"{longest}; {remedy}"
+            )
+        places = self.model.config.memory.references
+        if task.num_references > places:
+            raise InputError(
+                f"{source} lets {task.name} read {task.num_references} other images, but this checkpoint has places "
+                f"for {places}; give a smaller number"
             )
 
     def _check_ready(self) -> None:
@@ -656,29 +683,41 @@ class Predictor:
         decoder = self.model.decoder
         width = decoder.token_embedding.weight.shape[1]
         token_bytes = 2 * len(decoder.blocks) * width * (2 if self.bf16 else 4)
-        order = sorted(range(len(asked)), key=lambda i: (asked[i][1].num_samples, -asked[i][1].length))
+        # Memories of one call are equally long.
+        kinds = [(request.num_samples, len(request.references)) for _, request in asked]
+        order = sorted(range(len(asked)), key=lambda i: (kinds[i], -asked[i][1].length))
         batches: list[list[int]] = []
-        rows = slots = samples = 0
+        rows = slots = 0
         memories: set[_Key] = set()
         for i in order:
             image, request = asked[i]
             key = (id(image), request.memory_key)
             slots = max(slots, len(request.prompt) + request.generation.max_new_tokens)
             more = rows + request.num_samples
-            cached = token_bytes * (more * slots + len(memories | {key}) * image.memory.shape[0])
-            if not batches or samples != request.num_samples or more > MAX_ROWS or cached > MAX_CACHE_BYTES:
+            memory_length = image.memory.shape[0] * (1 + len(request.references))
+            cached = token_bytes * (more * slots + len(memories | {key}) * memory_length)
+            if (
+                not batches
+                or kinds[batches[-1][-1]] != kinds[i]
+                or more > MAX_ROWS
+                or cached > MAX_CACHE_BYTES
+            ):
                 batches.append([])
                 rows, slots, memories = 0, len(request.prompt) + request.generation.max_new_tokens, set()
             batches[-1].append(i)
-            rows, samples = rows + request.num_samples, request.num_samples
+            rows += request.num_samples
             memories.add(key)
         return batches
 
     def _memories(self, asked: Sequence[tuple[EncodedImage, Request]]) -> tuple[Tensor, list[int]]:
-        """Memories (B, N, D) of all that is asked about, each once, and which is whose."""
+        """Memories (B, N, D) of all that is asked about, each once, and which is whose.
+
+        Where requests have references, K for each, memories are joined: (B, (1 + K) * N, D).
+        """
         keys = {(id(image), request.memory_key): (image, request) for image, request in asked}
         crops, closeups, memories = {}, {}, {}
-        for key, (image, request) in keys.items():
+        for image, request in keys.values():
+            key = (id(image), request.own_key)
             if request.region is not None:
                 x0, y0, x1, y1 = request.region
                 crops[key] = image.pixels[y0:y1, x0:x1]
@@ -686,6 +725,12 @@ class Predictor:
                 closeups[key] = (image, request.closeup)
             else:
                 memories[key] = image.memory
+            for reference in request.references:
+                key = (id(reference.image), reference.own_key)
+                if reference.closeup is not None:
+                    closeups[key] = (reference.image, reference.closeup)
+                else:
+                    memories[key] = reference.image.memory
         for some in _chunks(list(crops), MAX_CROPS):
             encoded = self._encode_pixels([crops[key] for key in some])
             memories |= {key: memory for key, (memory, _) in zip(some, encoded, strict=True)}
@@ -693,7 +738,16 @@ class Predictor:
             memories |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
         number = {key: i for i, key in enumerate(keys)}
         index = [number[id(image), request.memory_key] for image, request in asked]
-        return torch.stack([memories[key] for key in keys]), index
+        joined = [self._joined(memories[id(image), r.own_key], r.references, memories) for image, r in keys.values()]
+        return torch.stack(joined), index
+
+    def _joined(self, memory: Tensor, references: Sequence[Reference], memories: Mapping[_Key, Tensor]) -> Tensor:
+        """Join the memories of references to that of an image: (N, D) to ((1 + K) * N, D)."""
+        if not references:
+            return memory
+        parts = torch.stack([memory, *(memories[id(each.image), each.own_key] for each in references)])
+        with torch.inference_mode():
+            return self.model.at_places(parts, torch.arange(len(parts), device=parts.device)).flatten(0, 1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)

@@ -83,7 +83,7 @@ class DecoderBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))
 
     def _forward_packed(self, x: Tensor, memory: Tensor, layout: Layout) -> Tensor:
-        samples = (layout.image_of_token, len(memory)) if self.drop_path.rate else ()
+        samples = (layout.image_of_token, len(layout.image_lengths)) if self.drop_path.rate else ()
         own, cross = self.self_attention, self.cross_attention
         x = x + self.drop_path(own.out(layout.self_attention(own.qkv(self.self_norm(x)), own.num_heads)), *samples)
         query, key_value = cross.query(self.cross_norm(x)), cross.key_value(memory)

@@ -22,6 +22,7 @@ BUILT_IN = {
     "keypoint": "pix2seq.tasks.keypoint:Keypoint",
     "captioning": "pix2seq.tasks.captioning:Captioning",
     "prompted": "pix2seq.tasks.prompted:Prompted",
+    "by_example": "pix2seq.tasks.by_example:ByExample",
 }
 DEFAULT_TASK = next(iter(BUILT_IN))
 AnyTask = TypeVar("AnyTask", bound="Task[Any]")

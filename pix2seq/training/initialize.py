@@ -20,6 +20,7 @@ from pix2seq.vocab import CLASS_BASE
 
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
+REFERENCES = "reference_embedding"
 
 
 def with_init_model(config: TrainConfig) -> TrainConfig:
@@ -62,15 +63,18 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
     a match keep their fresh weights. Raises `InputError` if any other shape differs; the message calls `source` `name`.
     """
     ours, theirs = model.state_dict(), source.state_dict()
+    if REFERENCES not in ours or REFERENCES not in theirs:  # either model may do without
+        ours.pop(REFERENCES, None)
+        theirs.pop(REFERENCES, None)
     for key in sorted(ours.keys() | theirs.keys()):
         fits = key in ours and key in theirs and ours[key].shape[1:] == theirs[key].shape[1:]
-        if not fits or (key not in (*VOCAB_ROWS, POSITIONS) and ours[key].shape != theirs[key].shape):
+        if not fits or (key not in (*VOCAB_ROWS, POSITIONS, REFERENCES) and ours[key].shape != theirs[key].shape):
             raise InputError(f"init={name} is another model (see {key}); use model settings that equal its config.json")
     to_rows, from_rows, summary = _matching_rows(model, source)
     for key, tensor in ours.items():
         if key in VOCAB_ROWS:
             tensor[to_rows] = theirs[key][from_rows].to(tensor)
-        elif key == POSITIONS:
+        elif key in (POSITIONS, REFERENCES):
             length = min(len(tensor), len(theirs[key]))
             tensor[:length] = theirs[key][:length].to(tensor)
         else:
@@ -91,7 +95,7 @@ def _matching_rows(model: Pix2Seq, source: Pix2Seq) -> tuple[Tensor, Tensor, str
     classes = [
         (CLASS_BASE + category.label, CLASS_BASE + known[category_key(category.name)])
         for category in model.categories
-        if category_key(category.name) in known
+        if category_key(category.name) in known and category.label <= ours.max_label
     ]
     words: list[tuple[int, int]] = []
     if model.text is not None and source.text is not None:

@@ -51,7 +51,7 @@ class CrossEntropy:
         """
         images = batch.images.to(model.device)
         memory = memories(model, images, batch)
-        layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
+        layout = batch.layout or layout_of(batch, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
         losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing, batch.choices)
@@ -62,8 +62,29 @@ class CrossEntropy:
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
 
 
+def layout_of(batch: Batch, num_memories: int, device: torch.device) -> Layout:
+    """Return where the sequences of a batch lie, and which of so many memories they read."""
+    if batch.readings is None:
+        return Layout(batch.lengths, batch.memory_index, num_memories, device)
+    parts = batch.readings.parts
+    return Layout(batch.lengths, batch.memory_index, len(parts), device, parts=parts)
+
+
 def memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
-    """Return the memories (B + C, N, D) of a batch: of its images, given on the model's device, then of closeups."""
+    """Return the memories (B + C, N, D) of a batch: of its images, given on the model's device, then of closeups.
+
+    Where sequences read several of them, return the parts (Q, N, D) that they join.
+    """
+    memory = _memories(model, images, batch)
+    if model.reference_embedding is None:
+        return memory
+    if batch.readings is None:  # every step uses all weights, which ranks with other batches rely on
+        return memory + 0 * model.reference_embedding.sum().to(memory.dtype)
+    rows, places = (x.to(memory.device, non_blocking=True) for x in (batch.readings.memories, batch.readings.places))
+    return model.at_places(memory.index_select(0, rows), places)
+
+
+def _memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
     if images.ndim == 3:
         return model.project(images.float())
     memory, maps = model.encode_with_maps(images.float() / 255)

@@ -102,6 +102,16 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             raise InputError(
                 f"{name}.closeup=true needs model.encoder.closeups=true, and the encoder vit with a conv stem"
             )
+        if task.num_references > config.model.memory.references:
+            raise InputError(
+                f"{name} reads up to {task.num_references} other images, but the model has places for "
+                f"{config.model.memory.references}; set model.memory.references={task.num_references}"
+            )
+        if task.num_references and isinstance(train_data[name], ShardIndex):
+            raise InputError(
+                f"{name} reads other images of the data set beside each one, but {sources[name].location} holds "
+                "shards, which are read in order; give data=FOLDER with the data set that they were written from"
+            )
         if features is not None and task.looks_closer:
             raise InputError(
                 f"{name} looks at finer maps, which features={config.features} do not hold; set {name}.closeup=false, "
