@@ -45,6 +45,7 @@ def predict_files(
     tasks: Sequence[str] | None = None,
     boxes: Path | None = None,
     about: str | None = None,
+    like: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     min_score: float | None = None,
     batch_size: int = 16,
@@ -68,7 +69,8 @@ def predict_files(
 
     An image that cannot be read or asked about stops nothing: the others are done first, then an `InputError` names
     it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
-    files. `about` is text for the tasks that take some, see `Task.parse_about`; `settings` are those of
+    files. `about` is text for the tasks that take some, see `Task.parse_about`; `like` are examples in that form, for
+    the tasks that find objects by them, and without `tasks` the only ones asked. `settings` are those of
     `Predictor.configure`. `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
     """
     if not images:
@@ -90,26 +92,33 @@ def predict_files(
         name: VIDEO_SUFFIXES if is_video(path) else SUFFIXES for path, name in names.items()
     }
     planned |= _planned_labels(label_format, label_names, names)
-    outputs.check(planned, [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
+    like_files = [Path(each.rpartition(":")[0]) for each in like]
+    outputs.check(planned, [*names, *box_files.values(), *like_files, *folder.iterdir()], overwrite=overwrite)
 
     predictor = Predictor(Pix2Seq.from_pretrained(folder).to(pick_device(device)), bf16=bf16)  # the folder is verified
-    tasks = tuple(predictor.tasks) if tasks is None else tasks
+    by_examples = [name for name, task in predictor.tasks.items() if task.takes_examples]
+    if tasks is None:
+        others = [name for name in predictor.tasks if name not in by_examples]
+        tasks = tuple(by_examples if like else predictor.tasks if about is not None else others)
+    if like and not set(by_examples) & set(tasks):
+        raise InputError("--like was given, but this checkpoint, or --task, has no task that finds objects by examples")
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
     asked = {name: predictor.tasks[name] for name in tasks}
-    texts: dict[str, Any] = {}
-    if about is not None:
-        parsed = {name: (task, task.parse_about(about)) for name, task in asked.items() if task.about_format}
-        texts = {name: task.encoded([each], predictor.encode_batch)[0] for name, (task, each) in parsed.items()}
-    if about is not None and not texts:
+    given = {} if about is None else {name: about for name, task in asked.items() if task.about_format}
+    if about is not None and not given:
         raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
+    given |= {name: "; ".join(like) for name in by_examples if like and name in asked}
+    texts = {name: asked[name].parse_about(text) for name, text in given.items()}
+    texts = {name: asked[name].encoded([each], predictor.encode_batch)[0] for name, each in texts.items()}
     with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]
     if boxes is not None and not with_boxes:
         raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
-    run: list[Any] = [list(tasks), about, dict(settings or {}), min_score, seed, bf16]
+    run: list[Any] = [list(tasks), about, list(like), dict(settings or {}), min_score, seed, bf16]
     run += [_stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    run += map(_stamp, like_files)
     more = {path: [stride] if is_video(path) else [] for path in names}
     keys = {path: _digest([*run, _stamp(path), _stamp(box_files.get(path)), *more[path]]) for path in names}
     left = [path for path, name in names.items() if not (resume and outputs.is_done(name, keys[path]))]
@@ -119,12 +128,12 @@ def predict_files(
 
     def question(path: Path, image: EncodedImage) -> dict[str, Any]:
         """Return what an image is asked about, by task. Raises `InputError` if it cannot be asked so."""
-        given = dict(texts)
+        questions = dict(texts)
         if path in box_files:
-            given |= dict.fromkeys(with_boxes, read_boxes(box_files[path]))
-        for name, value in given.items():
+            questions |= dict.fromkeys(with_boxes, read_boxes(box_files[path]))
+        for name, value in questions.items():
             asked[name].requests(image, asked[name].check_about(image, value))
-        return given
+        return questions
 
     failed: dict[Path, InputError] = {}
     with tqdm(total=len(todo), unit="image", disable=len(todo) <= batch_size) as bar:

@@ -335,6 +335,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "predict street.jpg --checkpoint runs/mine --out predictions",
         "predict photos/ 'more/*.png' --checkpoint runs/mine --task detection --format cvat",
         "predict clip.mp4 --checkpoint runs/mine --stride 5",
+        "predict shelf.jpg --checkpoint runs/mine --like other.jpg:40,20,180,310",
     )
     parser.add_argument(
         "images",
@@ -355,6 +356,13 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--points", nargs="+", metavar="X,Y[,+|-]", help="clicks on an object, another form of --about")
     parser.add_argument(
+        "--like",
+        action="append",
+        default=[],
+        metavar="IMAGE:X0,Y0,X1,Y1",
+        help="find all objects like the one in a box of another image; repeat it for more examples",
+    )
+    parser.add_argument(
         "--min-score",
         type=_share,
         help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all",
@@ -371,6 +379,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         tasks = parse_tasks(args.task) if args.task else None
         if args.points and args.about is not None:
             raise InputError("--points is a form of --about; give one of them")
+        if args.like and (args.points or args.about is not None):
+            raise InputError("--like is a form of --about; give one of them")
         about = ";".join(args.points) if args.points else args.about
         from pix2seq.infer.predict import predict_files
 
@@ -381,6 +391,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             boxes=args.boxes,
             out=args.out,
             about=about,
+            like=args.like,
             settings=_settings(args),
             min_score=args.min_score,
             batch_size=args.batch_size,

@@ -379,8 +379,8 @@ class Predictor:
     ) -> Instances:
         """Return the objects of an image that are like examples, best first; none if there is none.
 
-        `like` is an (image, (x0, y0, x1, y1)): an image in any form that `encode` takes, or encoded before, and a box in
-        its pixels. A list of them are examples of one kind of object, and a dictionary has the examples of several
+        `like` is an (image, (x0, y0, x1, y1)): an image in any form that `encode` takes, or encoded before, and a box
+        in its pixels. A list of them are examples of one kind of object, and a dictionary has the examples of several
         kinds by name, which answers have as their category. Objects have a score of at least `threshold`; by default
         `by_example.min_score` of the checkpoint.
         """
@@ -588,7 +588,7 @@ class Predictor:
         return found if many else found[0]
 
     def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
-        """Raise `InputError` if a task, as `source` sets it, needs longer sequences or more memories than the model has."""
+        """Raise `InputError` if a task, as `source` sets it, needs more tokens or references than the model has."""
         longest = self.model.decoder.max_seq_len
         if task.max_seq_len > longest:
             raise InputError(
@@ -696,12 +696,7 @@ class Predictor:
             more = rows + request.num_samples
             memory_length = image.memory.shape[0] * (1 + len(request.references))
             cached = token_bytes * (more * slots + len(memories | {key}) * memory_length)
-            if (
-                not batches
-                or kinds[batches[-1][-1]] != kinds[i]
-                or more > MAX_ROWS
-                or cached > MAX_CACHE_BYTES
-            ):
+            if not batches or kinds[batches[-1][-1]] != kinds[i] or more > MAX_ROWS or cached > MAX_CACHE_BYTES:
                 batches.append([])
                 rows, slots, memories = 0, len(request.prompt) + request.generation.max_new_tokens, set()
             batches[-1].append(i)

@@ -37,13 +37,14 @@ NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models
 
 TASK = re.compile(
-    r"(?<![a-z_])(detection|segmentation|keypoint|captioning|prompted)(?![a-z_])"
-    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted)(Config)?\b"
+    r"(?<![a-z_])(detection|segmentation|keypoint|captioning|prompted|by_example)(?![a-z_])"
+    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted|ByExample)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
 NAMED = ("detect", "segment", "keypoints", "caption")  # each names its task
 CLICKED = ("click", "everything", "session")  # these too
-TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED, "pix2seq.runtime.runner": NAMED}
+ASKED_BY = ("find",)
+TASK_METHODS = {"pix2seq.predictor": NAMED + CLICKED + ASKED_BY, "pix2seq.runtime.runner": NAMED}
 COCO_KEY = "segmentation"  # a key of COCO's files, allowed in the rooms and methods below
 COCO_ROOMS = ("data.formats", "data.shapes")
 COCO_METHODS = {"pix2seq.types": "to_json", "pix2seq.results": "to_coco"}

@@ -58,6 +58,7 @@ SMALLER = {
 FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_size=2"]
 FROM_SHAPES = {
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
+    "configs/by_example_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
@@ -174,6 +175,14 @@ def clicker(tiny):
 
 
 @pytest.fixture(scope="module")
+def by_example(tiny):
+    """A model that is asked by examples."""
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'by_example'}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", "configs/by_example_shapes.yaml", *settings])) == 0
+    return tiny / "by_example"
+
+
+@pytest.fixture(scope="module")
 def exported(tiny):
     """The tiny model as ONNX graphs."""
     assert cli.main(["export", str(tiny / "run"), "--format", "onnx", "--out", str(tiny / "onnx")]) == 0
@@ -193,6 +202,8 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         shutil.copytree(tiny / "run", tmp_path / "runs" / name)
     if "runs/prompted" in page.read_text("utf-8"):
         shutil.copytree(request.getfixturevalue("clicker"), tmp_path / "runs/prompted")
+    if "runs/by_example" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("by_example"), tmp_path / "runs/by_example")
     if "shapes-onnx" in page.read_text("utf-8"):
         (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])

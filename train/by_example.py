@@ -1,4 +1,4 @@
-"""Train finding objects like examples: `python train/by_example.py --config configs/by_example_shapes.yaml data=DIR out=DIR`.
+"""Train by example: `python train/by_example.py --config configs/by_example_shapes.yaml data=DIR out=DIR`.
 
 The same as `pix2seq train --task by_example`. Read `pix2seq/training/loop.py` for the steps of a run.
 """

@@ -28,7 +28,6 @@ from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import find_points, mirror_order
 from pix2seq.types import Category, ImageRecord, Target
 
-
 Shown: TypeAlias = "tuple[Target, NDArray[np.uint8] | StoredImage]"
 """An image that is shown beside another one, with its annotations."""
 
@@ -261,7 +260,9 @@ class _ImageReader:
 class _CompanionReader:
     """Draws and reads what tasks show beside an image."""
 
-    def __init__(self, dataset: Dataset, tasks: Sequence[ExampleMaker], maker: SampleMaker, reader: _ImageReader) -> None:
+    def __init__(
+        self, dataset: Dataset, tasks: Sequence[ExampleMaker], maker: SampleMaker, reader: _ImageReader
+    ) -> None:
         self.tasks, self.maker, self.reader = tasks, maker, reader
         self.objects = ObjectsByClass(dataset) if any(task.num_references for task in tasks) else None
 

@@ -164,9 +164,7 @@ class Groups:
     filled: Tensor | None  # (P, 1) bool, false in slots of padding; None if there is none
 
     @classmethod
-    def of(
-        cls, lengths: NDArray[np.int64], device: torch.device, *, kinds: NDArray[np.int64] | None = None
-    ) -> Groups:
+    def of(cls, lengths: NDArray[np.int64], device: torch.device, *, kinds: NDArray[np.int64] | None = None) -> Groups:
         """Group runs of these lengths, which lie end to end; a group has runs of one of the `kinds`, if given."""
         kind_of = np.zeros_like(lengths) if kinds is None else kinds
         order = np.lexsort((-lengths, kind_of))

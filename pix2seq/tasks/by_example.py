@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
 
 NO_SLOT = -1
+MAX_IMAGES = 16  # of examples, encoded side by side
 ASKED_NAMES = 4  # at most, in evaluation; half of them of objects that are there
 
 
@@ -100,6 +101,7 @@ class ByExample(Task[ByExampleConfig]):
     main_metric = "AP50"
     length_setting = "by_example.max_objects"
     uses_classes = False
+    takes_examples = True
     about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
 
     @property
@@ -148,7 +150,9 @@ class ByExample(Task[ByExampleConfig]):
         found = []
         for _ in range(self.config.sequences_per_image):
             if len(real) and rng.random() < self.config.own_share:
-                found.append(self._example([self._lesson(target, int(rng.choice(real)), None, size, rng)], target, size, rng))
+                found.append(
+                    self._example([self._lesson(target, int(rng.choice(real)), None, size, rng)], target, size, rng)
+                )
             elif shown:
                 found.append(self._example(self._some(shown, rng), target, size, rng))
         return found
@@ -218,6 +222,7 @@ class ByExample(Task[ByExampleConfig]):
             noise_weight=config.noise_weight,
             eos_weight=config.eos_weight,
         )
+
     def summary(self, example: Example) -> str:
         """Count examples and the objects that are like them."""
         classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
@@ -280,9 +285,7 @@ class ByExample(Task[ByExampleConfig]):
             **self.sampling,
         )
 
-    def answers(
-        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
-    ) -> list[Any]:
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
         """Return the objects like the examples, best first; of an exam, what was `Found` of each kind."""
         found: list[Any] = []
         for request, completion in zip(requests, completions, strict=True):
@@ -345,7 +348,11 @@ class ByExample(Task[ByExampleConfig]):
         checked = [self._checked(about) for about in abouts]
         images = [shown.image for about in checked for shown in _shown(about)]
         distinct = {_image_key(image): image for image in images}
-        known = dict(zip(distinct, encode(list(distinct.values())), strict=True))
+        keys = list(distinct)
+        known: dict[Any, EncodedImage] = {}
+        for start in range(0, len(keys), MAX_IMAGES):
+            some = keys[start : start + MAX_IMAGES]
+            known |= zip(some, encode([distinct[key] for key in some]), strict=True)
         return [_map(about, lambda shown: replace(shown, image=known[_image_key(shown.image)])) for about in checked]
 
     def _checked(self, about: Any) -> Examples | Exam:
@@ -380,9 +387,10 @@ class ByExample(Task[ByExampleConfig]):
         """See `Task`."""
         return PresenceMetric(categories, self.config.min_score)
 
-    def draw(self, canvas: Canvas, answers: Sequence[Instance]) -> None:
-        """Draw boxes with the names of what they are like."""
-        canvas.instances(answers)
+    def draw(self, canvas: Canvas, answers: Sequence[Instance | Found]) -> None:
+        """Draw boxes with the names of what they are like, also those of an exam."""
+        for answer in answers:
+            canvas.instances(answer.instances if isinstance(answer, Found) else [answer])
 
 
 def _category(slot: int, name: str | None = None) -> Category:

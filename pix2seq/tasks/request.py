@@ -73,7 +73,7 @@ class EncodedImage:
     @cached_property
     def checksum(self) -> int:
         """A number that differs between images."""
-        return zlib.crc32(np.ascontiguousarray(self.pixels))
+        return zlib.crc32(np.ascontiguousarray(self.pixels).data)
 
     def frame(self, region: Region | None = None) -> Frame:
         """Return what the model's input covers when it shows the image, or a region of it."""

@@ -88,6 +88,7 @@ class Task(ABC, Generic[Config]):
     reads_masks: ClassVar[bool] = False  # whether examples need masks, where an image need not have any
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
+    takes_examples: ClassVar[bool] = False  # it answers objects shown in other images with all like them; None: nothing
     takes_clicks: ClassVar[bool] = False  # it answers `Clicks` with each `ObjectMask` they can mean, None with all
 
     def __init__(
