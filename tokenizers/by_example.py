@@ -4,15 +4,14 @@
 
 A slot is a class that only the prompt says the meaning of: each example is an object of a slot, by its box in what the
 sequence reads at the example's place. All objects of the slots are answered, then objects of no slot and boxes without
-an object, which are noise. As in detection, the answer is the best slot of each box with its probability.
+an object, which are noise. As in detection, the answer is the best slot of each box with its probability, among the
+slots of the prompt and noise. These slots follow each other from a first one.
 
 Converts to ids and back, without model or I/O. Boxes are `yxyx` in [0, 1] of what the model sees; shapes use E
 examples, N objects and L tokens.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,10 @@ from pix2seq.tokenizers.detection import (
     decode_objects,
     encode_objects,
 )
-from pix2seq.vocab import CLASS_BASE, NOISE, SLOTS, Vocab
+from pix2seq.vocab import CLASS_BASE, MAX_SIZE, NOISE, SLOTS, Vocab
 
 TOKENS_PER_EXAMPLE = 5
+NONE = -1  # in place of a choice
 
 
 def example_prompt(
@@ -42,7 +42,7 @@ def encode_found(
     boxes_yxyx: NDArray[np.floating],
     slots: NDArray[np.integer],
     is_object: NDArray[np.bool_],
-    asked: Sequence[int],
+    asked: range,
     vocab: Vocab,
     rng: np.random.Generator,
     *,
@@ -54,21 +54,22 @@ def encode_found(
     `asked` are the slots of the prompt. The decoder reads one of them or the noise class in place of each true class,
     with equal odds. Boxes without an object (`is_object`) have no loss on coordinates.
     """
-    order = {slot: number for number, slot in enumerate(asked, start=1)}
-    labels = np.array([order.get(slot, NOISE_LABEL) for slot in slots.tolist()], np.int64)
+    labels = np.where(slots < 0, NOISE_LABEL, slots - asked.start + 1)
     plain = encode_objects(
         boxes_yxyx, labels, vocab, rng, num_labels=len(asked), noise_weight=noise_weight, eos_weight=eos_weight
     )
-    # What is read may be `CLASS_BASE` itself, which is no class.
-    to_slot = {CLASS_BASE: NOISE} | {CLASS_BASE + number: SLOTS[slot] for slot, number in order.items()}
-    at_class = np.arange(len(labels)) * TOKENS_PER_OBJECT + TOKENS_PER_OBJECT - 1
-    inputs, targets = plain.inputs.copy(), plain.targets.copy()
-    for ids in (inputs, targets):
-        ids[at_class] = [to_slot.get(token, token) for token in ids[at_class].tolist()]
+    inputs, targets = (_with_slots(ids, asked) for ids in (plain.inputs, plain.targets))
     weights = plain.weights.copy()
     objects = weights[:-1].reshape(-1, TOKENS_PER_OBJECT)
     objects[is_object, : TOKENS_PER_OBJECT - 1] = 1.0
     return DetectionResponse(inputs, targets, weights)
+
+
+def class_choices(length: int, asked: range) -> NDArray[np.int64]:
+    """Return the `choices` (L, 4) of a response of `length` tokens: classes are slots of the prompt, or noise."""
+    choices = np.tile(np.array([0, MAX_SIZE, NONE, NONE]), (length, 1))
+    choices[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT] = (SLOTS[0] + asked.start, SLOTS[0] + asked.stop, NOISE, NONE)
+    return choices
 
 
 def decode_found(
@@ -79,3 +80,12 @@ def decode_found(
 ) -> DecodedObjects:
     """Read objects from any ids (L,), see `decode_objects`; labels are numbers of slots from 1."""
     return decode_objects(ids, best_slots - SLOTS[0] + CLASS_BASE + 1, logprobs, vocab)
+
+
+def _with_slots(ids: NDArray[np.int64], asked: range) -> NDArray[np.int64]:
+    """Return a response of detection (L,) with slots in place of classes, which are numbered from 1."""
+    found = ids.copy()
+    classes = found[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
+    classes[classes > CLASS_BASE] += SLOTS[0] + asked.start - CLASS_BASE - 1
+    classes[classes == CLASS_BASE] = NOISE  # which detection reads too, and which is no class
+    return found

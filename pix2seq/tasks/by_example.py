@@ -25,7 +25,7 @@ from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
 from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.shown import Shown
 from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, decode_found, encode_found, example_prompt
+from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, class_choices, decode_found, encode_found, example_prompt
 from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, DetectionResponse, add_noise_objects
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import EOS, NOISE, SLOTS
@@ -173,7 +173,9 @@ class ByExample(Task[ByExampleConfig]):
     ) -> Example:
         """Return the sequence of a prompt with these examples."""
         labels = list(dict.fromkeys(lesson.label for lesson in lessons))
-        slot_of = dict(zip(labels, rng.permutation(len(SLOTS))[: len(labels)].tolist(), strict=True))
+        first = int(rng.integers(len(SLOTS) - len(labels) + 1))
+        asked = range(first, first + len(labels))
+        slot_of = dict(zip(labels, rng.permutation(asked).tolist(), strict=True))
         prompt = example_prompt(
             self.vocab.task_id(self.name),
             np.array([slot_of[lesson.label] for lesson in lessons]),
@@ -183,9 +185,16 @@ class ByExample(Task[ByExampleConfig]):
         real = ~target.iscrowd
         boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
         slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels[real].tolist()], np.int64)
-        response = self._response(boxes, slots, tuple(slot_of.values()), rng)
-        others = tuple(lesson.view for lesson in lessons)
-        return Example(prompt, response.inputs, response.targets, response.weights, others=others)
+        response = self._response(boxes, slots, asked, rng)
+        return Example(
+            prompt,
+            response.inputs,
+            response.targets,
+            response.weights,
+            # Otherwise most of what is learned at first is which slot the prompt names, and not what it means.
+            choices=class_choices(len(response.targets), asked),
+            others=tuple(lesson.view for lesson in lessons),
+        )
 
     def _lesson(
         self, target: Target, i: int, companion: int | None, size: tuple[int, int], rng: np.random.Generator
@@ -199,7 +208,7 @@ class ByExample(Task[ByExampleConfig]):
         return _Lesson(int(target.labels[i]), OtherView(companion, closeup), frame.to_input_yxyx(box[None])[0])
 
     def _response(
-        self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: tuple[int, ...], rng: np.random.Generator
+        self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: range, rng: np.random.Generator
     ) -> DetectionResponse:
         """Return what is answered: objects of slots, then others and noise."""
         config = self.config
@@ -282,6 +291,7 @@ class ByExample(Task[ByExampleConfig]):
             score_range=(SLOTS[0], SLOTS[0] + num_slots),
             score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
             with_logprobs=False,
+            score_allowed=True,
             **self.sampling,
         )
 

@@ -107,7 +107,8 @@ def token_losses(
     """Return the cross entropy (K,) of hidden states (K, D) in float32, without all logits in memory.
 
     Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass. `F.cross_entropy`
-    explains the smoothing, which does not go with `choices` (K, 4): those of `Example`, among which ids are drawn.
+    explains the smoothing. `choices` (K, 4) are those of `Example`, among which ids are drawn; they share what smoothing
+    spreads.
     """
 
     def loss(hidden: Tensor, targets: Tensor, choices: Tensor | None = None) -> Tensor:
@@ -138,17 +139,20 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         log_probs = logits.float().log_softmax(-1)
         losses = -log_probs.gather(1, targets[:, None])[:, 0]
+        possible = None
         if label_smoothing:
-            losses = (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(1)
-        ctx.save_for_backward(log_probs.exp_().to(logits.dtype), targets)
+            possible = log_probs > -torch.inf
+            spread = log_probs.masked_fill(~possible, 0.0).sum(1) / possible.sum(1)
+            losses = (1 - label_smoothing) * losses - label_smoothing * spread
+        ctx.save_for_backward(log_probs.exp_().to(logits.dtype), targets, possible)
         ctx.label_smoothing = label_smoothing
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        probs, targets = ctx.saved_tensors
+        probs, targets, possible = ctx.saved_tensors
         grad = probs * grads[0][:, None].to(probs.dtype)
         smoothing = ctx.label_smoothing
         if smoothing:
-            grad -= (grads[0] * (smoothing / probs.shape[1]))[:, None].to(probs.dtype)
+            grad -= possible * (grads[0] * smoothing / possible.sum(1))[:, None].to(probs.dtype)
         return grad.scatter_add_(1, targets[:, None], (grads[0] * (smoothing - 1))[:, None].to(probs.dtype)), None, None
