@@ -35,6 +35,11 @@ def sums_one_by_one(model, samples, label_smoothing=0.0):
                     memory = torch.cat([memory, *(part + mark for part, mark in zip(parts[1:], marks, strict=True))], 1)
                 tokens, targets, weights = map(torch.from_numpy, example.shifted())
                 logits = model.decoder.logits(model.decoder(tokens[None], memory))[0]
+                if example.choices is not None:
+                    ids = torch.arange(logits.shape[1])
+                    for row, (low, high, *singles) in enumerate(example.choices.tolist(), len(example.prompt) - 1):
+                        possible = (ids >= low) & (ids < high) | torch.isin(ids, torch.tensor(singles))
+                        logits[row] = logits[row].masked_fill(~possible, -torch.inf)
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
                 sums[name] = sums.get(name, 0.0) + (losses * weights).sum()
     return sums

@@ -17,6 +17,7 @@ from test_cli import one_line
 from pix2seq import Pix2Seq
 from pix2seq.cli import main
 from pix2seq.data.companions import ObjectsByClass
+from pix2seq.data.dataset import ClassMap
 from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.formats.shards import write_shards
 from pix2seq.data.loader import batches
@@ -33,12 +34,12 @@ from pix2seq.tasks.by_example import ByExample, Examples
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import Frame, Reference, Request
 from pix2seq.tasks.shown import Shown, given_examples
-from pix2seq.tokenizers.by_example import decode_found, encode_found, example_prompt
+from pix2seq.tokenizers.by_example import class_choices, decode_found, encode_found, example_prompt
 from pix2seq.training.initialize import initialize_from
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.step import TrainingModel
 from pix2seq.types import Category, ImageRecord, Instance, Target
-from pix2seq.vocab import EOS, NOISE, SLOTS
+from pix2seq.vocab import EOS, MAX_SIZE, NOISE, SLOTS
 
 TINY = [
     "steps=4", "batch_size=3", "checkpoint_every=2", "keep_checkpoints=10", "log_every=1", "num_workers=0", "lr=1e-3",
@@ -49,6 +50,23 @@ TINY = [
     "model.decoder.max_seq_len=64", "model.vocab.num_bins=32", "model.vocab.text_base=1040", "model.vocab.size=1040",
     "model.memory.references=2", "by_example.max_examples=2", "by_example.max_objects=8",
 ]  # fmt: skip
+
+
+CUP, PEN = Category(1, 1, "cup"), Category(2, 2, "pen")
+
+
+def target_of(boxes, labels, image_id, crowd=()):
+    number = len(labels)
+    return Target(
+        ImageRecord(image_id, "x.jpg", 100, 100),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        np.full(number, 400, np.float32),
+        np.isin(np.arange(number), crowd),
+        np.arange(number) + 10 * image_id,
+        (None,) * number,
+        np.zeros((number, 0, 3), np.float32),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +108,26 @@ def test_tokens_worked_by_hand():
     boxes = np.array([[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.75]])  # times 63: 0 31.5 63 63, 15.75 0 31.5 47.25
     prompt = example_prompt(15, np.array([2, 0]), boxes, VOCAB)
     assert prompt.tolist() == [15, 59, 1000, 1032, 1063, 1063, 57, 1016, 1000, 1032, 1047]
-    slots, is_object = np.array([2, 0, -1, -1]), np.array([True, True, True, False])
-    four = np.concatenate([boxes, boxes])
+    slots, is_object = np.array([2, 1, -1, -1]), np.array([True, True, True, False])
+    four, asked = np.concatenate([boxes, boxes]), range(1, 3)
     found = encode_found(
-        four, slots, is_object, (0, 2), VOCAB, np.random.default_rng(0), noise_weight=0.5, eos_weight=0.1
+        four, slots, is_object, asked, VOCAB, np.random.default_rng(0), noise_weight=0.5, eos_weight=0.1
     )
     one, other = [1000, 1032, 1063, 1063], [1016, 1000, 1032, 1047]
-    assert found.targets.tolist() == [*one, 59, *other, 57, *one, NOISE, *other, NOISE, EOS]
+    assert found.targets.tolist() == [*one, 59, *other, 58, *one, NOISE, *other, NOISE, EOS]
     np.testing.assert_allclose(found.weights, [1] * 10 + [1] * 4 + [0.5] + [0] * 4 + [0.5, 0.1])
     read = {
         token
         for seed in range(50)
         for token in encode_found(
-            four, slots, is_object, (0, 2), VOCAB, np.random.default_rng(seed), noise_weight=1, eos_weight=1
+            four, slots, is_object, asked, VOCAB, np.random.default_rng(seed), noise_weight=1, eos_weight=1
         )
         .inputs[4::5]
         .tolist()
     }
-    assert read == {57, 59, NOISE}  # never a slot that nothing stands for
+    assert read == {58, 59, NOISE}  # never a slot that nothing stands for
+    free, classes = [0, MAX_SIZE, -1, -1], [58, 60, NOISE, -1]
+    assert class_choices(11, asked).tolist() == [*[free] * 4, classes, *[free] * 4, classes, free]
 
 
 def test_found_objects_are_read_by_the_best_slot():
@@ -286,6 +306,14 @@ def test_an_unreadable_companion_is_left_out(shapes, task, monkeypatch):
     assert all(view.companion is None for each in sample.examples["by_example"] for view in each.others)
 
 
+def test_companions_get_the_labels_of_the_model_too():
+    shown = target_of([(0, 0, 9, 9)], [2], 2)
+    target = replace(target_of([(0, 0, 9, 9), (3, 3, 9, 9)], [1, 2], 1), companions=(shown,))
+    mapped = ClassMap([CUP, PEN], [Category(1, 1, "pen"), Category(2, 2, "cup")]).to_model(target)
+    assert mapped.labels.tolist() == [2, 1]
+    assert mapped.companions[0].labels.tolist() == [1]
+
+
 def test_a_task_without_classes_takes_more_of_them_than_there_are_ids():
     many = [Category(label, label, f"thing {label}") for label in range(1, 1392)]
     assert len(ByExample(CONFIG, VOCAB, many).categories) == 1391
@@ -410,6 +438,26 @@ def test_answers_are_those_of_full_passes_over_the_joined_memory(images, closeup
         assert completion.tokens[0][: len(expected)].tolist() == expected.tolist()
 
 
+def test_a_score_is_a_share_among_the_slots_of_the_prompt_and_noise(predictor, images):
+    query, other = predictor.encode_batch(images[:2])
+    asked = predictor.tasks["by_example"].with_settings(closeup=False)
+    about = Examples((Shown(other, (3, 3, 40, 30), "cup"), Shown(query, (5, 5, 30, 30), "pen")))
+    (request,) = asked.requests(query, about)
+    (completion,) = predictor._complete(asked, [query], [[request]], 0)
+    marks = predictor.model.reference_embedding.detach()
+    memory = torch.cat([query.memory, other.memory + marks[0], query.memory + marks[1]])[None]
+    tokens = torch.from_numpy(np.append(request.prompt, completion.tokens[0]))[None]
+    with torch.no_grad():
+        logits = predictor.model.decoder.logits(predictor.model.decoder(tokens, memory))[0]
+    for step in range(4, completion.tokens.shape[1], 5):
+        if EOS in completion.tokens[0, :step]:
+            break
+        shares = logits[len(request.prompt) - 1 + step][[SLOTS[0], SLOTS[1], NOISE]].softmax(0)
+        assert completion.best_tokens[0, step] == SLOTS[int(shares[:2].argmax())]
+        assert float(shares[:2].max()) == pytest.approx(np.exp(completion.best_logprobs[0, step]), abs=1e-4)
+    assert step > 4
+
+
 def test_an_answer_does_not_depend_on_what_else_is_asked(predictor, images):
     first, second, third, fourth = predictor.encode_batch(images)
     questions = [
@@ -511,23 +559,6 @@ def test_asking_without_an_example_is_refused(predictor, images):
 
 
 # Scores
-
-
-CUP, PEN = Category(1, 1, "cup"), Category(2, 2, "pen")
-
-
-def target_of(boxes, labels, image_id, crowd=()):
-    number = len(labels)
-    return Target(
-        ImageRecord(image_id, "x.jpg", 100, 100),
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(labels, np.int64),
-        np.full(number, 400, np.float32),
-        np.isin(np.arange(number), crowd),
-        np.arange(number) + 10 * image_id,
-        (None,) * number,
-        np.zeros((number, 0, 3), np.float32),
-    )
 
 
 def found(label, *scored):

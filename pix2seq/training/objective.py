@@ -107,7 +107,7 @@ def token_losses(
     """Return the cross entropy (K,) of hidden states (K, D) in float32, without all logits in memory.
 
     Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass. `F.cross_entropy`
-    explains the smoothing. `choices` (K, 4) are those of `Example`, among which ids are drawn; they share what smoothing
+    explains the smoothing. `choices` (K, 4) are those of `Example`, among which ids are drawn, and over which smoothing
     spreads.
     """
 
