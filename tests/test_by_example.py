@@ -111,16 +111,16 @@ def test_tokens_worked_by_hand():
     slots, is_object = np.array([2, 1, -1, -1]), np.array([True, True, True, False])
     four, asked = np.concatenate([boxes, boxes]), range(1, 3)
     found = encode_found(
-        four, slots, is_object, asked, VOCAB, np.random.default_rng(0), noise_weight=0.5, eos_weight=0.1
+        four, slots, is_object, asked, VOCAB, np.random.default_rng(0), class_weight=0.5, eos_weight=0.1
     )
     one, other = [1000, 1032, 1063, 1063], [1016, 1000, 1032, 1047]
     assert found.targets.tolist() == [*one, 59, *other, 58, *one, NOISE, *other, NOISE, EOS]
-    np.testing.assert_allclose(found.weights, [1] * 10 + [1] * 4 + [0.5] + [0] * 4 + [0.5, 0.1])
+    np.testing.assert_allclose(found.weights, ([1] * 4 + [0.5]) * 3 + [0] * 4 + [0.5, 0.1])
     read = {
         token
         for seed in range(50)
         for token in encode_found(
-            four, slots, is_object, asked, VOCAB, np.random.default_rng(seed), noise_weight=1, eos_weight=1
+            four, slots, is_object, asked, VOCAB, np.random.default_rng(seed), class_weight=1, eos_weight=1
         )
         .inputs[4::5]
         .tolist()

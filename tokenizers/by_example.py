@@ -1,11 +1,11 @@
 """Finding objects like examples as tokens.
 
-    task  slot y0 x0 y1 x1  ...  ->  y0 x0 y1 x1 slot  ...  [y0 x0 y1 x1 NOISE  ...]  end
+    task  slot y0 x0 y1 x1  ...  ->  y0 x0 y1 x1 slot-or-NOISE  ...  end
 
 A slot is a class that only the prompt says the meaning of: each example is an object of a slot, by its box in what the
-sequence reads at the example's place. All objects of the slots are answered, then objects of no slot and boxes without
-an object, which are noise. As in detection, the answer is the best slot of each box with its probability, among the
-slots of the prompt and noise. These slots follow each other from a first one.
+sequence reads at the example's place. All objects of the slots are answered, mixed with objects of no slot, which are
+noise, and then boxes without an object, which are noise too. As in detection, the answer is the best slot of each box
+with its probability, among the slots of the prompt and noise. These slots follow each other from a first one.
 
 Converts to ids and back, without model or I/O. Boxes are `yxyx` in [0, 1] of what the model sees; shapes use E
 examples, N objects and L tokens.
@@ -46,7 +46,7 @@ def encode_found(
     vocab: Vocab,
     rng: np.random.Generator,
     *,
-    noise_weight: float,
+    class_weight: float,
     eos_weight: float,
 ) -> DetectionResponse:
     """Serialise boxes (N, 4) of slots (N,), numbers from 0 or -1 for none, in the given order, and an end.
@@ -55,13 +55,12 @@ def encode_found(
     with equal odds. Boxes without an object (`is_object`) have no loss on coordinates.
     """
     labels = np.where(slots < 0, NOISE_LABEL, slots - asked.start + 1)
-    plain = encode_objects(
-        boxes_yxyx, labels, vocab, rng, num_labels=len(asked), noise_weight=noise_weight, eos_weight=eos_weight
-    )
+    plain = encode_objects(boxes_yxyx, labels, vocab, rng, num_labels=len(asked), eos_weight=eos_weight)
     inputs, targets = (_with_slots(ids, asked) for ids in (plain.inputs, plain.targets))
     weights = plain.weights.copy()
     objects = weights[:-1].reshape(-1, TOKENS_PER_OBJECT)
     objects[is_object, : TOKENS_PER_OBJECT - 1] = 1.0
+    objects[:, -1] = class_weight
     return DetectionResponse(inputs, targets, weights)
 
 

@@ -59,7 +59,7 @@ class ByExampleConfig(TaskConfig):
     same_share: Share = 0.25  # a further image shows what an earlier one does
     more_share: Share = 0.3  # a further example is in the prompt
     own_share: Share = 0.1  # the example is an object of the same image
-    noise_weight: NonNegativeFloat = 1.0  # loss weight of the noise class
+    class_weight: NonNegativeFloat = 3.0  # loss weight of slots and noise, which say what the example teaches
     eos_weight: NonNegativeFloat = 0.1  # loss weight of the end
     min_score: Share = 0.5  # least score of an object that counts as found
     top_p: PositiveShare = 0.4
@@ -210,25 +210,27 @@ class ByExample(Task[ByExampleConfig]):
     def _response(
         self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: range, rng: np.random.Generator
     ) -> DetectionResponse:
-        """Return what is answered: objects of slots, then others and noise."""
+        """Return what is answered: objects of slots mixed with others, then boxes without an object.
+
+        If objects of slots came first, where a box stands would say more of its class than the example does.
+        """
         config = self.config
         order = rng.permutation(len(boxes))
         meant = order[slots[order] != NO_SLOT][: config.max_objects]
         num_noise = min(config.noise_objects, config.max_objects - len(meant))
         others = order[slots[order] == NO_SLOT][:num_noise]
+        objects = rng.permutation(np.append(meant, others))
         # Noise is made from all objects, so that it says nothing about which are meant.
         noisy, labels = add_noise_objects(boxes, np.ones(len(boxes), np.int64), num_noise - len(others), rng)
         noise = noisy[labels == NOISE_LABEL]
-        is_object = np.arange(len(others) + len(noise)) < len(others)
-        mixed = rng.permutation(len(is_object))
         return encode_found(
-            np.concatenate([boxes[meant], np.concatenate([boxes[others], noise])[mixed]]),
-            np.append(slots[meant], np.full(len(mixed), NO_SLOT)),
-            np.append(np.ones(len(meant), np.bool_), is_object[mixed]),
+            np.concatenate([boxes[objects], noise]),
+            np.append(slots[objects], np.full(len(noise), NO_SLOT)),
+            np.arange(len(objects) + len(noise)) < len(objects),
             asked,
             self.vocab,
             rng,
-            noise_weight=config.noise_weight,
+            class_weight=config.class_weight,
             eos_weight=config.eos_weight,
         )
 
