@@ -46,6 +46,7 @@ def predict_files(
     boxes: Path | None = None,
     about: str | None = None,
     find: Sequence[str] = (),
+    like: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     min_score: float | None = None,
     batch_size: int = 16,
@@ -69,9 +70,9 @@ def predict_files(
 
     An image that cannot be read or asked about stops nothing: the others are done first, then an `InputError` names
     it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
-    files. `about` is text for the tasks that take some, see `Task.parse_about`; `find` are phrases for those that find
-    objects by words, and without `tasks` the only ones asked; `settings` are those of
-    `Predictor.configure`. `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
+    files. `about` is text for the tasks that take some, see `Task.parse_about`. `find` are phrases for those that find
+    objects by words, `like` examples, in the form of `about`, for those that find objects by them; without `tasks`,
+    only such tasks are asked then. `settings` are those of `Predictor.configure`. `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -92,31 +93,39 @@ def predict_files(
         name: VIDEO_SUFFIXES if is_video(path) else SUFFIXES for path, name in names.items()
     }
     planned |= _planned_labels(label_format, label_names, names)
-    outputs.check(planned, [*names, *box_files.values(), *folder.iterdir()], overwrite=overwrite)
+    like_files = [Path(each.rpartition(":")[0]) for each in like]
+    outputs.check(planned, [*names, *box_files.values(), *like_files, *folder.iterdir()], overwrite=overwrite)
 
     predictor = Predictor(Pix2Seq.from_pretrained(folder).to(pick_device(device)), bf16=bf16)  # the folder is verified
-    finders = [name for name, task in predictor.tasks.items() if task.takes_words]
-    if find and not finders:
-        raise InputError("--find was given, but this checkpoint was not trained to find objects by words")
+    finders = {name: task for name, task in predictor.tasks.items() if task.takes_words or task.takes_examples}
+    wanted = [name for name, task in finders.items() if (find and task.takes_words) or (like and task.takes_examples)]
     if tasks is None:
         others = [name for name in predictor.tasks if name not in finders]
-        tasks = tuple(finders if find else predictor.tasks if about is not None else others)
+        tasks = tuple(wanted or (predictor.tasks if about is not None else others))
+    for option, texts, takes in (("--find", find, "takes_words"), ("--like", like, "takes_examples")):
+        if texts and not any(getattr(task, takes) for name, task in finders.items() if name in tasks):
+            means = "words" if option == "--find" else "examples"
+            raise InputError(
+                f"{option} was given, but this checkpoint, or --task, has no task that finds objects by {means}"
+            )
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
     asked = {name: predictor.tasks[name] for name in tasks}
-    texts = {} if about is None else {name: t.parse_about(about) for name, t in asked.items() if t.about_format}
-    texts |= {name: list(find) for name in finders if find and name in asked}
-    if find and not any(name in texts for name in finders):
-        raise InputError(f"--find was given, but none of {', '.join(tasks)} takes it; add {finders[0]} to --task")
-    if about is not None and not texts:
+    given = {} if about is None else {name: about for name, task in asked.items() if task.about_format}
+    if about is not None and not given:
         raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
+    given |= {name: "; ".join(find) for name in wanted if name in asked and asked[name].takes_words}
+    given |= {name: "; ".join(like) for name in wanted if name in asked and asked[name].takes_examples}
+    texts = {name: asked[name].parse_about(text) for name, text in given.items()}
+    texts = {name: asked[name].encoded([each], predictor.encode_batch)[0] for name, each in texts.items()}
     with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]
     if boxes is not None and not with_boxes:
         raise InputError(f"--boxes was given, but none of {', '.join(tasks)} asks about objects")
 
-    run: list[Any] = [list(tasks), about, list(find), dict(settings or {}), min_score, seed, bf16]
+    run: list[Any] = [list(tasks), about, list(find), list(like), dict(settings or {}), min_score, seed, bf16]
     run += [_stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    run += map(_stamp, like_files)
     more = {path: [stride] if is_video(path) else [] for path in names}
     keys = {path: _digest([*run, _stamp(path), _stamp(box_files.get(path)), *more[path]]) for path in names}
     left = [path for path, name in names.items() if not (resume and outputs.is_done(name, keys[path]))]
@@ -126,12 +135,12 @@ def predict_files(
 
     def question(path: Path, image: EncodedImage) -> dict[str, Any]:
         """Return what an image is asked about, by task. Raises `InputError` if it cannot be asked so."""
-        given = dict(texts)
+        questions = dict(texts)
         if path in box_files:
-            given |= dict.fromkeys(with_boxes, read_boxes(box_files[path]))
-        for name, value in given.items():
+            questions |= dict.fromkeys(with_boxes, read_boxes(box_files[path]))
+        for name, value in questions.items():
             asked[name].requests(image, asked[name].check_about(image, value))
-        return given
+        return questions
 
     failed: dict[Path, InputError] = {}
     with tqdm(total=len(todo), unit="image", disable=len(todo) <= batch_size) as bar:

@@ -124,7 +124,7 @@ def filter_captions(
         if isinstance(image, InputError):
             unreadable[number] = str(image)
             continue
-        found = predictor.match(image, [entry["caption"] for entry in entries])  # type: ignore[attr-defined]
+        found = predictor.match(image, [entry["caption"] for entry in entries])
         scores |= {id(entry): float(score) for entry, score in zip(entries, found, strict=True)}
     kept: set[int] = set()
     for number, entries in captions.captions.items():
@@ -193,7 +193,7 @@ def write_captions(
             else:
                 known.add(_key(caption.text))
                 texts.append(caption.text)
-        scores = predictor.match(image, texts) if texts and predictor.can_match else []  # type: ignore[attr-defined]
+        scores = predictor.match(image, texts) if texts and predictor.can_match else []
         for i, text in enumerate(texts):
             entry = {"id": next_id, "image_id": number, "caption": text, "written": True}
             added.append(entry | ({"score": round(float(scores[i]), 6)} if len(scores) else {}))

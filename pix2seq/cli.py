@@ -346,6 +346,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "predict photos/ 'more/*.png' --checkpoint runs/mine --task detection --format cvat",
         "predict clip.mp4 --checkpoint runs/mine --stride 5",
         "predict street.jpg --checkpoint runs/mine --find 'red car' --find 'people in blue'",
+        "predict shelf.jpg --checkpoint runs/mine --like other.jpg:40,20,180,310",
     )
     parser.add_argument(
         "images",
@@ -369,6 +370,13 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--find", action="append", default=[], metavar="WORDS", help="objects to find, as 'striped star'; repeatable"
     )
     parser.add_argument(
+        "--like",
+        action="append",
+        default=[],
+        metavar="IMAGE:X0,Y0,X1,Y1",
+        help="find all objects like the one in a box of another image; repeat it for more examples",
+    )
+    parser.add_argument(
         "--min-score",
         type=_share,
         help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all",
@@ -385,6 +393,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         tasks = parse_tasks(args.task) if args.task else None
         if args.points and args.about is not None:
             raise InputError("--points is a form of --about; give one of them")
+        if args.like and (args.points or args.about is not None):
+            raise InputError("--like is a form of --about; give one of them")
         about = ";".join(args.points) if args.points else args.about
         from pix2seq.infer.predict import predict_files
 
@@ -396,6 +406,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
             out=args.out,
             about=about,
             find=args.find,
+            like=args.like,
             settings=_settings(args),
             min_score=args.min_score,
             batch_size=args.batch_size,

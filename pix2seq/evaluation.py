@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pix2seq.data.companions import ObjectsByClass
 from pix2seq.data.dataset import ClassMap, needed_categories
 from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import batch_by_pixels, read_record_image
@@ -193,14 +195,17 @@ def measure(
     categories = dataset.categories if classes is None else classes.categories
     captions = dataset.annotations.all_captions()
     asking = {name: predictor.tasks[name].with_data(captions, categories) for name in tasks}
+    beside = _Companions(dataset, list(asking.values()), seed)
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]
         for part in batch_by_pixels(sizes, batch_size):
             targets = [dataset.target(index) for index in images[part.start : part.stop]]
             encoded = predictor.encode_batch([read_record_image(target.image) for target in targets])
+            shown = {name: [beside.draw(task, target) for target in targets] for name, task in asking.items()}
             if classes is not None:
                 targets = [classes.to_model(target) for target in targets]
+                shown = {name: [list(map(classes.to_model, each)) for each in some] for name, some in shown.items()}
             needed = {need for name in tasks for need in predictor.tasks[name].needs if need in predictor.tasks}
             found = {name: predictor.ask(name, encoded, seed=seed) for name in sorted(needed)}
             for name, task in asking.items():
@@ -208,7 +213,9 @@ def measure(
                 asked = [
                     (i, question, about)
                     for i, target in enumerate(targets)
-                    for question, about in task.questions(target, None if supply is None else supply[i]).items()
+                    for question, about in task.questions(
+                        replace(target, companions=tuple(shown[name][i])), None if supply is None else supply[i]
+                    ).items()
                 ]
                 if name in found and all(about is None for _, _, about in asked):
                     answers = [found[name][i] for i, _, _ in asked]
@@ -223,6 +230,22 @@ def measure(
                         observe(task, question, targets[i], encoded[i], answer, categories)
             bar.update(len(targets))
     return measured
+
+
+class _Companions:
+    """Draws what tasks show beside the images that are scored: a function of the seed and the image."""
+
+    def __init__(self, dataset: Dataset, tasks: Sequence[Task[Any]], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.objects = ObjectsByClass(dataset) if any(task.num_references for task in tasks) else None
+
+    def draw(self, task: Task[Any], target: Target) -> list[Target]:
+        """Return the annotated images that a task shows beside one, each with one object."""
+        if self.objects is None:
+            return []
+        rng = np.random.default_rng((self.seed, target.image.id % 2**64, zlib.crc32(task.name.encode())))
+        drawn = task.companions(target, self.objects, rng, scoring=True)
+        return [self.dataset.target(each.image).only(each.object) for each in drawn]
 
 
 def merge_measured(parts: Sequence[Mapping[tuple[str, str], Metric]]) -> Measured:

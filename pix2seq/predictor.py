@@ -36,7 +36,8 @@ from pix2seq.results import Instances
 from pix2seq.session import Session
 from pix2seq.tasks import get_task, task_names
 from pix2seq.tasks.objects import given_objects
-from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
+from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Reference, Request
+from pix2seq.tasks.shown import given_examples
 from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.text import SENTENCEPIECE_FILE, WORD_FILE
 from pix2seq.types import Caption, Clicks, Instance, ObjectMask, category_key
@@ -52,7 +53,7 @@ MAX_ROWS = 512  # sequences that are decoded side by side
 MAX_CACHE_BYTES = 2**31  # keys and values of sequences and memories that are decoded side by side
 MAX_CROPS = 16  # crops that are encoded side by side
 MAX_CLOSEUPS = 64  # closeups that are encoded side by side
-_Key = tuple[int, tuple[float, ...]]  # an image, and which of its memories
+_Key = tuple[int, tuple[Any, ...]]  # an image, and which of its memories
 
 
 class Options(TypedDict, total=False):
@@ -259,6 +260,8 @@ class Predictor:
             found = self.ask(asked.needs[0], encoded, threshold=threshold, classes=classes, seed=seed)
             about = [asked.subjects(each) for each in found]
         abouts = [None] * len(encoded) if about is None else _one_each(encoded, about)
+        if about is not None:
+            abouts = asked.encoded(abouts, self._encoded)
         requests = [
             asked.requests(image, keeps(asked.check_about(image, each)) if each is not None else None)
             for image, each in zip(encoded, abouts, strict=True)
@@ -424,18 +427,30 @@ class Predictor:
         threshold: float | None = None,
         seed: int = 0,
     ) -> Instances:
-        """Return the objects of an image that a phrase names, best first; none if there is none.
+        """Return the objects of an image that are like examples, or that a phrase names, best first.
 
-        Phrases, such as "striped star on the left", can stand in the second place too. Several are asked side by side.
-        The category of an object has its phrase as its name. Objects have a probability of being named of at least
-        `threshold`; by default `by_words.min_score` of the checkpoint.
+        `like` is an (image, (x0, y0, x1, y1)): an image in any form that `encode` takes, or encoded before, and a box
+        in its pixels. A list of them are examples of one kind of object, and a dictionary has the examples of several
+        kinds by name, which answers have as their category.
+
+        `words` is a phrase, such as "striped star on the left", and can stand in the second place too. Several are
+        asked side by side; the category of an object has its phrase as its name.
+
+        Objects have a score of at least `threshold`; by default the task's `min_score` in the checkpoint.
         """
-        asked = like if words is None else words
-        if asked is None:
-            raise InputError("there is nothing to look for; give a phrase, such as 'striped star'")
+        if words is None and (isinstance(like, str) or (like and all(isinstance(each, str) for each in like))):
+            like, words = None, like
+        if (like is None) == (words is None):
+            raise InputError(
+                "give what to look for, as examples or in words: like=(image, (x0, y0, x1, y1)), or a phrase such as "
+                "'striped star'"
+            )
+        name, asked = ("by_words", words) if like is None else ("by_example", given_examples(like))
+        self.require(name)
+        least = self.tasks[name].config.min_score if threshold is None else threshold
         (encoded,) = self._encoded([image])
-        settings: dict[str, Any] = {} if threshold is None else {"min_score": threshold}
-        return Instances(self.ask("by_words", [encoded], [asked], seed=seed, **settings)[0], size=encoded.size)
+        found = self.ask(name, [encoded], [asked], threshold=least, seed=seed)[0]
+        return Instances(found, size=encoded.size)
 
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:
         """Return a series of clicks on one object of an image, which is encoded once."""
@@ -633,12 +648,18 @@ class Predictor:
         return found if many else found[0]
 
     def _check_length(self, task: Task[Any], source: str, remedy: str) -> None:
-        """Raise `InputError` if a task, as `source` sets it, needs longer sequences than the model has."""
+        """Raise `InputError` if a task, as `source` sets it, needs more tokens or references than the model has."""
         longest = self.model.decoder.max_seq_len
         if task.max_seq_len > longest:
             raise InputError(
                 f"{source} needs sequences of {task.max_seq_len} tokens ({task.name}), but this checkpoint ends at "
                 f"{longest}; {remedy}"
+            )
+        places = self.model.config.memory.references
+        if task.num_references > places:
+            raise InputError(
+                f"{source} lets {task.name} read {task.num_references} other images, but this checkpoint has places "
+                f"for {places}; give a smaller number"
             )
 
     def _check_ready(self) -> None:
@@ -754,32 +775,39 @@ class Predictor:
         decoder = self.model.decoder
         width = decoder.token_embedding.weight.shape[1]
         token_bytes = 2 * len(decoder.blocks) * width * (2 if self.bf16 else 4)
+        # Memories of one call are equally long.
+        kinds = [(request.num_samples, len(request.references)) for _, request in asked]
         order = sorted(
             (i for i, (_, request) in enumerate(asked) if not request.embeds),
-            key=lambda i: (asked[i][1].num_samples, -asked[i][1].length),
+            key=lambda i: (kinds[i], -asked[i][1].length),
         )
         batches: list[list[int]] = []
-        rows = slots = samples = 0
+        rows = slots = 0
         memories: set[_Key] = set()
         for i in order:
             image, request = asked[i]
             key = (id(image), request.memory_key)
             slots = max(slots, len(request.prompt) + request.generation.max_new_tokens)
             more = rows + request.num_samples
-            cached = token_bytes * (more * slots + len(memories | {key}) * image.memory.shape[0])
-            if not batches or samples != request.num_samples or more > MAX_ROWS or cached > MAX_CACHE_BYTES:
+            memory_length = image.memory.shape[0] * (1 + len(request.references))
+            cached = token_bytes * (more * slots + len(memories | {key}) * memory_length)
+            if not batches or kinds[batches[-1][-1]] != kinds[i] or more > MAX_ROWS or cached > MAX_CACHE_BYTES:
                 batches.append([])
                 rows, slots, memories = 0, len(request.prompt) + request.generation.max_new_tokens, set()
             batches[-1].append(i)
-            rows, samples = rows + request.num_samples, request.num_samples
+            rows += request.num_samples
             memories.add(key)
         return batches
 
     def _memories(self, asked: Sequence[tuple[EncodedImage, Request]]) -> tuple[Tensor, list[int]]:
-        """Memories (B, N, D) of all that is asked about, each once, and which is whose."""
+        """Memories (B, N, D) of all that is asked about, each once, and which is whose.
+
+        Where requests have references, K for each, memories are joined: (B, (1 + K) * N, D).
+        """
         keys = {(id(image), request.memory_key): (image, request) for image, request in asked}
         crops, closeups, memories = {}, {}, {}
-        for key, (image, request) in keys.items():
+        for image, request in keys.values():
+            key = (id(image), request.own_key)
             if request.region is not None:
                 x0, y0, x1, y1 = request.region
                 crops[key] = image.pixels[y0:y1, x0:x1]
@@ -787,6 +815,12 @@ class Predictor:
                 closeups[key] = (image, request.closeup)
             else:
                 memories[key] = image.memory
+            for reference in request.references:
+                key = (id(reference.image), reference.own_key)
+                if reference.closeup is not None:
+                    closeups[key] = (reference.image, reference.closeup)
+                else:
+                    memories[key] = reference.image.memory
         for some in _chunks(list(crops), MAX_CROPS):
             encoded = self._encode_pixels([crops[key] for key in some])
             memories |= {key: memory for key, (memory, _, _) in zip(some, encoded, strict=True)}
@@ -794,7 +828,16 @@ class Predictor:
             memories |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
         number = {key: i for i, key in enumerate(keys)}
         index = [number[id(image), request.memory_key] for image, request in asked]
-        return torch.stack([memories[key] for key in keys]), index
+        joined = [self._joined(memories[id(image), r.own_key], r.references, memories) for image, r in keys.values()]
+        return torch.stack(joined), index
+
+    def _joined(self, memory: Tensor, references: Sequence[Reference], memories: Mapping[_Key, Tensor]) -> Tensor:
+        """Join the memories of references to that of an image: (N, D) to ((1 + K) * N, D)."""
+        if not references:
+            return memory
+        parts = torch.stack([memory, *(memories[id(each.image), each.own_key] for each in references)])
+        with torch.inference_mode():
+            return self.model.at_places(parts, torch.arange(len(parts), device=parts.device)).flatten(0, 1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)

@@ -116,7 +116,7 @@ def update_index(
             unreadable |= {todo[i].name: error for i, error in some if isinstance(error, InputError)}
             if readable:
                 done += [stamp for stamp, _ in readable]
-                vectors.append(predictor.embed([pixels for _, pixels in readable]))  # type: ignore[attr-defined]
+                vectors.append(predictor.embed([pixels for _, pixels in readable]))
             bar.update(len(some))
             if len(done) > SHARD_IMAGES - batch_size:
                 index.add(done, np.concatenate(vectors))
@@ -153,10 +153,10 @@ def search(
     if (sentence is None) == (image is None) or (sentence is not None and not sentence.strip()):
         raise InputError("a search needs either a sentence or an image; give one of them")
     if sentence is None:
-        query = predictor.embed([image])[0]  # type: ignore[attr-defined]
+        query = predictor.embed([image])[0]
         return [Hit(name, score) for name, score in index.nearest(query, top)]
     matches = match and predictor.can_match
-    query = predictor.embed_text([sentence])[0]  # type: ignore[attr-defined]
+    query = predictor.embed_text([sentence])[0]
     hits = [Hit(name, score) for name, score in index.nearest(query, max(top, num_candidates) if matches else top)]
     if not matches:
         return hits
@@ -166,7 +166,7 @@ def search(
             print(f"warning: left out: {error}", file=sys.stderr)
         readable = {i: pixels for i, pixels in some if not isinstance(pixels, InputError)}
         for i, each in zip(readable, predictor.encode_batch(list(readable.values())), strict=True):
-            probability = float(predictor.match(each, [sentence])[0])  # type: ignore[attr-defined]
+            probability = float(predictor.match(each, [sentence])[0])
             matched.append(replace(hits[i], match=probability))
     return sorted(matched, key=lambda hit: -(hit.match or 0.0))[:top]
 

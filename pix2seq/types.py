@@ -109,6 +109,7 @@ class Target:
     # How pixels of the image became those of the annotations: x' = scale * x + offset on each axis.
     scale_xy: tuple[float, float] = (1.0, 1.0)
     offset_xy: tuple[float, float] = (0.0, 0.0)
+    companions: tuple[Target, ...] = ()  # other images that a task shows beside this one, each with one object or none
 
     def only(self, index: int) -> Target:
         """Return the target with one of its objects."""

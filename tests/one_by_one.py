@@ -29,11 +29,27 @@ def sums_one_by_one(model, samples, label_smoothing=0.0):
                 memory = whole
                 if example.closeup is not None:
                     memory = model.look_closer(maps, torch.from_numpy(example.closeup)[None], [0])
+                if example.others:
+                    parts = [memory, *(memory_of(model, sample, name, view) for view in example.others)]
+                    marks = [model.reference_embedding[i] for i in range(len(example.others))]
+                    memory = torch.cat([memory, *(part + mark for part, mark in zip(parts[1:], marks, strict=True))], 1)
                 tokens, targets, weights = map(torch.from_numpy, example.shifted())
                 logits = model.decoder.logits(model.decoder(tokens[None], memory))[0]
+                if example.choices is not None:
+                    ids = torch.arange(logits.shape[1])
+                    for row, (low, high, *singles) in enumerate(example.choices.tolist(), len(example.prompt) - 1):
+                        possible = (ids >= low) & (ids < high) | torch.isin(ids, torch.tensor(singles))
+                        logits[row] = logits[row].masked_fill(~possible, -torch.inf)
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
                 sums[name] = sums.get(name, 0.0) + (losses * weights).sum()
     return sums
+
+
+def memory_of(model, sample, name, view):
+    """Return the memory (1, N, D) of what a sequence reads beside its image."""
+    image = sample.image if view.companion is None else sample.companions[name][view.companion]
+    whole, maps = model.encode_with_maps(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+    return whole if view.closeup is None else model.look_closer(maps, torch.from_numpy(view.closeup)[None], [0])
 
 
 def varlen_by_loop(q, k, v, q_borders, k_borders, longest_q, longest_k, **causal):

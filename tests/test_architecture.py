@@ -37,8 +37,8 @@ NUMPY_ONLY = ("vocab", "geometry", "tokenizers")
 NOT_NUMPY_ONLY = "tokenizers.text"  # it reads sentencepiece models
 
 TASK = re.compile(
-    r"(?<![a-z_-])(detection|segmentation|keypoint|captioning|prompted|matching|by_words)(?![a-z_])"
-    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted|Matching|ByWords)(Config)?\b"
+    r"(?<![a-z_-])(detection|segmentation|keypoint|captioning|prompted|by_example|by_words|matching)(?![a-z_])"
+    r"|\b(Detection|Segmentation|Keypoint|Captioning|Prompted|ByExample|ByWords|Matching)(Config)?\b"
 )
 TASK_ROOMS = ("tasks", "tokenizers", "configs", "train", "convert", "vocab", "metrics")
 NAMED = ("detect", "segment", "keypoints", "caption")  # each names its task

@@ -66,6 +66,7 @@ FROM_SHAPES = {
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
     "configs/matching_shapes.yaml": FEW,
     "configs/by_words_shapes.yaml": FEW,
+    "configs/by_example_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
@@ -176,25 +177,31 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clicker(tiny):
     """A model that is asked by clicks."""
-    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'clicker'}", f"init={ROOT / 'checkpoints/shapes'}"]
-    assert cli.main(smaller(["train", "--config", "configs/prompted_shapes.yaml", *settings])) == 0
-    return tiny / "clicker"
+    return _from_shapes(tiny, "prompted")
 
 
 @pytest.fixture(scope="module")
 def matcher(tiny):
     """A model that compares images and sentences."""
-    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'matcher'}", f"init={ROOT / 'checkpoints/shapes'}"]
-    assert cli.main(smaller(["train", "--config", "configs/matching_shapes.yaml", *settings])) == 0
-    return tiny / "matcher"
+    return _from_shapes(tiny, "matching")
 
 
 @pytest.fixture(scope="module")
 def reader(tiny):
     """A model that is asked by words."""
-    settings = [f"data={tiny / 'shapes'}", f"out={tiny / 'reader'}", f"init={ROOT / 'checkpoints/shapes'}"]
-    assert cli.main(smaller(["train", "--config", "configs/by_words_shapes.yaml", *settings])) == 0
-    return tiny / "reader"
+    return _from_shapes(tiny, "by_words")
+
+
+@pytest.fixture(scope="module")
+def by_example(tiny):
+    """A model that is asked by examples."""
+    return _from_shapes(tiny, "by_example")
+
+
+def _from_shapes(tiny, task):
+    settings = [f"data={tiny / 'shapes'}", f"out={tiny / task}", f"init={ROOT / 'checkpoints/shapes'}"]
+    assert cli.main(smaller(["train", "--config", f"configs/{task}_shapes.yaml", *settings])) == 0
+    return tiny / task
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +243,8 @@ def workplace(page, tiny, tmp_path, monkeypatch, request):
         (tmp_path / "MY_CUTOUTS").mkdir()
         for colour in ("red", "blue"):
             Image.new("RGBA", (40, 30), colour).save(tmp_path / "MY_CUTOUTS" / f"{colour}-card_01.png")
+    if "runs/by_example" in page.read_text("utf-8"):
+        shutil.copytree(request.getfixturevalue("by_example"), tmp_path / "runs/by_example")
     if "shapes-onnx" in page.read_text("utf-8"):
         (tmp_path / "shapes-onnx").symlink_to(request.getfixturevalue("exported"))
     write_video(tmp_path / "clip.mp4", [50, 100, 150, 200, 250, 200])

@@ -204,3 +204,56 @@ def test_the_form_for_gpus_asks_varlen_attn_for_the_same(decoder, monkeypatch, i
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
     found = decoder.forward_packed(batch.tokens, batch.positions, layout, memory)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# The parts that each reading joins, of seven memories.
+READINGS = [(0,), (0, 3), (1, 3, 4), (2,), (2, 5), (5, 2, 6, 0)]
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["groups", "varlen"])
+@pytest.mark.parametrize(
+    "lengths", [[[4], [9, 3], [2], [], [7, 7], [1]], [[5]] * 6, [[], [3], [], [], [], []]], ids=str
+)
+def test_sequences_that_join_memories_equal_each_on_its_memories_end_to_end(decoder, monkeypatch, lengths, varlen):
+    flat = torch.tensor([length for some in lengths for length in some])
+    reading = torch.tensor([i for i, some in enumerate(lengths) for _ in some])
+    parts = torch.tensor([[*each, *[-1] * (4 - len(each))] for each in READINGS])
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB_SIZE, (int(flat.sum()),), generator=draw)
+    positions = torch.cat([torch.arange(length) for length in flat.tolist()])
+    cotangent = torch.randn(len(tokens), DIM, generator=draw)
+    cotangent /= cotangent.norm()
+    memory = torch.randn(7, NUM_KEYS, DIM, generator=draw)
+    results = []
+    for together in (True, False):
+        decoder.zero_grad()
+        memory = memory.detach().requires_grad_()
+        if together:
+            if varlen:
+                monkeypatch.setattr("pix2seq.model.packing._has_varlen", lambda x: True)
+                monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+            layout = Layout(flat, reading, len(READINGS), CPU, parts=parts)
+            hidden = decoder.forward_packed(tokens, positions, layout, memory)
+        else:
+            hidden = torch.cat(
+                [
+                    decoder(each[None], memory[list(READINGS[i])].flatten(0, 1)[None])[0]
+                    for each, i in zip(tokens.split(flat.tolist()), reading.tolist(), strict=True)
+                ]
+            )
+        hidden.backward(cotangent)
+        gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+        results.append((hidden.detach(), gradients | {"memory": memory.grad}))
+    torch.testing.assert_close(results[0], results[1], atol=5e-5, rtol=1e-5)
+
+
+def test_each_memory_is_projected_once_however_many_sequences_join_it(decoder, monkeypatch):
+    rows = []
+    project = decoder.blocks[0].cross_attention.key_value
+    hook = project.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    parts = torch.tensor([[0, 2], [1, 2], [0, 1]])
+    layout = Layout(torch.tensor([3, 3, 3]), torch.tensor([0, 1, 2]), 3, CPU, parts=parts)
+    with torch.no_grad():
+        decoder.forward_packed(torch.arange(9), torch.arange(3).repeat(3), layout, torch.randn(3, NUM_KEYS, DIM))
+    hook.remove()
+    assert rows == [3]

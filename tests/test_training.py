@@ -297,6 +297,20 @@ def test_token_losses_and_their_gradients_are_those_of_pytorch(monkeypatch, smoo
     assert CrossEntropy() == CrossEntropy(label_smoothing=0.0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_token_losses_among_choices_are_those_of_the_choices_alone(smoothing):
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    choices = torch.tensor([[2, 5, 9, -1], [0, 2**20, -1, -1], [7, 7, 1, 3]])
+    possible, targets = [[2, 3, 4, 9], list(range(11)), [1, 3]], torch.tensor([9, 6, 1])
+    decoder = SimpleNamespace(logits=lambda hidden: hidden, output_weight=torch.empty(11, 1))
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    token_losses(decoder, leaf, targets, smoothing, choices).sum().backward()
+    for row, ids in enumerate(possible):
+        target = torch.tensor(ids.index(int(targets[row])))
+        torch.nn.functional.cross_entropy(other[row, ids], target, label_smoothing=smoothing).backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stored_features_are_projected_in_place_of_encoding_images(monkeypatch, dtype):
     model, batch = tiny_model(), random_batch()

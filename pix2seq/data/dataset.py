@@ -100,7 +100,8 @@ class ClassMap:
         for i, label in enumerate(target.labels.tolist() if self._num_keypoints else ()):
             points = self._points[label]
             keypoints[i, : len(points)] = target.keypoints[i, points] * (points >= 0)[:, None]
-        return replace(target, labels=self._labels[target.labels], keypoints=keypoints)
+        companions = tuple(map(self.to_model, target.companions))
+        return replace(target, labels=self._labels[target.labels], keypoints=keypoints, companions=companions)
 
 
 def _find_points(ours: Category, theirs: Category) -> NDArray[np.int64]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
 from pix2seq.data.annotations import WHOLE_IMAGE, contents, find_samples
+from pix2seq.data.companions import Companion, ObjectsByClass
 from pix2seq.data.dataset import ClassMap
 from pix2seq.data.defects import MAX_BAD_SHARE, SKIPPED, Defect, refuse_bad_share
 from pix2seq.data.features import FeatureStore, StoredImage
@@ -26,6 +27,9 @@ from pix2seq.examples import Example, Sample
 from pix2seq.geometry.affine import Affine
 from pix2seq.geometry.keypoints import find_points, mirror_order
 from pix2seq.types import Category, ImageRecord, Target
+
+Shown: TypeAlias = "tuple[Target, NDArray[np.uint8] | StoredImage]"
+"""An image that is shown beside another one, with its annotations."""
 
 
 class ExampleMaker(Protocol):
@@ -43,8 +47,11 @@ class ExampleMaker(Protocol):
     def crop_padding(self) -> float | None: ...
     @property
     def flips(self) -> bool: ...
+    @property
+    def num_references(self) -> int: ...
     def after_flip(self, target: Target) -> Target: ...
     def samples(self, target: Target) -> list[int | None]: ...
+    def companions(self, target: Target, objects: ObjectsByClass, rng: np.random.Generator) -> list[Companion]: ...
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]: ...
 
 
@@ -91,22 +98,29 @@ class SampleMaker:
         object_index: int | None,
         rng: np.random.Generator,
         task_rngs: Sequence[np.random.Generator],
+        companions: Mapping[str, Sequence[Shown]] | None = None,
     ) -> Sample:
         """Make a sample of an image (H, W, 3), or of a crop around its object `object_index`.
 
-        `rng` draws the augmentation, one of `task_rngs` the examples of each task. A task that the image has no
-        annotations for, or that does not learn from it mirrored, gets no entry.
+        `rng` draws the augmentation, one of `task_rngs` the examples of each task and the augmentation of its
+        `companions`. A task that the image has no annotations for, or that does not learn from it mirrored, gets no
+        entry.
         """
         found, padding = contents(target), self.tasks[0].crop_padding
-        if isinstance(image, StoredImage):
-            affine, pixels = image.draw(rng)
-            return self._labelled(target, pixels, affine, task_rngs, found)
-        if object_index is not None and padding is not None:
+        if object_index is not None and padding is not None and not isinstance(image, StoredImage):
             target, image = crop_to_object(target, image, object_index, padding, with_masks=self.with_masks)
+        affine, pixels = self._augmented(target, image, rng)
+        return self._labelled(target, pixels, affine, task_rngs, found, companions or {})
+
+    def _augmented(
+        self, target: Target, image: NDArray[np.uint8] | StoredImage, rng: np.random.Generator
+    ) -> tuple[Affine, NDArray[Any]]:
+        """Draw the map of an image to the input, and return it with the mapped pixels or stored features."""
+        if isinstance(image, StoredImage):
+            return image.draw(rng)
         augment = self.augment if self._may_flip(target) else replace(self.augment, flip=0.0)
         affine = random_affine(image.shape[:2], self.size, augment, rng, scale_range=self.scale_range)
-        pixels = augmented_pixels(image, affine, self.size, augment, rng)
-        return self._labelled(target, pixels, affine, task_rngs, found)
+        return affine, augmented_pixels(image, affine, self.size, augment, rng)
 
     def _may_flip(self, target: Target) -> bool:
         """Whether left and right are known of all labelled keypoints."""
@@ -122,8 +136,27 @@ class SampleMaker:
         affine: Affine,
         task_rngs: Sequence[np.random.Generator],
         found: Collection[str],
+        companions: Mapping[str, Sequence[Shown]],
     ) -> Sample:
-        moved = transform_target(
+        moved = self._moved(target, affine)
+        mirrored = affine.scale_x < 0
+        examples: dict[str, list[Example]] = {}
+        pixels_beside: dict[str, list[NDArray[Any]]] = {}
+        for task, task_rng in zip(self.tasks, task_rngs, strict=True):
+            if task.learns_from not in found or (mirrored and not task.flips):
+                continue
+            own = task.after_flip(moved) if mirrored else moved
+            if beside := companions.get(task.name):
+                maps, pixels_beside[task.name] = zip(
+                    *(self._augmented(other, image, task_rng) for other, image in beside), strict=True
+                )
+                others = (self._moved(other, each) for (other, _), each in zip(beside, maps, strict=True))
+                own = replace(own, companions=tuple(others))
+            examples[task.name] = _examples(task, own, self.size, task_rng)
+        return Sample(pixels, examples, target.image.id, pixels_beside)
+
+    def _moved(self, target: Target, affine: Affine) -> Target:
+        return transform_target(
             target,
             affine,
             self.size,
@@ -131,13 +164,6 @@ class SampleMaker:
             mirror_orders=self.mirror_orders,
             with_masks=self.with_masks,
         )
-        mirrored = affine.scale_x < 0
-        examples = {
-            task.name: _examples(task, task.after_flip(moved) if mirrored else moved, self.size, task_rng)
-            for task, task_rng in zip(self.tasks, task_rngs, strict=True)
-            if task.learns_from in found and (task.flips or not mirrored)
-        }
-        return Sample(pixels, examples, target.image.id)
 
 
 def _examples(task: ExampleMaker, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
@@ -209,6 +235,18 @@ class _ImageReader:
             return target, image, None if object_index == WHOLE_IMAGE else object_index
         raise InputError(f"{self.dataset.root} has no readable image; see pix2seq data check")
 
+    def read_beside(self, companions: Sequence[Companion]) -> list[Shown]:
+        """Return images with the one object that each is shown for. Those that cannot be used are left out."""
+        found: list[Shown] = []
+        for image_index, object_index in companions:
+            target = self.dataset.target(image_index)
+            self._tried[image_index] = True
+            try:
+                found.append((target.only(object_index), self.read_image(target.image)))
+            except InputError as error:
+                self._skip(image_index, target.image.id, str(error))
+        return found
+
     def _skip(self, image_index: int, image_id: int, reason: str) -> None:
         if image_index in self._bad:
             return
@@ -217,6 +255,25 @@ class _ImageReader:
         num_tried = int(np.count_nonzero(self._tried))
         bad = list(self._bad.values())
         refuse_bad_share("images", bad, num_tried, where=self.dataset.root, max_bad_share=self.max_bad_share)
+
+
+class _CompanionReader:
+    """Draws and reads what tasks show beside an image."""
+
+    def __init__(
+        self, dataset: Dataset, tasks: Sequence[ExampleMaker], maker: SampleMaker, reader: _ImageReader
+    ) -> None:
+        self.tasks, self.maker, self.reader = tasks, maker, reader
+        self.objects = ObjectsByClass(dataset) if any(task.num_references for task in tasks) else None
+
+    def read(self, target: Target, task_rngs: Sequence[np.random.Generator]) -> dict[str, list[Shown]]:
+        """Return the companions of an image by task; `target` has the data set's labels, they have the model's."""
+        found: dict[str, list[Shown]] = {}
+        for task, rng in zip(self.tasks, task_rngs, strict=True):
+            if self.objects is not None and task.num_references:
+                beside = self.reader.read_beside(task.companions(target, self.objects, rng))
+                found[task.name] = [(self.maker.target(each), image) for each, image in beside]
+        return found
 
 
 class TrainingSet(torch.utils.data.Dataset[Sample]):
@@ -249,6 +306,7 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         self.index = find_samples(dataset.annotations, task.learns_from, each_object=each_object)
         read_image = read_record_image if features is None else features.read
         self._reader = _ImageReader(dataset, self.index, max_bad_share, read_image)
+        self._beside = _CompanionReader(dataset, [task], self.maker, self._reader)
 
     @property
     def tasks(self) -> list[str]:
@@ -268,7 +326,8 @@ class TrainingSet(torch.utils.data.Dataset[Sample]):
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         target, image, object_index = self._reader.read(index)
-        return self.maker.sample(self.maker.target(target), image, object_index, rng, [rng])
+        companions = self._beside.read(target, [rng])
+        return self.maker.sample(self.maker.target(target), image, object_index, rng, [rng], companions)
 
 
 class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
@@ -298,6 +357,7 @@ class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
         rows = [find_samples(dataset.annotations, task.learns_from, each_object=False) for task in tasks]
         self.index = np.unique(np.concatenate(rows), axis=0)
         self._reader = _ImageReader(dataset, self.index, max_bad_share)
+        self._beside = _CompanionReader(dataset, tasks, self.maker, self._reader)
 
     @property
     def tasks(self) -> list[str]:
@@ -313,7 +373,9 @@ class SharedTrainingSet(torch.utils.data.Dataset[Sample]):
         words = (self.seed, epoch, int(self.index[index, 0]))  # the image's number, which no other task changes
         task_rngs = [np.random.default_rng((*words, zlib.crc32(name.encode()))) for name in self.tasks]
         target, image, _ = self._reader.read(index)
-        return self.maker.sample(self.maker.target(target), image, None, np.random.default_rng(words), task_rngs)
+        companions = self._beside.read(target, task_rngs)
+        rng = np.random.default_rng(words)
+        return self.maker.sample(self.maker.target(target), image, None, rng, task_rngs, companions)
 
 
 class TrainingStream:

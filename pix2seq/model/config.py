@@ -64,6 +64,9 @@ class MemoryConfig(Settings):
     positions: bool = True  # add 2D position encodings again (official `linear_p` and `mlp`)
     mlp: bool = True  # add a feed-forward layer (official `mlp`)
     mlp_dim: Width | None = None  # hidden width of that layer; None: the decoder's
+    # Images that a sequence can read beside its own, each with a learned embedding of its place; not in the official
+    # models.
+    references: Annotated[int, Range(least=0, most=64)] = 0
 
 
 @dataclass(frozen=True)

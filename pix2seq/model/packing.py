@@ -5,7 +5,7 @@ would be padding. End to end, only attention has to know where a sequence begins
 `varlen_attn` takes the borders as they are. Elsewhere, sequences of like length are padded together for attention
 alone: on the CPU this beat one row per image with a mask.
 
-Shapes: B images, S sequences, L tokens, N memory tokens, H heads, D width, P padded tokens.
+Shapes: B images, S sequences, L tokens, N memory tokens, H heads, D width, P padded tokens, Q parts that are joined.
 """
 
 from __future__ import annotations
@@ -33,12 +33,25 @@ FREE_PADDING = 512
 class Layout:
     """Where sequences that lie end to end begin, and which image each reads.
 
-    Built on the host; what a device needs is copied there once, without waiting for it.
+    Built on the host; what a device needs is copied there once, without waiting for it. Where sequences read joined
+    memories, an image is one such reading, and the memories (B, N, D) are its parts (Q, N, D).
     """
 
-    def __init__(self, lengths: Tensor, memory_index: Tensor, num_images: int, device: torch.device) -> None:
-        """`lengths` (S,) and `memory_index` (S,), ascending, lie in host memory."""
+    def __init__(
+        self,
+        lengths: Tensor,
+        memory_index: Tensor,
+        num_images: int,
+        device: torch.device,
+        *,
+        parts: Tensor | None = None,
+    ) -> None:
+        """`lengths` (S,), `memory_index` (S,), ascending, and `parts` of readings (B, K) lie in host memory.
+
+        `parts` are the memories that each reading joins, in order, -1 after its last.
+        """
         self.device = device
+        self.parts = None if parts is None else parts.numpy()
         self.lengths = lengths.numpy()
         self.image_lengths = np.bincount(memory_index.numpy(), self.lengths, num_images).astype(np.int64)
         # Of a sequence, and of all of an image; a recorded step serves batches of shorter ones too.
@@ -66,8 +79,33 @@ class Layout:
 
     @cached_property
     def image_groups(self) -> Groups:
-        """Images with about as many tokens."""
-        return Groups.of(self.image_lengths, self.device)
+        """Images with about as many tokens, and as many parts."""
+        return Groups.of(self.image_lengths, self.device, kinds=None if self.parts is None else self.num_parts)
+
+    @property
+    def num_parts(self) -> NDArray[np.int64]:
+        """How many memories each reading joins, (B,)."""
+        assert self.parts is not None
+        return (self.parts >= 0).sum(axis=1)
+
+    @cached_property
+    def joined_parts(self) -> Tensor:
+        """The parts of all readings end to end, int64."""
+        assert self.parts is not None
+        return self._copy(self.parts[self.parts >= 0])
+
+    @cached_property
+    def part_borders(self) -> Tensor:
+        """Where the parts of each reading begin, and the end, (B + 1,) int32."""
+        return self._copy(_borders(self.num_parts).astype(np.int32))
+
+    @cached_property
+    def parts_of_groups(self) -> list[Tensor]:
+        """Of each of `image_groups`, the parts of its readings end to end, int64."""
+        assert self.parts is not None
+        return [
+            self._copy(some[some >= 0]) for some in (self.parts[runs.cpu().numpy()] for runs in self.image_groups.runs)
+        ]
 
     def self_attention(self, qkv: Tensor, num_heads: int) -> Tensor:
         """Attend causally within each sequence: projected queries, keys and values (L, 3 D) to (L, D)."""
@@ -83,20 +121,32 @@ class Layout:
         return groups.unpad(torch.cat(attended))
 
     def cross_attention(self, query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
-        """Attend from queries (L, D) to the keys and values (B, N, 2 D) of the image that each token reads: (L, D)."""
-        num_images, num_keys, _ = key_value.shape
+        """Attend from queries (L, D) to the keys and values (B, N, 2 D) of the image that each token reads: (L, D).
+
+        Where readings join parts, keys and values are those of the parts, (Q, N, 2 D), each projected once.
+        """
         if _has_varlen(query):
-            k, v = key_value.flatten(0, 1).unflatten(-1, (2, num_heads, -1)).unbind(1)
+            key_borders, longest_key = self._key_borders(key_value)
+            joined = key_value if self.parts is None else key_value.index_select(0, self.joined_parts)
+            k, v = joined.flatten(0, 1).unflatten(-1, (2, num_heads, -1)).unbind(1)
             q = query.unflatten(-1, (num_heads, -1))
-            key_borders = _key_borders(num_images, num_keys, query.device)
             longest = self.longest_image
-            return _varlen_attention(q, k, v, self.image_borders, key_borders, longest, num_keys).flatten(1)
+            return _varlen_attention(q, k, v, self.image_borders, key_borders, longest, longest_key).flatten(1)
         groups = self.image_groups
+        memories = groups.runs if self.parts is None else self.parts_of_groups
         attended = []
-        for part, images, shape in groups.split(groups.pad(query)):
-            k, v = (split_heads(x, num_heads) for x in key_value.index_select(0, images).chunk(2, dim=-1))
+        for (part, _, shape), read in zip(groups.split(groups.pad(query)), memories, strict=True):
+            joined = key_value.index_select(0, read).view(shape[0], -1, key_value.shape[-1])
+            k, v = (split_heads(x, num_heads) for x in joined.chunk(2, dim=-1))
             attended.append(merge_heads(attend(split_heads(part.view(*shape, -1), num_heads), k, v)).flatten(0, 1))
         return groups.unpad(torch.cat(attended))
+
+    def _key_borders(self, key_value: Tensor) -> tuple[Tensor, int]:
+        """Where the keys of each image begin, and the end, (B + 1,) int32, and the most keys of one."""
+        num_memories, num_keys, _ = key_value.shape
+        if self.parts is None:
+            return _key_borders(num_memories, num_keys, key_value.device), num_keys
+        return self.part_borders * num_keys, int(self.num_parts.max()) * num_keys
 
     def _copy(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -114,14 +164,17 @@ class Groups:
     filled: Tensor | None  # (P, 1) bool, false in slots of padding; None if there is none
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int64], device: torch.device) -> Groups:
-        """Group runs of these lengths, which lie end to end."""
-        order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
+    def of(cls, lengths: NDArray[np.int64], device: torch.device, *, kinds: NDArray[np.int64] | None = None) -> Groups:
+        """Group runs of these lengths, which lie end to end; a group has runs of one of the `kinds`, if given."""
+        kind_of = np.zeros_like(lengths) if kinds is None else kinds
+        order = np.lexsort((-lengths, kind_of))
+        order = order[lengths[order] > 0]
         members: list[list[int]] = []
         longest = padding = 0  # of the last group
         for run, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
             padding += longest - length
-            if members and (length >= MIN_LENGTH_SHARE * longest or padding < FREE_PADDING):
+            alike = bool(members) and kind_of[members[-1][0]] == kind_of[run]
+            if alike and (length >= MIN_LENGTH_SHARE * longest or padding < FREE_PADDING):
                 members[-1].append(run)
             else:
                 members.append([run])

@@ -46,6 +46,7 @@ from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 ENCODING_INIT_SCALE = 0.05
+REFERENCE_INIT_STD = 0.02
 
 
 class MemoryProjection(nn.Module):
@@ -110,6 +111,10 @@ class Pix2Seq(nn.Module):
         self.decoder = decoder
         self.contrast = contrast
         self.config = config
+        self.reference_embedding: nn.Parameter | None = None
+        if config.memory.references:
+            self.reference_embedding = nn.Parameter(torch.empty(config.memory.references, config.decoder.dim))
+            nn.init.trunc_normal_(self.reference_embedding, std=REFERENCE_INIT_STD)
         self.categories = tuple(categories)
         self.text = text
         self.task_settings: dict[str, dict[str, Any]] = {}
@@ -178,6 +183,16 @@ class Pix2Seq(nn.Module):
         with self._encoder_grad():
             features = self.encoder.look_closer(sample_maps(maps, frames, image_index, grid))
         return self.projection(features, grid)
+
+    def at_places(self, memories: Tensor, places: Tensor) -> Tensor:
+        """Mark memories (Q, N, D) by the places (Q,) at which a sequence reads them, before they are joined.
+
+        Place 0 is what the sequence is about and is not marked; 1 to `config.memory.references` are references. A
+        sequence then reads the tokens of its parts end to end, (B, K * N, D).
+        """
+        assert self.reference_embedding is not None
+        marks = F.pad(self.reference_embedding, (0, 0, 1, 0))
+        return memories + marks.to(memories.dtype).index_select(0, places)[:, None]
 
     def _encoder_grad(self) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen)

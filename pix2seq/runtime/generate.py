@@ -41,7 +41,8 @@ def generate(
         running = ~finished[at]
         scored = config.is_scored(step)
         if config.with_logprobs or scored:
-            log_total = _log_total(logits, without=config.score_without)
+            counted = np.where(forbidden, -np.inf, logits) if config.score_allowed and forbidden is not None else logits
+            log_total = _log_total(counted, without=config.score_without)
         if config.with_logprobs:
             chosen = np.take_along_axis(logits, next_id[:, None], 1)[:, 0]
             logprobs[at, step] = np.where(running, _log(chosen, log_total), 0)

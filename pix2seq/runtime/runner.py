@@ -172,6 +172,10 @@ class Runner:
 
         Warns if an answer was cut at its length.
         """
+        if any(request.references for request in requests):
+            raise InputError(
+                f"{task.name} reads several images at once, which an exported model cannot; use a checkpoint"
+            )
         kinds: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
             whole = request.region is None and request.closeup is None

@@ -22,6 +22,7 @@ BUILT_IN = {
     "keypoint": "pix2seq.tasks.keypoint:Keypoint",
     "captioning": "pix2seq.tasks.captioning:Captioning",
     "prompted": "pix2seq.tasks.prompted:Prompted",
+    "by_example": "pix2seq.tasks.by_example:ByExample",
     "by_words": "pix2seq.tasks.by_words:ByWords",
     "matching": "pix2seq.tasks.matching:Matching",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,12 +71,30 @@ class EncodedImage:
         """Width and height of the image."""
         return self.pixels.shape[1], self.pixels.shape[0]
 
+    @cached_property
+    def checksum(self) -> int:
+        """A number that differs between images."""
+        return zlib.crc32(np.ascontiguousarray(self.pixels).data)
+
     def frame(self, region: Region | None = None) -> Frame:
         """Return what the model's input covers when it shows the image, or a region of it."""
         x0, y0, x1, y1 = region or (0, 0, *self.size)
         affine = fit_affine((y1 - y0, x1 - x0), self.input_size)
         height, width = self.input_size
         return Frame(np.array([x0, y0], np.float64), np.array([width / affine.scale_x, height / affine.scale_y]))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a question reads beside the image it is about: another image, or the same one, or a part of it."""
+
+    image: EncodedImage
+    closeup: Frame | None = None  # a memory made from the image's maps; None: that of the whole image
+
+    @property
+    def own_key(self) -> tuple[float, ...]:
+        """Which memory of its image it is: equal for equal ones."""
+        return _key(None, self.closeup)
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,7 @@ class Request:
     subject: Any = None  # what the question is about, for `Task.answers`
     region: Region | None = None  # cropped and encoded for this question; None: the whole image
     closeup: Frame | None = None  # what the question reads a memory of, made from the image's maps
+    references: tuple[Reference, ...] = ()  # what it reads too; their memories are joined to the image's, in order
     num_samples: int = 1  # answers to draw
     expected_tokens: int | None = None  # likely length of the answer; None: `generation.max_new_tokens`
     embeds: bool = False  # the answer is the embedding of the prompt, which is a sentence and reads no image
@@ -95,20 +116,35 @@ class Request:
         return image.frame(self.region) if self.closeup is None else self.closeup
 
     @property
-    def memory_key(self) -> tuple[float, ...]:
-        """Which memory of the image the question reads: equal for equal ones."""
-        return (*(self.region or ()), *(() if self.closeup is None else self.closeup.xyxy.tolist()))
+    def own_key(self) -> tuple[float, ...]:
+        """Which memory of the image the question reads, apart from references: equal for equal ones."""
+        return _key(self.region, self.closeup)
+
+    @property
+    def memory_key(self) -> tuple[Any, ...]:
+        """Which memory the question reads, among those of an image: equal for equal ones while images are held."""
+        return (*self.own_key, *((id(each.image), *each.own_key) for each in self.references))
 
     def random_seed(self, seed: int) -> int:
         """Return the seed, below 2**63, of what sampling draws: a function of the question and of a call's `seed`."""
-        closeup = [] if self.closeup is None else self.closeup.xyxy.view(np.uint64).tolist()
-        entropy = [seed, *self.prompt.tolist(), *(self.region or ()), *closeup]
+        entropy = [seed, *self.prompt.tolist(), *(self.region or ()), *_bits(self.closeup)]
+        for reference in self.references:
+            entropy += [reference.image.checksum, *_bits(reference.closeup)]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     @property
     def length(self) -> int:
         """Tokens to expect, by which requests are batched."""
         return self.generation.max_new_tokens if self.expected_tokens is None else self.expected_tokens
+
+
+def _key(region: Region | None, closeup: Frame | None) -> tuple[float, ...]:
+    return (*(region or ()), *(() if closeup is None else closeup.xyxy.tolist()))
+
+
+def _bits(frame: Frame | None) -> list[int]:
+    """Return the corners of a frame as whole numbers."""
+    return [] if frame is None else [int(bits) for bits in frame.xyxy.view(np.uint64)]
 
 
 @dataclass(frozen=True)

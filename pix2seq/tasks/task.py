@@ -26,6 +26,7 @@ from pix2seq.types import Category, Target
 from pix2seq.vocab import Vocab
 
 if TYPE_CHECKING:
+    from pix2seq.data.companions import Companion, ObjectsByClass
     from pix2seq.drawing import Canvas
     from pix2seq.metrics.calibration import TaskCalibration
     from pix2seq.metrics.metric import Metric
@@ -89,6 +90,7 @@ class Task(ABC, Generic[Config]):
     tells_sentences: ClassVar[bool] = False  # whether examples have a `sentence`, to compare images with
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
     takes_words: ClassVar[bool] = False  # it answers phrases with the objects that they name
+    takes_examples: ClassVar[bool] = False  # it answers objects shown in other images with all like them; None: nothing
     takes_clicks: ClassVar[bool] = False  # it answers `Clicks` with each `ObjectMask` they can mean, None with all
 
     def __init__(
@@ -125,6 +127,14 @@ class Task(ABC, Generic[Config]):
         return False
 
     @property
+    def num_references(self) -> int:
+        """How many other images a sequence reads at most, by the embeddings of `model.memory.references`.
+
+        A task with references shows `companions` beside an image to learn from, and to be scored.
+        """
+        return 0
+
+    @property
     def flips(self) -> bool:
         """Whether the task learns from mirrored images."""
         return True
@@ -138,6 +148,16 @@ class Task(ABC, Generic[Config]):
         from pix2seq.data.annotations import contents  # here, because it needs pandas, and asking does not
 
         return [None] if self.learns_from in contents(target) else []
+
+    def companions(
+        self, target: Target, objects: ObjectsByClass, rng: np.random.Generator, *, scoring: bool = False
+    ) -> list[Companion]:
+        """Draw the objects of other images that are shown beside this one in training, or in evaluation (`scoring`).
+
+        `target` and `objects` have the labels of the data set. `examples` and `questions` get a target with what was
+        drawn as its `companions`, which may have lost their object in a crop.
+        """
+        return []
 
     @abstractmethod
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
@@ -225,6 +245,10 @@ class Task(ABC, Generic[Config]):
     def parse_about(self, text: str) -> Any:
         """Read the text of `predict --about`. Raises `InputError` if it is not of the `about_format`."""
         raise InputError(f"{self.name} takes no --about; it is asked about whole images")
+
+    def encoded(self, abouts: Sequence[Any], encode: Callable[[Sequence[Any]], list[EncodedImage]]) -> list[Any]:
+        """Encode the images that users ask about by, in what they ask about each image."""
+        return list(abouts)
 
     def check_about(self, image: EncodedImage, about: Any) -> Any:
         """Bring what a user asks about into the form that `requests` takes. Raises `InputError` if it cannot be."""

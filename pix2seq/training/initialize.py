@@ -18,7 +18,9 @@ from pix2seq.training.config import TrainConfig
 from pix2seq.types import category_key
 from pix2seq.vocab import CLASS_BASE
 
-ADDED = ("contrast.", "encoder.colour.")  # what a model may have and its source not, or the other way round
+REFERENCES = "reference_embedding"
+# What a model may have and its source not, or the other way round.
+ADDED = ("contrast.", "encoder.colour.", REFERENCES)
 VOCAB_ROWS = ("decoder.token_embedding.weight", "decoder.output_embedding.weight", "decoder.output_bias")
 POSITIONS = "decoder.position_embedding"
 
@@ -73,15 +75,13 @@ def initialize_from(model: Pix2Seq, source: Pix2Seq, name: str) -> str:
             )
     for key in sorted(ours.keys() | theirs.keys()):
         fits = key in ours and key in theirs and ours[key].shape[1:] == theirs[key].shape[1:]
-        if not fits or (key not in (*VOCAB_ROWS, POSITIONS) and ours[key].shape != theirs[key].shape):
+        if not fits or (key not in (*VOCAB_ROWS, POSITIONS, REFERENCES) and ours[key].shape != theirs[key].shape):
             raise InputError(f"init={name} is another model (see {key}); use model settings that equal its config.json")
     to_rows, from_rows, summary = _matching_rows(model, source)
     for key, tensor in ours.items():
         if key in VOCAB_ROWS:
             tensor[to_rows] = theirs[key][from_rows].to(tensor)
-        elif key not in theirs:
-            continue
-        elif key == POSITIONS:
+        elif key in (POSITIONS, REFERENCES):
             length = min(len(tensor), len(theirs[key]))
             tensor[:length] = theirs[key][:length].to(tensor)
         else:
@@ -102,7 +102,7 @@ def _matching_rows(model: Pix2Seq, source: Pix2Seq) -> tuple[Tensor, Tensor, str
     classes = [
         (CLASS_BASE + category.label, CLASS_BASE + known[category_key(category.name)])
         for category in model.categories
-        if category_key(category.name) in known
+        if category_key(category.name) in known and category.label <= ours.max_label
     ]
     words: list[tuple[int, int]] = []
     if model.text is not None and source.text is not None:

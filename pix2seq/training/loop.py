@@ -234,7 +234,8 @@ class _Trainer:
     def _records_steps(self) -> bool:
         """Whether steps are CUDA graphs: on one GPU, for the optimiser that can be recorded.
 
-        A recording has no place for closeups and compared sentences, of which every batch has another number.
+        A recording has no place for closeups, compared sentences and joined memories, of which every batch has another
+        number.
         """
         config, ranks = self.config, self.ranks
         alone = ranks.device.type == "cuda" and ranks.size == 1 and config.accumulate == 1
@@ -243,6 +244,7 @@ class _Trainer:
             and self.rewards is None
             and not config.model.encoder.closeups
             and not self._has_contrast
+            and not config.model.memory.references
             and config.cuda_graphs
             and config.optimizer == "adamw"
             and config.bf16

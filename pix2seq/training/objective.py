@@ -67,8 +67,9 @@ class CrossEntropy:
         and would cost a row of V logits each.
         """
         images = batch.images.to(model.device)
-        memory = memories(model, images, batch)
-        layout = batch.layout or Layout(batch.lengths, batch.memory_index, len(memory), memory.device)
+        held = memories(model, images, batch)
+        memory = parts_of(model, held, batch)
+        layout = batch.layout or layout_of(batch, len(memory), memory.device)
         hidden = model.decoder.forward_packed(batch.tokens, batch.positions, layout, memory)  # (L, D)
         scored = hidden.index_select(0, batch.scored)  # (K, D)
         losses = token_losses(model.decoder, scored, batch.targets, self.label_smoothing, batch.choices)
@@ -77,8 +78,16 @@ class CrossEntropy:
         is_task = batch.task_index == torch.arange(len(batch.tasks), device=losses.device)[:, None]  # (tasks, K)
         sums = [*torch.where(is_task, losses, 0.0).sum(1)]
         if self.contrast is not None:
-            sums.append(self.contrast(model, memory[: len(images)], batch))
+            sums.append(self.contrast(model, held[: len(images)], batch))
         return {name: (total, count) for (name, count), total in zip(self.counts(batch).items(), sums, strict=True)}
+
+
+def layout_of(batch: Batch, num_memories: int, device: torch.device) -> Layout:
+    """Return where the sequences of a batch lie, and which of so many memories they read."""
+    if batch.readings is None:
+        return Layout(batch.lengths, batch.memory_index, num_memories, device)
+    parts = batch.readings.parts
+    return Layout(batch.lengths, batch.memory_index, len(parts), device, parts=parts)
 
 
 def memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
@@ -95,6 +104,19 @@ def memories(model: Pix2Seq, images: Tensor, batch: Batch) -> Tensor:
     return torch.cat([memory, model.look_closer(maps, frames, image_index)])
 
 
+def parts_of(model: Pix2Seq, memory: Tensor, batch: Batch) -> Tensor:
+    """Return what sequences read of the memories (M, N, D) of a batch: the parts (Q, N, D) that some of them join.
+
+    Where each sequence reads one memory, these are the parts.
+    """
+    if model.reference_embedding is None:
+        return memory
+    if batch.readings is None:  # every step uses all weights, which ranks with other batches rely on
+        return memory + 0 * model.reference_embedding.sum().to(memory.dtype)
+    rows, places = (x.to(memory.device, non_blocking=True) for x in (batch.readings.memories, batch.readings.places))
+    return model.at_places(memory.index_select(0, rows), places)
+
+
 def token_losses(
     decoder: Decoder,
     hidden: Tensor,
@@ -105,7 +127,8 @@ def token_losses(
     """Return the cross entropy (K,) of hidden states (K, D) in float32, without all logits in memory.
 
     Beyond `LOGITS_AT_ONCE`, compute the logits in chunks, and once more in the backward pass. `F.cross_entropy`
-    explains the smoothing, which does not go with `choices` (K, 4): those of `Example`, among which ids are drawn.
+    explains the smoothing. `choices` (K, 4) are those of `Example`, among which ids are drawn, and over which smoothing
+    spreads.
     """
 
     def loss(hidden: Tensor, targets: Tensor, choices: Tensor | None = None) -> Tensor:
@@ -136,17 +159,20 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         log_probs = logits.float().log_softmax(-1)
         losses = -log_probs.gather(1, targets[:, None])[:, 0]
+        possible = None
         if label_smoothing:
-            losses = (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(1)
-        ctx.save_for_backward(log_probs.exp_().to(logits.dtype), targets)
+            possible = log_probs > -torch.inf
+            spread = log_probs.masked_fill(~possible, 0.0).sum(1) / possible.sum(1)
+            losses = (1 - label_smoothing) * losses - label_smoothing * spread
+        ctx.save_for_backward(log_probs.exp_().to(logits.dtype), targets, possible)
         ctx.label_smoothing = label_smoothing
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        probs, targets = ctx.saved_tensors
+        probs, targets, possible = ctx.saved_tensors
         grad = probs * grads[0][:, None].to(probs.dtype)
         smoothing = ctx.label_smoothing
         if smoothing:
-            grad -= (grads[0] * (smoothing / probs.shape[1]))[:, None].to(probs.dtype)
+            grad -= possible * (grads[0] * smoothing / possible.sum(1))[:, None].to(probs.dtype)
         return grad.scatter_add_(1, targets[:, None], (grads[0] * (smoothing - 1))[:, None].to(probs.dtype)), None, None

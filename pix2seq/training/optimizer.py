@@ -23,7 +23,9 @@ from pix2seq.settings import NonNegativeInt, Settings, Share, ShareBelowOne
 from pix2seq.training.distributed import local_tensor
 
 OptimizerName = Literal["adamw", "muon"]
-NOT_DECAYED = ("position_embedding", "pos_embed", "positions.table", "class_token", "cls_token")  # embeddings by name
+NOT_DECAYED = (  # embeddings by name
+    "position_embedding", "reference_embedding", "pos_embed", "positions.table", "class_token", "cls_token",
+)  # fmt: skip
 STACK_NUMBERS = 2**24  # in one stack of matrices, 64 MiB in float32; larger matrices keep a GPU busy one by one
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -114,6 +115,16 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
         if task.looks_closer and not config.model.encoder.closeups:
             raise InputError(
                 f"{name}.closeup=true needs model.encoder.closeups=true, and the encoder vit with a conv stem"
+            )
+        if task.num_references > config.model.memory.references:
+            raise InputError(
+                f"{name} reads up to {task.num_references} other images, but the model has places for "
+                f"{config.model.memory.references}; set model.memory.references={task.num_references}"
+            )
+        if task.num_references and isinstance(train_data[name], ShardIndex):
+            raise InputError(
+                f"{name} reads other images of the data set beside each one, but {sources[name].location} holds "
+                "shards, which are read in order; give data=FOLDER with the data set that they were written from"
             )
         if features is not None and task.looks_closer:
             raise InputError(

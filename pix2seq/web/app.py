@@ -228,9 +228,9 @@ class Asker:
         image = self._kept.get(wanted.image)
         if wanted.like:
             like = [(self._kept.get(example.image), example.box) for example in wanted.like]
-            found = self.predictor.find(image, like=like)  # type: ignore[attr-defined]
+            found = self.predictor.find(image, like=like)
         else:
-            found = self.predictor.find(image, words=wanted.words)  # type: ignore[attr-defined]
+            found = self.predictor.find(image, words=wanted.words)
         width, height = image.size
         content = {"width": width, "height": height, "instances": [each.to_json() for each in found]}
         return json.dumps(content, allow_nan=False).encode()

@@ -33,6 +33,7 @@ class GenerationConfig:
     # of a large output layer that the grammar allows.
     with_logprobs: bool = True
     score_without: int | None = None  # compute log-probabilities as if this id were impossible
+    score_allowed: bool = False  # compute them as if what the grammar forbids were impossible
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

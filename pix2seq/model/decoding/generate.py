@@ -235,12 +235,13 @@ def _append_tokens(
     """
     config, at = group.config, group.rows
     logits, finished = logits[at], rows["finished"][at]
+    forbidden = None if allowed is None else _forbidden(allowed, first_id, logits)
     next_id = first_id + sample(
         logits,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        forbidden=None if allowed is None else _forbidden(allowed, first_id, logits),
+        forbidden=forbidden,
         noise=None if group.is_greedy else rows["noise"][at, column],
     )
     scored = config.is_scored(column - group.start)
@@ -248,6 +249,8 @@ def _append_tokens(
         counted = logits
         if config.score_without is not None:
             counted = logits.index_fill(-1, torch.tensor([config.score_without], device=logits.device), -torch.inf)
+        if config.score_allowed and forbidden is not None:
+            counted = counted.masked_fill(forbidden, -torch.inf)
         log_total = counted.logsumexp(-1)  # (R,)
     if config.with_logprobs:
         chosen = logits.gather(-1, next_id[:, None])[:, 0]

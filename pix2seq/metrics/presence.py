@@ -1,0 +1,91 @@
+"""How well objects are found whose kind the question says: AP, whether there is any, and how many.
+
+Images are asked for kinds that they have and for kinds that they lack. P pairs of an image and a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.metrics.metric import Metric, Scores
+from pix2seq.types import Category, Instance, Target
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one kind of object in an image."""
+
+    label: int  # of the class that the question meant, which the model was not told
+    instances: tuple[Instance, ...]
+
+
+class PresenceMetric(Metric):
+    """Scores what was found of the kinds that images were asked for."""
+
+    def __init__(self, categories: Sequence[Category], min_score: float) -> None:
+        """Objects of at least `min_score` count as found; AP takes all."""
+        self.categories = {category.label: category for category in categories}
+        self.min_score = min_score
+        self.ap = ApMetric(categories, "box")
+        self.counts: list[tuple[int, int]] = []  # true and found objects of each pair
+
+    def add(self, target: Target, answers: Sequence[Found]) -> None:
+        """See `Metric`. A class of which the image has a crowd counts for AP alone."""
+        asked = np.isin(target.labels, [found.label for found in answers])
+        if answers:
+            named = [
+                replace(each, category=self.categories[found.label]) for found in answers for each in found.instances
+            ]
+            self.ap.add(_only(target, asked), named)
+        for found in answers:
+            same = target.labels == found.label
+            if not target.iscrowd[same].any():
+                number = sum(each.score >= self.min_score for each in found.instances)
+                self.counts.append((int(same.sum()), number))
+
+    def merge(self, other: PresenceMetric) -> None:
+        """See `Metric`."""
+        self.ap.merge(other.ap)
+        self.counts += other.counts
+
+    def result(self) -> Scores:
+        """See `Metric`."""
+        ap = self.ap.result().metrics if self.ap.targets else {}
+        true, found = np.array(self.counts, np.int64).reshape(-1, 2).T
+        return Scores(
+            {
+                "AP": ap.get("AP"),
+                "AP50": ap.get("AP50"),
+                "presence_MCC": matthews(true > 0, found > 0),
+                "empty_where_absent": float((found[true == 0] == 0).mean()) if (true == 0).any() else None,
+                "counting_error": float(np.abs(true - found).mean()) if len(true) else None,
+            }
+        )
+
+
+def matthews(true: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
+    """Return Matthews' correlation of truths and answers (P,), -1 to 1; None where one side is always the same."""
+    if len(true) == 0 or true.all() or not true.any() or said.all() or not said.any():
+        return None
+    return float(np.corrcoef(true, said)[0, 1])
+
+
+def _only(target: Target, kept: NDArray[np.bool_]) -> Target:
+    """Return a target with some of its objects, without masks and keypoints."""
+    return replace(
+        target,
+        boxes_xyxy=target.boxes_xyxy[kept],
+        labels=target.labels[kept],
+        areas=target.areas[kept],
+        iscrowd=target.iscrowd[kept],
+        annotation_ids=target.annotation_ids[kept],
+        segmentations=(None,) * int(kept.sum()),
+        keypoints=target.keypoints[kept, :0],
+        attributes=(),
+        difficult=None if target.difficult is None else target.difficult[kept],
+    )

@@ -1,0 +1,436 @@
+"""The task by example: an object shown in one image, and all objects like it are found in another.
+
+A sequence reads the image and, joined to it, the example's image or a closeup of the example. Classes are slots, drawn
+anew for every sample, so that the model cannot learn what a slot is and has to look at the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pix2seq.errors import InputError
+from pix2seq.examples import Example, OtherView
+from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.metrics.presence import Found, PresenceMetric
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
+from pix2seq.model.decoding.grammar import BoxGrammar
+from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
+from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
+from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
+from pix2seq.tasks.shown import Shown
+from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, class_choices, decode_found, encode_found, example_prompt
+from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, DetectionResponse, add_noise_objects
+from pix2seq.types import Category, Instance, Target
+from pix2seq.vocab import EOS, NOISE, SLOTS
+
+if TYPE_CHECKING:
+    from pix2seq.data.companions import Companion, ObjectsByClass
+    from pix2seq.drawing import Canvas
+
+NO_SLOT = -1
+MAX_IMAGES = 16  # of examples, encoded side by side
+ASKED_NAMES = 4  # at most, in evaluation; half of them of objects that are there
+
+
+@dataclass(frozen=True)
+class ByExampleConfig(TaskConfig):
+    """How examples are trained and asked."""
+
+    section = "by_example"
+
+    # In a prompt, of all slots. In training so many other images are shown beside each one.
+    max_examples: Annotated[int, Range(least=1, most=64)] = 4
+    max_slots: Annotated[int, Range(least=1, most=len(SLOTS))] = 2  # kinds of objects asked for at once, in training
+    max_objects: Objects = 100  # in an answer, noise included
+    noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # objects of no slot, and boxes of none, in training
+    sequences_per_image: Annotated[int, Range(least=1, most=100)] = 4  # in training, each with some of the examples
+    closeup: bool = True  # examples are read from closeups of their boxes; false: from the whole image
+    closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
+    box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.05  # of an example's box in training, as a share
+    # In training, how often
+    present_share: Share = 0.75  # the image has what an example shows
+    same_share: Share = 0.25  # a further image shows what an earlier one does
+    more_share: Share = 0.3  # a further example is in the prompt
+    own_share: Share = 0.1  # the example is an object of the same image
+    class_weight: NonNegativeFloat = 3.0  # loss weight of slots and noise, which say what the example teaches
+    eos_weight: NonNegativeFloat = 0.1  # loss weight of the end
+    min_score: Share = 0.5  # least score of an object that counts as found
+    top_p: PositiveShare = 0.4
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What users ask by: objects of other images, or of the same."""
+
+    shown: tuple[Shown, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the slots are called, in their order."""
+        return tuple(dict.fromkeys(each.name for each in self.shown))
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What evaluation asks about one image: kinds of objects, each by an example."""
+
+    asked: tuple[tuple[int, Shown], ...]  # class and example
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """An example of a training sequence."""
+
+    label: int
+    view: OtherView
+    box_yxyx: NDArray[np.floating]  # of what the view shows
+
+
+class ByExample(Task[ByExampleConfig]):
+    """Where are more of these?"""
+
+    name = "by_example"
+    config_type = ByExampleConfig
+    main_metric = "AP50"
+    length_setting = "by_example.max_objects"
+    uses_classes = False
+    takes_examples = True
+    about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence, prompt and end included."""
+        return 2 + TOKENS_PER_EXAMPLE * self.config.max_examples + TOKENS_PER_OBJECT * self.config.max_objects
+
+    @property
+    def num_references(self) -> int:
+        """See `Task`."""
+        return self.config.max_examples
+
+    @property
+    def looks_closer(self) -> bool:
+        """See `Task`."""
+        return self.config.closeup
+
+    # Learning
+
+    def companions(
+        self, target: Target, objects: ObjectsByClass, rng: np.random.Generator, *, scoring: bool = False
+    ) -> list[Companion]:
+        """Draw examples of classes that the image has and of classes that it lacks."""
+        here = np.unique(target.labels[~target.iscrowd])
+        elsewhere = np.setdiff1d(objects.labels, target.labels)
+        if scoring:
+            labels = [*rng.permutation(here)[: ASKED_NAMES // 2], *rng.permutation(elsewhere)[: ASKED_NAMES // 2]]
+        else:
+            labels = []
+            for _ in range(self.config.max_examples):
+                pool = here if rng.random() < self.config.present_share else elsewhere
+                if labels and rng.random() < self.config.same_share:
+                    pool = np.array(labels)
+                labels += rng.choice(pool, min(len(pool), 1)).tolist()
+        drawn = (objects.draw(int(label), rng, but_image_id=target.image.id) for label in labels)
+        return [each for each in drawn if each is not None]
+
+    def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
+        """Return sequences with some of the target's companions as examples; none if no object of theirs is left."""
+        real = np.flatnonzero(~target.iscrowd)
+        shown = [
+            self._lesson(companion, 0, number, size, rng)
+            for number, companion in enumerate(target.companions)
+            if len(companion.labels)
+        ]
+        found = []
+        for _ in range(self.config.sequences_per_image):
+            if len(real) and rng.random() < self.config.own_share:
+                found.append(
+                    self._example([self._lesson(target, int(rng.choice(real)), None, size, rng)], target, size, rng)
+                )
+            elif shown:
+                found.append(self._example(self._some(shown, rng), target, size, rng))
+        return found
+
+    def _some(self, shown: Sequence[_Lesson], rng: np.random.Generator) -> list[_Lesson]:
+        """Draw the examples of a prompt."""
+        some: list[_Lesson] = []
+        for i in rng.permutation(len(shown)).tolist():
+            if some and rng.random() >= self.config.more_share:
+                break
+            labels = {lesson.label for lesson in (*some, shown[i])}
+            if len(labels) <= self.config.max_slots:
+                some.append(shown[i])
+        return some
+
+    def _example(
+        self, lessons: Sequence[_Lesson], target: Target, size: tuple[int, int], rng: np.random.Generator
+    ) -> Example:
+        """Return the sequence of a prompt with these examples."""
+        labels = list(dict.fromkeys(lesson.label for lesson in lessons))
+        first = int(rng.integers(len(SLOTS) - len(labels) + 1))
+        asked = range(first, first + len(labels))
+        slot_of = dict(zip(labels, rng.permutation(asked).tolist(), strict=True))
+        prompt = example_prompt(
+            self.vocab.task_id(self.name),
+            np.array([slot_of[lesson.label] for lesson in lessons]),
+            np.stack([lesson.box_yxyx for lesson in lessons]),
+            self.vocab,
+        )
+        real = ~target.iscrowd
+        boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
+        slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels[real].tolist()], np.int64)
+        response = self._response(boxes, slots, asked, rng)
+        return Example(
+            prompt,
+            response.inputs,
+            response.targets,
+            response.weights,
+            # Otherwise most of what is learned at first is which slot the prompt names, and not what it means.
+            choices=class_choices(len(response.targets), asked),
+            others=tuple(lesson.view for lesson in lessons),
+        )
+
+    def _lesson(
+        self, target: Target, i: int, companion: int | None, size: tuple[int, int], rng: np.random.Generator
+    ) -> _Lesson:
+        whole = Frame.of_input(size)
+        box = jitter_box(target.boxes_xyxy[i], self.config.box_jitter, size, rng).astype(np.float64)
+        frame, closeup = whole, None
+        if self.config.closeup:
+            frame = whole.around(box, self.config.closeup_padding)
+            closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
+        return _Lesson(int(target.labels[i]), OtherView(companion, closeup), frame.to_input_yxyx(box[None])[0])
+
+    def _response(
+        self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: range, rng: np.random.Generator
+    ) -> DetectionResponse:
+        """Return what is answered: objects of slots mixed with others, then boxes without an object.
+
+        If objects of slots came first, where a box stands would say more of its class than the example does.
+        """
+        config = self.config
+        order = rng.permutation(len(boxes))
+        meant = order[slots[order] != NO_SLOT][: config.max_objects]
+        num_noise = min(config.noise_objects, config.max_objects - len(meant))
+        others = order[slots[order] == NO_SLOT][:num_noise]
+        objects = rng.permutation(np.append(meant, others))
+        # Noise is made from all objects, so that it says nothing about which are meant.
+        noisy, labels = add_noise_objects(boxes, np.ones(len(boxes), np.int64), num_noise - len(others), rng)
+        noise = noisy[labels == NOISE_LABEL]
+        return encode_found(
+            np.concatenate([boxes[objects], noise]),
+            np.append(slots[objects], np.full(len(noise), NO_SLOT)),
+            np.arange(len(objects) + len(noise)) < len(objects),
+            asked,
+            self.vocab,
+            rng,
+            class_weight=config.class_weight,
+            eos_weight=config.eos_weight,
+        )
+
+    def summary(self, example: Example) -> str:
+        """Count examples and the objects that are like them."""
+        classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
+        return f"{len(example.others)} examples, {int(np.isin(classes, SLOTS).sum())} objects like them"
+
+    def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
+        """Return the objects of slots."""
+        ids = example.targets[example.targets != EOS]
+        groups = ids[: len(ids) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT].reshape(-1, TOKENS_PER_OBJECT)
+        frame = Frame.of_input(size)
+        return [
+            instance_at(group[:4], _category(int(group[4]) - SLOTS[0]), frame, self.vocab)
+            for group in groups
+            if group[4] != NOISE
+        ]
+
+    # Asking and answering
+
+    def requests(self, image: EncodedImage, about: Examples | Exam | None) -> list[Request]:
+        """Return one request for all examples of a user, and one for each kind of an exam."""
+        if about is None:
+            raise InputError(f"{self.name} is asked by examples; give one as (image, box), or --like IMAGE:x0,y0,x1,y1")
+        if isinstance(about, Exam):
+            return [self._request(Examples((shown,)), subject=label) for label, shown in about.asked]
+        return [self._request(about, subject=about)]
+
+    def _request(self, examples: Examples, subject: Examples | int) -> Request:
+        slots = {name: number for number, name in enumerate(examples.names)}
+        references, boxes = [], []
+        for shown in examples.shown:
+            box = np.array(shown.box_xyxy, np.float64)
+            whole = shown.image.frame()
+            closeup = whole.around(box, self.config.closeup_padding) if self.config.closeup else None
+            references.append(Reference(shown.image, closeup))
+            boxes.append((closeup or whole).to_input_yxyx(box[None])[0])
+        prompt = example_prompt(
+            self.vocab.task_id(self.name),
+            np.array([slots[shown.name] for shown in examples.shown]),
+            np.stack(boxes),
+            self.vocab,
+        )
+        return Request(prompt, self._generation(len(slots)), subject=subject, references=tuple(references))
+
+    def _generation(self, num_slots: int) -> GenerationConfig:
+        grammar = BoxGrammar(
+            coord_base=self.vocab.coord_base,
+            num_bins=self.vocab.num_bins,
+            class_base=SLOTS[0] - 1,
+            max_label=num_slots,
+            noise_id=NOISE,
+            eos_id=EOS,
+        )
+        return GenerationConfig(
+            TOKENS_PER_OBJECT * self.config.max_objects + 1,
+            grammar=grammar,
+            eos_id=EOS,
+            score_range=(SLOTS[0], SLOTS[0] + num_slots),
+            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
+            with_logprobs=False,
+            score_allowed=True,
+            **self.sampling,
+        )
+
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
+        """Return the objects like the examples, best first; of an exam, what was `Found` of each kind."""
+        found: list[Any] = []
+        for request, completion in zip(requests, completions, strict=True):
+            if isinstance(request.subject, Examples):
+                found += self._instances(image, completion, request.subject.names)
+            else:
+                found.append(Found(request.subject, tuple(self._instances(image, completion, ("asked",)))))
+        return found
+
+    def parts(
+        self, image: EncodedImage, request: Request, completion: Completion
+    ) -> list[tuple[int, int, Instance | None]]:
+        """See `Task`: five tokens an object; boxes outside the image are none."""
+        names = request.subject.names if isinstance(request.subject, Examples) else ("asked",)
+        end = np.flatnonzero(completion.tokens[0] == EOS)
+        length = int(end[0]) if len(end) else completion.tokens.shape[1]
+        found: list[tuple[int, int, Instance | None]] = []
+        for start in range(0, length - length % TOKENS_PER_OBJECT, TOKENS_PER_OBJECT):
+            stop = start + TOKENS_PER_OBJECT
+            objects = self._instances(image, completion.steps(start, stop), names)
+            found.append((start, stop, objects[0] if objects else None))
+        return found
+
+    def _instances(self, image: EncodedImage, completion: Completion, names: Sequence[str]) -> list[Instance]:
+        assert completion.best_tokens is not None
+        assert completion.best_logprobs is not None
+        objects = decode_found(completion.tokens[0], completion.best_tokens[0], completion.best_logprobs[0], self.vocab)
+        known = objects.readable & (objects.labels <= len(names))
+        order = np.argsort(-objects.scores, kind="stable")
+        order = order[known[order]]
+        corners = image.frame().to_image_xy(objects.boxes_yxyx[order].reshape(-1, 2, 2)).reshape(-1, 4)
+        boxes = np.clip(corners, 0, np.tile(image.size, 2)).tolist()
+        found = zip(boxes, objects.labels[order].tolist(), objects.scores[order].tolist(), strict=True)
+        return [
+            Instance((x0, y0, x1, y1), _category(label - 1, names[label - 1]), score)
+            for (x0, y0, x1, y1), label, score in found
+            if x1 > x0 and y1 > y0
+        ]
+
+    def parse_about(self, text: str) -> Examples:
+        """Read `IMAGE:x0,y0,x1,y1; ...`."""
+        shown = []
+        for part in filter(None, map(str.strip, text.split(";"))):
+            path, _, corners = part.rpartition(":")
+            try:
+                x0, y0, x1, y1 = map(float, corners.split(","))
+            except ValueError:
+                path = ""
+            if not path:
+                raise InputError(f"example {part!r} cannot be read; expected {self.about_format}")
+            shown.append(Shown(path, (x0, y0, x1, y1)))
+        if not shown:
+            raise InputError(f"no example was given; expected {self.about_format}")
+        return Examples(tuple(shown))
+
+    def encoded(
+        self, abouts: Sequence[Any], encode: Callable[[Sequence[Any]], list[EncodedImage]]
+    ) -> list[Examples | Exam]:
+        """Encode the images of examples, each once."""
+        checked = [self._checked(about) for about in abouts]
+        images = [shown.image for about in checked for shown in _shown(about)]
+        distinct = {_image_key(image): image for image in images}
+        keys = list(distinct)
+        known: dict[Any, EncodedImage] = {}
+        for start in range(0, len(keys), MAX_IMAGES):
+            some = keys[start : start + MAX_IMAGES]
+            known |= zip(some, encode([distinct[key] for key in some]), strict=True)
+        return [_map(about, lambda shown: replace(shown, image=known[_image_key(shown.image)])) for about in checked]
+
+    def _checked(self, about: Any) -> Examples | Exam:
+        if isinstance(about, Examples | Exam):
+            return about
+        if isinstance(about, tuple) and about and all(isinstance(each, Shown) for each in about):
+            return Examples(about)
+        raise InputError(f"{self.name} is asked by examples, see Predictor.find; got {type(about).__name__}")
+
+    def check_about(self, image: EncodedImage, about: Any) -> Examples | Exam:
+        """Check examples against their images. Raises `InputError` for boxes without area, and for too many."""
+        about = self._checked(about)
+        if isinstance(about, Examples) and len(about.shown) > self.config.max_examples:
+            raise InputError(
+                f"{len(about.shown)} examples were given, but the model reads at most {self.config.max_examples}"
+            )
+        if isinstance(about, Examples) and len(about.names) > len(SLOTS):
+            raise InputError(f"{len(about.names)} kinds of objects were given, but the model has {len(SLOTS)} slots")
+        return _map(about, _inside)
+
+    # Showing and measuring
+
+    def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Exam]:
+        """Ask for the classes of the companions, by these as examples."""
+        asked = []
+        for companion in target.companions:
+            x0, y0, x1, y1 = companion.boxes_xyxy[0].tolist()
+            asked.append((int(companion.labels[0]), Shown(companion.image.path, (x0, y0, x1, y1))))
+        return {"": Exam(tuple(asked))}
+
+    def metric(self, categories: Sequence[Category]) -> PresenceMetric:
+        """See `Task`."""
+        return PresenceMetric(categories, self.config.min_score)
+
+    def draw(self, canvas: Canvas, answers: Sequence[Instance | Found]) -> None:
+        """Draw boxes with the names of what they are like, also those of an exam."""
+        for answer in answers:
+            canvas.instances(answer.instances if isinstance(answer, Found) else [answer])
+
+
+def _category(slot: int, name: str | None = None) -> Category:
+    return Category(slot + 1, slot + 1, f"slot {slot + 1}" if name is None else name)
+
+
+def _shown(about: Examples | Exam) -> list[Shown]:
+    return list(about.shown) if isinstance(about, Examples) else [shown for _, shown in about.asked]
+
+
+def _map(about: Examples | Exam, change: Callable[[Shown], Shown]) -> Examples | Exam:
+    if isinstance(about, Examples):
+        return Examples(tuple(map(change, about.shown)))
+    return Exam(tuple((label, change(shown)) for label, shown in about.asked))
+
+
+def _image_key(image: Any) -> Any:
+    """Tell images apart: files by their paths, others by identity."""
+    return str(image) if isinstance(image, str | Path) else id(image)
+
+
+def _inside(shown: Shown) -> Shown:
+    """Return an example with its box clipped to its image."""
+    x0, y0, x1, y1 = np.clip(shown.box_xyxy, 0, np.tile(shown.image.size, 2)).tolist()
+    if not (x1 > x0 and y1 > y0):
+        width, height = shown.image.size
+        raise InputError(
+            f"the box of an example needs x1 > x0 and y1 > y0, inside its image of {width} x {height} pixels; got "
+            f"{shown.box_xyxy}"
+        )
+    return replace(shown, box_xyxy=(x0, y0, x1, y1))

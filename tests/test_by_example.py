@@ -1,0 +1,695 @@
+"""Asking by example: tokens, training pairs, joined memories, use, scores, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from example_model import CONFIG, SIZE, VOCAB, untrained_model, untrained_predictor
+from hypothesis import given
+from hypothesis import strategies as st
+from one_by_one import sums_one_by_one
+from PIL import Image
+from test_cli import one_line
+
+from pix2seq import Pix2Seq
+from pix2seq.cli import main
+from pix2seq.data.companions import ObjectsByClass
+from pix2seq.data.dataset import ClassMap
+from pix2seq.data.formats.coco import read_coco
+from pix2seq.data.formats.shards import write_shards
+from pix2seq.data.loader import batches
+from pix2seq.data.samples import SharedTrainingSet, TrainingSet
+from pix2seq.data.shapes import write_shapes
+from pix2seq.data.transforms import AugmentConfig
+from pix2seq.errors import InputError
+from pix2seq.evaluation import evaluate, measure, merge_measured
+from pix2seq.examples import Example, OtherView, Readings, Sample, collate
+from pix2seq.metrics.presence import Found, PresenceMetric, matthews
+from pix2seq.model.encoders.vit import VisionTransformer
+from pix2seq.runtime.runner import Runner
+from pix2seq.tasks.by_example import ByExample, Examples
+from pix2seq.tasks.detection import Detection, DetectionConfig
+from pix2seq.tasks.request import Frame, Reference, Request
+from pix2seq.tasks.shown import Shown, given_examples
+from pix2seq.tokenizers.by_example import class_choices, decode_found, encode_found, example_prompt
+from pix2seq.training.initialize import initialize_from
+from pix2seq.training.objective import CrossEntropy
+from pix2seq.training.step import TrainingModel
+from pix2seq.types import Category, ImageRecord, Instance, Target
+from pix2seq.vocab import EOS, MAX_SIZE, NOISE, SLOTS
+
+TINY = [
+    "steps=4", "batch_size=3", "checkpoint_every=2", "keep_checkpoints=10", "log_every=1", "num_workers=0", "lr=1e-3",
+    "eval_batch_size=4", "eval_images=4", "schedule.warmup_steps=2", "model.image_size=[64,64]",
+    "model.encoder.name=vit", "model.encoder.stem=conv", "model.encoder.closeups=true", "model.encoder.dim=32",
+    "model.encoder.num_layers=1", "model.encoder.num_heads=2", "model.encoder.mlp_dim=64", "model.decoder.dim=32",
+    "model.decoder.num_layers=1", "model.decoder.num_heads=2", "model.decoder.mlp_dim=64",
+    "model.decoder.max_seq_len=64", "model.vocab.num_bins=32", "model.vocab.text_base=1040", "model.vocab.size=1040",
+    "model.memory.references=2", "by_example.max_examples=2", "by_example.max_objects=8",
+]  # fmt: skip
+
+
+CUP, PEN = Category(1, 1, "cup"), Category(2, 2, "pen")
+
+
+def target_of(boxes, labels, image_id, crowd=()):
+    number = len(labels)
+    return Target(
+        ImageRecord(image_id, "x.jpg", 100, 100),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        np.full(number, 400, np.float32),
+        np.isin(np.arange(number), crowd),
+        np.arange(number) + 10 * image_id,
+        (None,) * number,
+        np.zeros((number, 0, 3), np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by_example") / "shapes"
+    write_shapes(folder, num_train=24, num_val=5, size=64, seed=3, max_objects=4, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes(folder):
+    return read_coco(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def task(shapes):
+    return ByExample(CONFIG, VOCAB, shapes.categories)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return untrained_predictor()
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.jpg"))[:4]]
+
+
+def training_set(dataset, task, **options):
+    augment = AugmentConfig(scale_min=0.9, scale_max=1.1)
+    return TrainingSet(dataset, task, **{"size": SIZE, "augment": augment, "seed": 0} | options)
+
+
+# Tokens
+
+
+def test_tokens_worked_by_hand():
+    boxes = np.array([[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.75]])  # times 63: 0 31.5 63 63, 15.75 0 31.5 47.25
+    prompt = example_prompt(15, np.array([2, 0]), boxes, VOCAB)
+    assert prompt.tolist() == [15, 59, 1000, 1032, 1063, 1063, 57, 1016, 1000, 1032, 1047]
+    slots, is_object = np.array([2, 1, -1, -1]), np.array([True, True, True, False])
+    four, asked = np.concatenate([boxes, boxes]), range(1, 3)
+    found = encode_found(
+        four, slots, is_object, asked, VOCAB, np.random.default_rng(0), class_weight=0.5, eos_weight=0.1
+    )
+    one, other = [1000, 1032, 1063, 1063], [1016, 1000, 1032, 1047]
+    assert found.targets.tolist() == [*one, 59, *other, 58, *one, NOISE, *other, NOISE, EOS]
+    np.testing.assert_allclose(found.weights, ([1] * 4 + [0.5]) * 3 + [0] * 4 + [0.5, 0.1])
+    read = {
+        token
+        for seed in range(50)
+        for token in encode_found(
+            four, slots, is_object, asked, VOCAB, np.random.default_rng(seed), class_weight=1, eos_weight=1
+        )
+        .inputs[4::5]
+        .tolist()
+    }
+    assert read == {58, 59, NOISE}  # never a slot that nothing stands for
+    free, classes = [0, MAX_SIZE, -1, -1], [58, 60, NOISE, -1]
+    assert class_choices(11, asked).tolist() == [*[free] * 4, classes, *[free] * 4, classes, free]
+
+
+def test_found_objects_are_read_by_the_best_slot():
+    ids = np.array([1000, 1000, 1063, 1063, 58, 1010, 1010, 1005, 1063, 57, 1016, 1000, 1032, 1047, NOISE, EOS])
+    best = np.array([0, 0, 0, 0, 58, 0, 0, 0, 0, 57, 0, 0, 0, 0, 57, 0])
+    found = decode_found(ids, best, np.log(np.full(16, 0.25)), VOCAB)
+    assert found.labels.tolist() == [2, 1, 1]
+    assert found.readable.tolist() == [True, False, True]  # the second box ends before it begins
+    np.testing.assert_allclose(found.scores, 0.25)
+
+
+@given(st.lists(st.integers(0, 1200), max_size=40), st.data())
+def test_any_ids_are_read_without_an_error(ids, data):
+    best = data.draw(st.lists(st.integers(0, 1200), min_size=len(ids), max_size=len(ids)))
+    found = decode_found(np.array(ids, np.int64), np.array(best, np.int64), np.zeros(len(ids)), VOCAB)
+    boxes = found.boxes_yxyx[found.readable]
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    assert (found.labels[found.readable] >= 1).all()
+
+
+# Training pairs
+
+
+def test_objects_are_drawn_of_their_class_and_never_of_the_image_itself(shapes):
+    objects, rng = ObjectsByClass(shapes), np.random.default_rng(0)
+    labels = {int(label) for i in range(len(shapes)) for label in shapes.target(i).labels}
+    assert set(objects.labels.tolist()) == labels
+    drawn = {label: set() for label in labels}
+    for label in labels:
+        owners = {i for i in range(len(shapes)) if label in shapes.target(i).labels}
+        for but in range(len(shapes)):
+            for _ in range(8):
+                found = objects.draw(label, rng, but_image_id=shapes.images[but].id)
+                if found is None:
+                    assert owners <= {but}
+                    break
+                assert found.image != but
+                assert shapes.target(found.image).labels[found.object] == label
+                drawn[label].add(tuple(found))
+        everywhere = sum(int((shapes.target(i).labels == label).sum()) for i in owners)
+        assert len(drawn[label]) >= 0.9 * everywhere
+    assert objects.draw(10**6, rng, but_image_id=0) is None
+
+
+def test_a_crowd_is_no_example(shapes):
+    crowds = np.ones_like(shapes.annotations.iscrowd)
+    dataset = replace(shapes, annotations=replace(shapes.annotations, iscrowd=crowds))
+    assert not len(ObjectsByClass(dataset).labels)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_as_many_pairs_as_set_have_what_is_asked_for(shapes, share):
+    task = ByExample(replace(CONFIG, present_share=share, same_share=0.0), VOCAB, shapes.categories)
+    objects, rng = ObjectsByClass(shapes), np.random.default_rng(0)
+    present = []
+    for i in [*range(len(shapes))] * 20:
+        target = shapes.target(i)
+        for image, number in task.companions(target, objects, rng):
+            present.append(shapes.target(image).labels[number] in target.labels)
+    assert len(present) > 1000
+    assert np.mean(present) == pytest.approx(share, abs=0.05)
+
+
+def test_a_sequence_says_which_objects_are_like_the_examples(shapes, task):
+    samples = training_set(shapes, task, augment=AugmentConfig(enabled=False))
+    numbers = {np.asarray(Image.open(each.path).convert("RGB")).tobytes(): i for i, each in enumerate(shapes.images)}
+    seen = {"empty": 0, "several": 0, "own": 0, "slots": set(), "two": 0}
+    for index in range(len(samples)):
+        for epoch in range(3):
+            sample = samples[epoch, index]
+            target = shapes.target(int(samples.index[index, 0]))
+            for example in sample.examples["by_example"]:
+                slots, labels = example.prompt[1::5], []
+                for view in example.others:
+                    at = view.closeup
+                    assert at.shape == (4,)
+                    if view.companion is None:
+                        labels.append(label_at(target, at))
+                        seen["own"] += 1
+                    else:
+                        labels.append(companion_label(shapes, numbers, sample, view))
+                meaning = dict(zip(slots.tolist(), labels, strict=True))
+                assert len(set(meaning.values())) == len(meaning)  # two slots never mean the same
+                shown = task.shown(example, SIZE)
+                expected = sorted(
+                    (slot - SLOTS[0] + 1, *np.rint(box).tolist())
+                    for slot, label in meaning.items()
+                    for box in target.boxes_xyxy[target.labels == label]
+                )
+                found = sorted((each.category.label, *np.rint(each.box_xyxy).tolist()) for each in shown)
+                assert np.abs(np.array(found) - np.array(expected)).max(initial=0) <= 1
+                assert len(found) == len(expected)
+                seen["empty"] += not shown
+                seen["several"] += len(example.others) > 1
+                seen["two"] += len(meaning) > 1
+                seen["slots"] |= set(meaning)
+                assert len(example.others) <= CONFIG.max_examples
+                assert len(example.targets) % 5 == 1
+                assert example.targets[-1] == EOS
+    assert seen["slots"] == set(SLOTS)
+    assert min(seen["empty"], seen["several"], seen["own"], seen["two"]) > 10, seen
+
+
+def label_at(target, closeup):
+    """The class of the object in the middle of a closeup of the image (64 x 64 pixels)."""
+    middle = (closeup[:2] + closeup[2:])[::-1] / 2 * 64
+    centres = (target.boxes_xyxy[:, :2] + target.boxes_xyxy[:, 2:]) / 2
+    return int(target.labels[np.abs(centres - middle).sum(axis=1).argmin()])
+
+
+def companion_label(shapes, numbers, sample, view):
+    """The class of a companion's object; the image is known by its pixels."""
+    number = numbers[sample.companions["by_example"][view.companion].tobytes()]
+    return label_at(shapes.target(number), view.closeup)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(shapes, task):
+    first, second = (training_set(shapes, task) for _ in range(2))
+    for key in ((0, 3), (1, 3), (0, 4)):
+        one = collate([first[key]], ["by_example"])
+        _ = second[0, 7]  # what came before does not count
+        other = collate([second[key]], ["by_example"])
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.readings.parts, other.readings.parts)
+    assert not torch.equal(collate([first[0, 3]], ["by_example"]).tokens, collate([first[1, 3]], ["by_example"]).tokens)
+
+
+def test_other_tasks_of_a_shared_image_go_on_as_they_are(shapes, task):
+    detection = Detection(DetectionConfig(max_objects=6, noise_objects=2), VOCAB, shapes.categories)
+    options = {"size": SIZE, "augment": AugmentConfig(scale_min=0.9, scale_max=1.1), "seed": 0}
+    alone, together = (SharedTrainingSet(shapes, some, **options) for some in ([detection], [detection, task]))
+    with_examples = 0
+    for index in range(len(alone)):
+        one, both = alone[0, index], together[0, index]
+        np.testing.assert_array_equal(one.image, both.image)
+        (expected,), (found,) = one.examples["detection"], both.examples["detection"]
+        np.testing.assert_array_equal(expected.inputs, found.inputs)
+        assert set(both.companions) <= {"by_example"}
+        with_examples += bool(both.examples["by_example"])
+    assert with_examples > 0.9 * len(alone)
+    batch = collate([together[0, i] for i in range(3)], ["detection", "by_example"])
+    assert (batch.memory_index.diff() >= 0).all()
+    assert (batch.readings.parts[:, 1:] < 0).all(1).any()  # detection reads its image alone
+
+
+def test_batches_are_the_same_from_workers(shapes, task):
+    def some(num_workers):
+        stream = batches([(training_set(shapes, task), 3)], num_workers=num_workers, start=1)
+        found = [next(stream) for _ in range(3)]
+        if hasattr(stream, "close"):
+            stream.close()
+        return found
+
+    for one, other in zip(some(0), some(2), strict=True):
+        for name in ("images", "tokens", "memory_index", "closeups", "targets", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.readings.memories, other.readings.memories)
+        assert torch.equal(one.readings.places, other.readings.places)
+
+
+def test_an_unreadable_companion_is_left_out(shapes, task, monkeypatch):
+    samples = training_set(shapes, task, max_bad_share=1.0)
+    read, own = samples._reader.read_image, None
+
+    def only_own(record):
+        if record.id != own:
+            raise InputError("it is damaged")
+        return read(record)
+
+    monkeypatch.setattr(samples._reader, "read_image", only_own)
+    own = shapes.images[int(samples.index[0, 0])].id
+    with pytest.warns(UserWarning, match="it is damaged"):
+        sample = samples[0, 0]
+    assert not sample.companions
+    assert all(view.companion is None for each in sample.examples["by_example"] for view in each.others)
+
+
+def test_companions_get_the_labels_of_the_model_too():
+    shown = target_of([(0, 0, 9, 9)], [2], 2)
+    target = replace(target_of([(0, 0, 9, 9), (3, 3, 9, 9)], [1, 2], 1), companions=(shown,))
+    mapped = ClassMap([CUP, PEN], [Category(1, 1, "pen"), Category(2, 2, "cup")]).to_model(target)
+    assert mapped.labels.tolist() == [2, 1]
+    assert mapped.companions[0].labels.tolist() == [1]
+
+
+def test_a_task_without_classes_takes_more_of_them_than_there_are_ids():
+    many = [Category(label, label, f"thing {label}") for label in range(1, 1392)]
+    assert len(ByExample(CONFIG, VOCAB, many).categories) == 1391
+    with pytest.raises(InputError, match="1391 classes need ids"):
+        Detection(DetectionConfig(), VOCAB, many)
+
+
+# Joined memories in training
+
+
+def sample_with_views(rng, views, image_id):
+    ids = rng.integers(1, 1100, (len(views), 8))
+    examples = [
+        Example(row[:3], row[3:], row[3:], np.ones(5, np.float32), others=each)
+        for row, each in zip(ids, views, strict=True)
+    ]
+    pixels = rng.integers(0, 256, (3, *SIZE, 3), dtype=np.uint8)
+    return Sample(pixels[0], {"by_example": examples}, image_id, {"by_example": list(pixels[1:])})
+
+
+def test_a_batch_that_joins_memories_is_each_sequence_alone():
+    model, rng = untrained_model(), np.random.default_rng(0)
+    frame = np.array([0.1, 0.2, 0.7, 0.8], np.float32)
+    views = [
+        (),
+        (OtherView(0),),
+        (OtherView(1, frame), OtherView(None), OtherView(0)),
+        (OtherView(0, np.array([0, 0, 0.5, 0.5], np.float32)), OtherView(1, frame)),
+    ]
+    samples = [sample_with_views(rng, views, 0), sample_with_views(rng, views[::-1], 1)]
+    batch = collate(samples, ["by_example"])
+    assert len(batch.images) == 6
+    results = []
+    for together in (True, False):
+        model.zero_grad()
+        total = (
+            CrossEntropy()(model, batch)["by_example"][0] if together else sums_one_by_one(model, samples)["by_example"]
+        )
+        total.backward()
+        results.append((total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert results[0][1]["reference_embedding"].abs().sum() > 0
+    torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=1e-4)
+    assert abs(float(results[0][0] - results[1][0])) < 1e-5 * abs(float(results[1][0]))
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8, unique=True))
+def test_parts_are_memories_at_places(readings):
+    found = Readings.of(readings)
+    pairs = list(zip(found.memories.tolist(), found.places.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    for reading, parts in zip(readings, found.parts.tolist(), strict=True):
+        assert [pairs[part] for part in parts if part >= 0] == [(memory, place) for place, memory in enumerate(reading)]
+        assert parts[len(reading) :] == [-1] * (len(parts) - len(reading))
+
+
+def test_a_batch_of_one_memory_each_has_no_readings(shapes):
+    detection = Detection(DetectionConfig(max_objects=6, noise_objects=2), VOCAB, shapes.categories)
+    batch = collate([training_set(shapes, detection)[0, i] for i in range(3)], ["detection"])
+    assert batch.readings is None
+
+
+def test_every_step_has_a_gradient_for_the_places(shapes):
+    detection = Detection(DetectionConfig(max_objects=6, noise_objects=2), VOCAB, shapes.categories)
+    model = untrained_model().train()
+    batch = collate([training_set(shapes, detection)[0, i] for i in range(3)], ["detection"])
+    TrainingModel(model, CrossEntropy()).backward(batch, torch.ones(1), last=True)
+    assert model.reference_embedding.grad.tolist() == [[0.0] * 32] * 3  # ranks wait for one of every weight
+
+
+def test_a_model_without_places_starts_one_with_them(tmp_path):
+    plain, other = untrained_model(references=0, seed=1), untrained_model(references=2)
+    before = other.reference_embedding.clone()
+    assert "reference_embedding" not in plain.state_dict()
+    initialize_from(other, plain, "plain")
+    assert torch.equal(other.reference_embedding, before)
+    assert torch.equal(other.decoder.blocks[0].mlp.expand.weight, plain.decoder.blocks[0].mlp.expand.weight)
+    more = untrained_model(references=3, seed=2)
+    third = more.reference_embedding[2].clone()
+    initialize_from(more, other, "other")
+    assert torch.equal(more.reference_embedding, torch.cat([other.reference_embedding, third[None]]))
+    initialize_from(plain, other, "other")  # and back
+    other.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Pix2Seq.from_pretrained(tmp_path / "saved").reference_embedding, other.reference_embedding)
+
+
+# Asking
+
+
+def slowly(model, memory, prompt, generation):
+    """Continue a prompt greedily, one full pass for each token."""
+    ids = torch.from_numpy(prompt)[None]
+    for _ in range(generation.max_new_tokens):
+        with torch.no_grad():
+            logits = model.decoder.logits(model.decoder(ids, memory))[0, -1]
+        allowed = generation.grammar.allowed(ids[:, len(prompt) :])
+        logits[allowed.forbids(torch.arange(len(logits)))[0]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+        if int(ids[0, -1]) == EOS:
+            break
+    return ids[0, len(prompt) :].numpy()
+
+
+@pytest.mark.parametrize("closeup", [True, False])
+def test_answers_are_those_of_full_passes_over_the_joined_memory(images, closeup):
+    predictor = untrained_predictor(config=replace(CONFIG, closeup=closeup, temperature=0.0))
+    model, asked = predictor.model, predictor.tasks["by_example"]
+    query, *others = predictor.encode_batch(images)
+    for boxes in ([(3, 3, 40, 30)], [(3, 3, 40, 30), (10, 8, 60, 50)]):
+        about = Examples(tuple(Shown(image, box) for image, box in zip(others, boxes, strict=False)))
+        (request,) = asked.requests(query, about)
+        parts = [query.memory]
+        for place, reference in enumerate(request.references):
+            memory = reference.image.memory
+            if reference.closeup is not None:
+                corners = reference.image.frame().to_input_yxyx(reference.closeup.xyxy[None])
+                maps = tuple(each[None] for each in reference.image.maps)
+                with torch.no_grad():
+                    memory = model.look_closer(maps, torch.from_numpy(corners).float(), [0])[0]
+            parts.append(memory + model.reference_embedding[place].detach())
+        expected = slowly(model, torch.cat(parts)[None], request.prompt, request.generation)
+        (completion,) = predictor._complete(asked, [query], [[request]], 0)
+        assert completion.tokens[0][: len(expected)].tolist() == expected.tolist()
+
+
+def test_a_score_is_a_share_among_the_slots_of_the_prompt_and_noise(predictor, images):
+    query, other = predictor.encode_batch(images[:2])
+    asked = predictor.tasks["by_example"].with_settings(closeup=False)
+    about = Examples((Shown(other, (3, 3, 40, 30), "cup"), Shown(query, (5, 5, 30, 30), "pen")))
+    (request,) = asked.requests(query, about)
+    (completion,) = predictor._complete(asked, [query], [[request]], 0)
+    marks = predictor.model.reference_embedding.detach()
+    memory = torch.cat([query.memory, other.memory + marks[0], query.memory + marks[1]])[None]
+    tokens = torch.from_numpy(np.append(request.prompt, completion.tokens[0]))[None]
+    with torch.no_grad():
+        logits = predictor.model.decoder.logits(predictor.model.decoder(tokens, memory))[0]
+    for step in range(4, completion.tokens.shape[1], 5):
+        if EOS in completion.tokens[0, :step]:
+            break
+        shares = logits[len(request.prompt) - 1 + step][[SLOTS[0], SLOTS[1], NOISE]].softmax(0)
+        assert completion.best_tokens[0, step] == SLOTS[int(shares[:2].argmax())]
+        assert float(shares[:2].max()) == pytest.approx(np.exp(completion.best_logprobs[0, step]), abs=1e-4)
+    assert step > 4
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(predictor, images):
+    first, second, third, fourth = predictor.encode_batch(images)
+    questions = [
+        (first, Examples((Shown(second, (3, 3, 40, 30)),))),
+        (first, Examples((Shown(third, (3, 3, 40, 30)),))),
+        (second, Examples((Shown(second, (3, 3, 40, 30)), Shown(fourth, (5, 5, 20, 20), "other")))),
+        (third, Examples((Shown(second, (3, 3, 40, 30)), Shown(first, (5, 5, 20, 20)), Shown(first, (30, 9, 60, 50))))),
+    ]
+    together = predictor.ask("by_example", [image for image, _ in questions], [about for _, about in questions], seed=3)
+    for (image, about), found in zip(questions, together, strict=True):
+        (alone,) = predictor.ask("by_example", [image], [about], seed=3)
+        assert [(each.box_xyxy, each.category) for each in alone] == [(each.box_xyxy, each.category) for each in found]
+        np.testing.assert_allclose([each.score for each in alone], [each.score for each in found], atol=1e-5)
+    assert together[0] != together[1]  # of another example
+
+
+def test_an_image_is_encoded_once_however_often_it_is_an_example(predictor, images, monkeypatch):
+    counted = []
+    original = VisionTransformer.with_maps
+    monkeypatch.setattr(VisionTransformer, "with_maps", lambda self, x: counted.append(len(x)) or original(self, x))
+    query, held = predictor.encode(images[0]), predictor.encode(images[1])
+    assert counted == [1, 1]
+    for box in ((3, 3, 40, 30), (10, 8, 60, 50)):
+        predictor.find(query, like=(held, box))
+    predictor.find(query, like=(query, (3, 3, 40, 30)))
+    assert counted == [1, 1]
+    like = (images[2], (3, 3, 40, 30))
+    predictor.find(query, like=[like, (images[2], (8, 8, 20, 20))])
+    assert counted == [1, 1, 1]
+    about = [given_examples(like)] * 2
+    predictor.ask("by_example", [query, held], about)
+    assert counted == [1, 1, 1, 1]
+
+
+def test_kinds_have_the_names_that_a_user_gives(predictor, images):
+    image, other = predictor.encode_batch(images[:2])
+    one = predictor.find(image, like=(other, (3, 3, 40, 30)), threshold=0.0)
+    assert {each.category.name for each in one} == {"example"}
+    like = {"cup": (other, (3, 3, 40, 30)), "pen": [(other, (8, 8, 20, 20)), (image, (5, 5, 30, 30))]}
+    two = predictor.find(image, like=like, threshold=0.0)
+    assert {each.category.name for each in two} <= {"cup", "pen"}
+    assert [each.score for each in two] == sorted((each.score for each in two), reverse=True)
+    assert all(each.score >= 0.5 for each in predictor.find(image, like=like))
+    assert predictor.find(image, like=like, threshold=0.0, seed=1).size == (64, 64)
+
+
+def test_another_example_is_another_question(predictor, images):
+    image, other, third = predictor.encode_batch(images[:3])
+    frame = Frame(np.zeros(2), np.full(2, 30.0))
+    generation = predictor.tasks["by_example"]._generation(1)
+    some = [
+        Request(np.array([15, 57]), generation, references=references)
+        for references in (
+            (),
+            (Reference(other),),
+            (Reference(third),),
+            (Reference(other, frame),),
+            (Reference(other), Reference(third)),
+            (Reference(third), Reference(other)),
+        )
+    ]
+    assert (
+        len({request.random_seed(0) for request in some}) == len({request.memory_key for request in some}) == len(some)
+    )
+    again = replace(other)  # the same pixels, encoded elsewhere
+    assert some[1].random_seed(0) == replace(some[1], references=(Reference(again),)).random_seed(0)
+    assert image.checksum != other.checksum
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (None, "there is no example"),
+        ([], "give one, a list of them"),
+        ("cup.jpg", "give one, a list of them"),
+        ({"": ("cup.jpg", (0, 0, 1, 1))}, "named by text"),
+        ([("cup.jpg",)], r"an example is \(image"),
+        (("cup.jpg", (0, 0, 1)), "four numbers"),
+        (("cup.jpg", (0, 0, "x", 1)), "four numbers"),
+        (("cup.jpg", (0, 0, float("nan"), 1)), "four numbers"),
+        (("nowhere.jpg", (0, 0, 1, 1)), "nowhere.jpg"),
+        ((np.zeros((9, 9, 3), np.uint8), (5, 5, 5, 8)), "x1 > x0 and y1 > y0, inside its image of 9 x 9"),
+        ((np.zeros((9, 9, 3), np.uint8), (20, 20, 30, 30)), "inside its image of 9 x 9"),
+        ([(np.zeros((9, 9, 3), np.uint8), (1, 1, 5, 8))] * 4, "4 examples were given, but the model reads at most 3"),
+    ],
+)
+def test_what_is_no_example_is_refused_in_a_line(predictor, images, like, message):
+    with pytest.raises(InputError, match=message):
+        predictor.find(images[0], like=like)
+
+
+def test_asking_without_an_example_is_refused(predictor, images):
+    with pytest.raises(InputError, match="asked by examples"):
+        predictor.ask("by_example", [images[0]])
+    with pytest.raises(InputError, match="asked by examples"):
+        predictor.ask("by_example", [images[0]], ["cup"])
+    with pytest.raises(InputError, match="places for 3; give a smaller number"):
+        predictor.configure(max_examples=4)
+
+
+# Scores
+
+
+def found(label, *scored):
+    return Found(label, tuple(Instance(box, Category(1, 1, "asked"), score) for box, score in scored))
+
+
+def test_scores_worked_by_hand():
+    box, far = (0.0, 0.0, 20.0, 20.0), (60.0, 60.0, 90.0, 90.0)
+    metric, other = PresenceMetric([CUP, PEN], 0.5), PresenceMetric([CUP, PEN], 0.5)
+    # One cup, found, and one pen, missed.
+    metric.add(target_of([box, far], [1, 2], 1), [found(1, (box, 0.9), (far, 0.2)), found(2, (far, 0.4))])
+    # No pen, one found; the cup is not asked for, so that it is not missed.
+    other.add(target_of([box], [1], 2), [found(2, (far, 0.8))])
+    # A crowd of cups says nothing of how many there are.
+    other.add(target_of([box], [1], 3, crowd=[0]), [found(1, (box, 0.9)), found(2)])
+    metric.merge(other)
+    scores = metric.result().metrics
+    assert metric.counts == [(1, 1), (1, 0), (0, 1), (0, 0)]
+    assert scores["presence_MCC"] == pytest.approx(0.0)  # one each of right, missed, false and rightly none
+    assert scores["counting_error"] == pytest.approx((0 + 1 + 1 + 0) / 4)
+    assert scores["empty_where_absent"] == pytest.approx(0.5)
+    # Cups: the only one first: 1. Pens: the false one (0.8) before the right one (0.4): precision 0.5.
+    assert scores["AP50"] == pytest.approx((1 + 0.5) / 2, abs=1e-6)
+
+
+def test_matthews_correlation_by_its_formula():
+    true = np.array([1] * 6 + [0] * 5, bool)
+    said = np.array([1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0], bool)
+    hits, missed, false, rest = 4, 2, 1, 4
+    expected = (hits * rest - false * missed) / np.sqrt(
+        (hits + false) * (hits + missed) * (rest + false) * (rest + missed)
+    )
+    assert matthews(true, said) == pytest.approx(expected)
+    assert matthews(true, true) == 1
+    assert matthews(true, ~true) == -1
+    assert matthews(true, np.ones_like(true)) is None
+    assert matthews(true[:0], true[:0]) is None
+
+
+def test_nothing_asked_scores_nothing():
+    assert set(PresenceMetric([CUP], 0.5).result().metrics.values()) == {None}
+
+
+def test_evaluation_asks_by_objects_of_other_images_and_is_the_same_again(predictor, shapes):
+    asked = []
+
+    def observe(task, question, target, image, answers, categories):
+        asked.append((target.image.id, tuple((each.label, each.label in target.labels) for each in answers)))
+
+    first = evaluate(predictor, shapes, ["by_example"], limit=12, batch_size=5, observe=observe)
+    second = evaluate(predictor, shapes, ["by_example"], limit=12, batch_size=12)
+    assert first.metrics == pytest.approx(second.metrics, abs=1e-6, nan_ok=True)
+    present = [is_there for _, some in asked for _, is_there in some]
+    assert 0.3 < np.mean(present) < 0.7
+    assert len(asked) == 12
+    parts = [measure(predictor, shapes, ["by_example"], part) for part in (range(5), range(5, 12))]
+    merged = merge_measured(parts)["by_example", ""].result().metrics
+    assert {f"by_example/{name}": value for name, value in merged.items()} == pytest.approx(first.metrics, abs=1e-6)
+
+
+# The command line
+
+
+def train(folder, out, *more):
+    two = ["--task", "by_example,detection", "detection.max_objects=6", "detection.noise_objects=2"]
+    return main(["train", *two, f"data={folder}", f"out={out}", *TINY, *more])
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    out = folder.parent / "run"
+    assert train(folder, out) == 0
+    return out
+
+
+def test_a_resumed_run_is_the_unbroken_one(folder, run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints/step-00000004")
+    assert train(folder, out, "--resume", "auto") == 0
+    one, other = (Pix2Seq.from_pretrained(each / "checkpoints/step-00000004").state_dict() for each in (run, out))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_predict_takes_examples(folder, run, tmp_path, capsys):
+    first, second, *_ = sorted(folder.rglob("*.jpg"))
+    command = ["predict", str(first), "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--min-score", "0"]
+    assert main([*command, "--like", f"{second}:3,3,40,30", "--like", f"{second}:10,8,60,50"]) == 0
+    content = json.loads((tmp_path / "out" / f"{first.stem}.json").read_text())
+    assert content["instances"] == []  # nothing else was asked
+    assert {each["category"] for each in content["by_example"]} <= {"example"}
+    assert main([*command, "--overwrite"]) == 0  # without an example, other tasks are asked
+    assert "by_example" not in json.loads((tmp_path / "out" / f"{first.stem}.json").read_text())
+    capsys.readouterr()
+    for wrong, message in (
+        (["--like", "3,3,40,30"], "expected examples as"),
+        (["--like", f"{second}:3,3,40"], "expected examples as"),
+        (["--like", f"{tmp_path / 'no.jpg'}:3,3,40,30"], "no.jpg"),
+        (["--like", f"{second}:3,3,3,30"], "x1 > x0"),
+        (["--like", f"{second}:3,3,40,30", "--about", "cup"], "--like is a form of --about"),
+        (["--like", f"{second}:3,3,40,30", "--task", "detection"], "no task that finds objects by examples"),
+    ):
+        assert main([*command, *wrong, "--overwrite"]) == 2
+        assert message in one_line(capsys)
+
+
+def test_a_changed_example_is_asked_again(folder, run, tmp_path, capsys):
+    first, second, *_ = sorted(folder.rglob("*.jpg"))
+    example = tmp_path / "example.png"
+    Image.open(second).save(example)
+    command = ["predict", str(first), "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--resume"]
+    command += ["--like", f"{example}:3,3,40,30"]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "1 of 1 files are done" in capsys.readouterr().err
+    Image.open(second).rotate(90).save(example)
+    assert main(command) == 0
+    assert "0 of 1 files are done" in capsys.readouterr().err
+
+
+def test_training_refuses_what_examples_cannot_have(folder, tmp_path, capsys):
+    write_shards(read_coco(folder, "train"), tmp_path / "shards")
+    command = ["train", "--task", "by_example", f"out={tmp_path / 'run'}", *TINY]
+    assert main([*command, f"data={folder}", "model.memory.references=1"]) == 2
+    assert "reads up to 2 other images, but the model has places for 1" in one_line(capsys)
+    assert main([*command, f"data={tmp_path / 'shards'}", f"val_data={folder}"]) == 2
+    assert "shards, which are read in order" in one_line(capsys)
+
+
+def test_an_exported_model_says_that_it_cannot(predictor, images):
+    image = predictor.encode(images[0])
+    asked = predictor.tasks["by_example"]
+    requests = asked.requests(image, Examples((Shown(image, (3, 3, 40, 30)),)))
+    with pytest.raises(InputError, match="several images at once, which an exported model cannot"):
+        Runner.__new__(Runner)._complete(asked, image, requests, 0)
