@@ -2,8 +2,8 @@
 
     python benchmarks/retrieval.py --checkpoint runs/matching --data world --limit 1000
 
-Sentences are the captions of the images, each counted once. What is found is right if it is a caption of the image, or if
-the generated image's annotations say that it is true. Prints one JSON object.
+Sentences are the captions of the images, each counted once. What is found is right if it is a caption of the image, or
+if the generated image's annotations say that it is true. Prints one JSON object.
 """
 
 from __future__ import annotations

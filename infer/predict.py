@@ -72,7 +72,8 @@ def predict_files(
     it. Tasks about objects take them from detection, or from `boxes`: a file as this writes it, or a folder of such
     files. `about` is text for the tasks that take some, see `Task.parse_about`. `find` are phrases for those that find
     objects by words, `like` examples, in the form of `about`, for those that find objects by them; without `tasks`,
-    only such tasks are asked then. `settings` are those of `Predictor.configure`. `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
+    only such tasks are asked then. `settings` are those of `Predictor.configure`.
+    `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -102,8 +103,8 @@ def predict_files(
     if tasks is None:
         others = [name for name in predictor.tasks if name not in finders]
         tasks = tuple(wanted or (predictor.tasks if about is not None else others))
-    for option, texts, takes in (("--find", find, "takes_words"), ("--like", like, "takes_examples")):
-        if texts and not any(getattr(task, takes) for name, task in finders.items() if name in tasks):
+    for option, words, takes in (("--find", find, "takes_words"), ("--like", like, "takes_examples")):
+        if words and not any(getattr(task, takes) for name, task in finders.items() if name in tasks):
             means = "words" if option == "--find" else "examples"
             raise InputError(
                 f"{option} was given, but this checkpoint, or --task, has no task that finds objects by {means}"

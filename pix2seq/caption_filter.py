@@ -193,10 +193,10 @@ def write_captions(
             else:
                 known.add(_key(caption.text))
                 texts.append(caption.text)
-        scores = predictor.match(image, texts) if texts and predictor.can_match else []
+        scores = predictor.match(image, texts).tolist() if texts and predictor.can_match else []
         for i, text in enumerate(texts):
             entry = {"id": next_id, "image_id": number, "caption": text, "written": True}
-            added.append(entry | ({"score": round(float(scores[i]), 6)} if len(scores) else {}))
+            added.append(entry | ({"score": round(scores[i], 6)} if len(scores) else {}))
             next_id += 1
     report = {
         "num_images": len(captions.images),

@@ -153,6 +153,7 @@ def search(
     if (sentence is None) == (image is None) or (sentence is not None and not sentence.strip()):
         raise InputError("a search needs either a sentence or an image; give one of them")
     if sentence is None:
+        assert image is not None
         query = predictor.embed([image])[0]
         return [Hit(name, score) for name, score in index.nearest(query, top)]
     matches = match and predictor.can_match
