@@ -95,7 +95,7 @@ def test_text_makes_the_vocabulary_grow_unless_its_size_is_given():
     assert Vocab(size=5000).with_text(500) == Vocab(num_text=500, size=5000)
     given_size = Vocab(num_text=500, size=3500)
     assert given_size.with_text(400) == given_size
-    with pytest.raises(InputError, match=r"need 501 text ids, but model\.vocab\.num_text is 500"):
+    with pytest.raises(InputError, match=r"501 text ids are needed, but model\.vocab\.num_text is 500"):
         given_size.with_text(501)
 
 
