@@ -438,18 +438,21 @@ class Predictor:
 
         Objects have a score of at least `threshold`; by default the task's `min_score` in the checkpoint.
         """
-        if words is None and (isinstance(like, str) or (like and all(isinstance(each, str) for each in like))):
+        if words is None and (isinstance(like, str) or (isinstance(like, list) and like and isinstance(like[0], str))):
             like, words = None, like
         if (like is None) == (words is None):
             raise InputError(
                 "give what to look for, as examples or in words: like=(image, (x0, y0, x1, y1)), or a phrase such as "
                 "'striped star'"
             )
-        name, asked = ("by_words", words) if like is None else ("by_example", given_examples(like))
+        name = "by_words" if like is None else "by_example"
         self.require(name)
         least = self.tasks[name].config.min_score if threshold is None else threshold
         (encoded,) = self._encoded([image])
-        found = self.ask(name, [encoded], [asked], threshold=least, seed=seed)[0]
+        if like is None:
+            found = self.ask(name, [encoded], [words], seed=seed, min_score=least)[0]
+        else:
+            found = self.ask(name, [encoded], [given_examples(like)], threshold=least, seed=seed)[0]
         return Instances(found, size=encoded.size)
 
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:

@@ -530,9 +530,9 @@ def test_another_example_is_another_question(predictor, images):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        (None, "there is no example"),
+        (None, "give what to look for, as examples or in words"),
         ([], "give one, a list of them"),
-        ("cup.jpg", "give one, a list of them"),
+        (3, "give one, a list of them"),
         ({"": ("cup.jpg", (0, 0, 1, 1))}, "named by text"),
         ([("cup.jpg",)], r"an example is \(image"),
         (("cup.jpg", (0, 0, 1)), "four numbers"),

@@ -302,10 +302,12 @@ def test_unknown_words_and_bad_phrases_are_refused_in_one_line(predictor, shapes
         ([], "no phrase, or an empty one"),
         ("red " * 20, "has more than 16 words"),
         (3, "a phrase or a list of phrases"),
-        (None, "nothing to look for"),
+        (None, "give what to look for, as examples or in words"),
     ):
         with pytest.raises(InputError, match=reason):
-            predictor.find(image, words)
+            predictor.find(image, words=words)
+    with pytest.raises(InputError, match="has more than 16 words"):
+        predictor.find(image, ["red " * 20])
     with pytest.raises(InputError, match="give some with --find"):
         predictor.ask("by_words", [image])
 
@@ -415,7 +417,7 @@ def test_predict_finds_what_is_asked_for(checkpoint, shapes, tmp_path, capsys):
 def test_a_checkpoint_without_the_task_refuses_to_find(run, shapes, tmp_path, capsys):
     image = str(shapes.target(0).image.path)
     assert main(["predict", image, "--checkpoint", str(run), "--out", str(tmp_path), "--find", "x"]) == 2
-    assert "was not trained to find objects by words" in capsys.readouterr().err
+    assert "has no task that finds objects by words" in capsys.readouterr().err
 
 
 def test_eval_prints_the_scores(checkpoint, folder, tmp_path, capsys):
