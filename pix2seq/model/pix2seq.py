@@ -46,7 +46,7 @@ from pix2seq.types import Category
 from pix2seq.vocab import Vocab
 
 ENCODING_INIT_SCALE = 0.05
-REFERENCE_INIT_STD = 0.02
+REFERENCE_INIT_STD = 0.5
 
 
 class MemoryProjection(nn.Module):
