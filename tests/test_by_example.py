@@ -34,7 +34,8 @@ from pix2seq.tasks.by_example import ByExample, Examples
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import Frame, Reference, Request
 from pix2seq.tasks.shown import Shown, given_examples
-from pix2seq.tokenizers.by_example import class_choices, decode_found, encode_found, example_prompt
+from pix2seq.tokenizers.by_example import example_prompt
+from pix2seq.tokenizers.slots import class_choices, decode_found, encode_found
 from pix2seq.training.initialize import initialize_from
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.step import TrainingModel
@@ -507,7 +508,7 @@ def test_kinds_have_the_names_that_a_user_gives(predictor, images):
 def test_another_example_is_another_question(predictor, images):
     image, other, third = predictor.encode_batch(images[:3])
     frame = Frame(np.zeros(2), np.full(2, 30.0))
-    generation = predictor.tasks["by_example"]._generation(1)
+    generation = predictor.tasks["by_example"].generation(1)
     some = [
         Request(np.array([15, 57]), generation, references=references)
         for references in (

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from pix2seq import Predictor
 from pix2seq.cli import main
@@ -25,14 +24,14 @@ from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.results import Instances
 from pix2seq.tasks.by_words import ByWords, ByWordsConfig
-from pix2seq.tokenizers.by_words import decode_named, encode_named, phrase_prompt
+from pix2seq.tokenizers.by_words import phrase_prompt
 from pix2seq.tokenizers.text import UNK_ID, WordTokenizer
 from pix2seq.training.config import load_config
 from pix2seq.training.recipe import prepare
-from pix2seq.vocab import NOISE, SEPARATOR, SLOTS, Vocab
+from pix2seq.vocab import EOS, NOISE, SEPARATOR, SLOTS, Vocab
 
 SIZE = (64, 64)
-CONFIG = ByWordsConfig(max_objects=6, max_words=16, phrases=4)
+CONFIG = ByWordsConfig(max_objects=8, max_words=16, phrases=4)
 TINY = [
     *("model.image_size=[48,48]", "model.encoder.name=vit", "model.encoder.dim=16", "model.encoder.num_layers=1"),
     *("model.encoder.num_heads=2", "model.encoder.mlp_dim=16", "model.decoder.dim=16", "model.decoder.num_layers=1"),
@@ -92,36 +91,9 @@ def checkpoint(predictor, tmp_path_factory):
 # The language
 
 
-def test_prompt_and_response_are_as_documented():
+def test_the_prompt_is_as_documented():
     vocab = Vocab(num_bins=11, text_base=1100, size=1110, num_text=10)
     assert phrase_prompt(16, 60, [5, 3], vocab).tolist() == [16, 60, 1105, 1103, SEPARATOR]
-    boxes = np.array([[0, 0.1, 0.5, 1], [0.2, 0.2, 0.3, 0.4]])
-    response = encode_named(boxes, np.array([True, False]), 60, vocab, np.random.default_rng(0), noise_weight=0.5)
-    coords = [1000, 1001, 1005, 1010, None, 1002, 1002, 1003, 1004, None]
-    is_coord = [each is not None for each in coords]
-    assert response.targets.tolist() == [*coords[:4], 60, *coords[5:9], NOISE]
-    assert response.weights.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0.5]
-    assert response.inputs[is_coord].tolist() == response.targets[is_coord].tolist()
-    read = {
-        tuple(encode_named(boxes, np.array([True, False]), 60, vocab, np.random.default_rng(s)).inputs[[4, 9]].tolist())
-        for s in range(40)
-    }
-    assert read == {(60, 60), (60, NOISE), (NOISE, 60), (NOISE, NOISE)}
-
-
-@given(hnp.arrays(np.int64, st.integers(0, 32), elements=st.integers(0, 1200)), st.integers(0, 9))
-def test_any_ids_decode_to_boxes_with_an_area(ids, seed):
-    vocab = Vocab(num_bins=64, text_base=1100, size=1100)
-    logprobs = np.log(np.random.default_rng(seed).uniform(0.01, 1, len(ids)))
-    boxes, scores = decode_named(ids, logprobs, vocab)
-    assert len(boxes) == len(scores) <= len(ids) // 5
-    assert (boxes[:, 2:] > boxes[:, :2]).all()
-    expected = []
-    for start in range(0, len(ids) - 4, 5):
-        y0, x0, y1, x1 = ids[start : start + 4]
-        if all(1000 <= c < 1064 for c in (y0, x0, y1, x1)) and y1 > y0 and x1 > x0:
-            expected.append(np.exp(logprobs[start + 4]))
-    np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 # Learning
@@ -133,7 +105,7 @@ def samples_of(shapes, task, **augment):
 
 def test_training_sequences_hold_the_named_objects_and_others_as_noise(shapes, task, vocab, text):
     samples = TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(enabled=False), seed=0)
-    slots, counts = set(), []
+    slots, counts, firsts = set(), [], []
     for index in range(len(samples)):
         target = shapes.target(index)
         true = {tuple(vocab.coord_ids(box[[1, 0, 3, 2]] / 64).tolist()) for box in target.boxes_xyxy}
@@ -145,16 +117,20 @@ def test_training_sequences_hold_the_named_objects_and_others_as_noise(shapes, t
             assert UNK_ID + vocab.text_base not in prompt
             assert len(prompt) + len(example.targets) <= task.max_seq_len
             slots.add(int(prompt[1]))
-            groups = example.targets.reshape(-1, 5)
-            assert len(groups) == CONFIG.max_objects
+            assert example.targets[-1] == EOS
+            groups = example.targets[:-1].reshape(-1, 5)
+            assert len(groups) == (groups[:, 4] != NOISE).sum() + CONFIG.noise_objects <= CONFIG.max_objects
             named = {tuple(g[:4].tolist()) for g in groups if g[4] == prompt[1]}
             assert named <= true
             assert true - named <= {tuple(g[:4].tolist()) for g in groups if g[4] == NOISE}
             assert {int(g[4]) for g in groups} <= {int(prompt[1]), NOISE}
             counts.append(len(named))
+            firsts.append(groups[0, 4] != NOISE)
             assert len(task.shown(example, SIZE)) == (groups[:, 4] != NOISE).sum()
     assert len(slots) > 8
     assert 0.35 < np.mean(np.array(counts) == 0) < 0.65
+    # A named object is not always the first of an image, or its place would tell what the phrase should.
+    assert 0 < np.mean(np.array(firsts)[np.array(counts) > 0]) < 1
 
 
 def test_a_class_alone_names_all_objects_of_the_class(shapes, task, vocab):
@@ -290,7 +266,9 @@ def test_more_phrases_than_slots(predictor, shapes):
     image = shapes.target(0).image.path
     asked = [f"{colour} {name}" for colour in ("red", "blue") for name in ("star", "cross", "heart", "circle")] * 3
     found = predictor.find(image, asked, threshold=0.0)
-    assert {each.category.label for each in found} == set(range(1, 25))
+    labels = {each.category.label for each in found}
+    assert labels <= set(range(1, 25))
+    assert max(labels) > len(SLOTS)
 
 
 def test_unknown_words_and_bad_phrases_are_refused_in_one_line(predictor, shapes):

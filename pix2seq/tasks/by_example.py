@@ -1,7 +1,6 @@
 """The task by example: an object shown in one image, and all objects like it are found in another.
 
-A sequence reads the image and, joined to it, the example's image or a closeup of the example. Classes are slots, drawn
-anew for every sample, so that the model cannot learn what a slot is and has to look at the example.
+A sequence reads the image and, joined to it, the example's image or a closeup of the example.
 """
 
 from __future__ import annotations
@@ -16,31 +15,29 @@ from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, OtherView
-from pix2seq.geometry.boxes import box_xyxy_to_yxyx
 from pix2seq.metrics.presence import Found, PresenceMetric
-from pix2seq.model.decoding.completion import Completion, GenerationConfig
-from pix2seq.model.decoding.grammar import BoxGrammar
-from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
-from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
+from pix2seq.model.decoding.completion import Completion
+from pix2seq.settings import Range, Share
+from pix2seq.tasks.objects import Padding, jitter_box
 from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.shown import Shown
-from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, class_choices, decode_found, encode_found, example_prompt
-from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, DetectionResponse, add_noise_objects
+from pix2seq.tasks.slots import SlotConfig, SlotTask
+from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, example_prompt
+from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
+from pix2seq.tokenizers.slots import NO_SLOT
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import EOS, NOISE, SLOTS
+from pix2seq.vocab import SLOTS
 
 if TYPE_CHECKING:
     from pix2seq.data.companions import Companion, ObjectsByClass
     from pix2seq.drawing import Canvas
 
-NO_SLOT = -1
 MAX_IMAGES = 16  # of examples, encoded side by side
 ASKED_NAMES = 4  # at most, in evaluation; half of them of objects that are there
 
 
 @dataclass(frozen=True)
-class ByExampleConfig(TaskConfig):
+class ByExampleConfig(SlotConfig):
     """How examples are trained and asked."""
 
     section = "by_example"
@@ -48,8 +45,6 @@ class ByExampleConfig(TaskConfig):
     # In a prompt, of all slots. In training so many other images are shown beside each one.
     max_examples: Annotated[int, Range(least=1, most=64)] = 4
     max_slots: Annotated[int, Range(least=1, most=len(SLOTS))] = 2  # kinds of objects asked for at once, in training
-    max_objects: Objects = 100  # in an answer, noise included
-    noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # objects of no slot, and boxes of none, in training
     sequences_per_image: Annotated[int, Range(least=1, most=100)] = 4  # in training, each with some of the examples
     closeup: bool = True  # examples are read from closeups of their boxes; false: from the whole image
     closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
@@ -59,10 +54,6 @@ class ByExampleConfig(TaskConfig):
     same_share: Share = 0.25  # a further image shows what an earlier one does
     more_share: Share = 0.3  # a further example is in the prompt
     own_share: Share = 0.1  # the example is an object of the same image
-    class_weight: NonNegativeFloat = 3.0  # loss weight of slots and noise, which say what the example teaches
-    eos_weight: NonNegativeFloat = 0.1  # loss weight of the end
-    min_score: Share = 0.5  # least score of an object that counts as found
-    top_p: PositiveShare = 0.4
 
 
 @dataclass(frozen=True)
@@ -93,14 +84,13 @@ class _Lesson:
     box_yxyx: NDArray[np.floating]  # of what the view shows
 
 
-class ByExample(Task[ByExampleConfig]):
+class ByExample(SlotTask[ByExampleConfig]):
     """Where are more of these?"""
 
     name = "by_example"
     config_type = ByExampleConfig
     main_metric = "AP50"
     length_setting = "by_example.max_objects"
-    uses_classes = False
     takes_examples = True
     about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
 
@@ -182,19 +172,8 @@ class ByExample(Task[ByExampleConfig]):
             np.stack([lesson.box_yxyx for lesson in lessons]),
             self.vocab,
         )
-        real = ~target.iscrowd
-        boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
-        slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels[real].tolist()], np.int64)
-        response = self._response(boxes, slots, asked, rng)
-        return Example(
-            prompt,
-            response.inputs,
-            response.targets,
-            response.weights,
-            # Otherwise most of what is learned at first is which slot the prompt names, and not what it means.
-            choices=class_choices(len(response.targets), asked),
-            others=tuple(lesson.view for lesson in lessons),
-        )
+        slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels.tolist()], np.int64)
+        return self.learned(prompt, slots, asked, target, size, rng, others=tuple(lesson.view for lesson in lessons))
 
     def _lesson(
         self, target: Target, i: int, companion: int | None, size: tuple[int, int], rng: np.random.Generator
@@ -207,48 +186,10 @@ class ByExample(Task[ByExampleConfig]):
             closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
         return _Lesson(int(target.labels[i]), OtherView(companion, closeup), frame.to_input_yxyx(box[None])[0])
 
-    def _response(
-        self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: range, rng: np.random.Generator
-    ) -> DetectionResponse:
-        """Return what is answered: objects of slots mixed with others, then boxes without an object.
-
-        If objects of slots came first, where a box stands would say more of its class than the example does.
-        """
-        config = self.config
-        order = rng.permutation(len(boxes))
-        meant = order[slots[order] != NO_SLOT][: config.max_objects]
-        num_noise = min(config.noise_objects, config.max_objects - len(meant))
-        others = order[slots[order] == NO_SLOT][:num_noise]
-        objects = rng.permutation(np.append(meant, others))
-        # Noise is made from all objects, so that it says nothing about which are meant.
-        noisy, labels = add_noise_objects(boxes, np.ones(len(boxes), np.int64), num_noise - len(others), rng)
-        noise = noisy[labels == NOISE_LABEL]
-        return encode_found(
-            np.concatenate([boxes[objects], noise]),
-            np.append(slots[objects], np.full(len(noise), NO_SLOT)),
-            np.arange(len(objects) + len(noise)) < len(objects),
-            asked,
-            self.vocab,
-            rng,
-            class_weight=config.class_weight,
-            eos_weight=config.eos_weight,
-        )
-
     def summary(self, example: Example) -> str:
         """Count examples and the objects that are like them."""
         classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
         return f"{len(example.others)} examples, {int(np.isin(classes, SLOTS).sum())} objects like them"
-
-    def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
-        """Return the objects of slots."""
-        ids = example.targets[example.targets != EOS]
-        groups = ids[: len(ids) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT].reshape(-1, TOKENS_PER_OBJECT)
-        frame = Frame.of_input(size)
-        return [
-            instance_at(group[:4], _category(int(group[4]) - SLOTS[0]), frame, self.vocab)
-            for group in groups
-            if group[4] != NOISE
-        ]
 
     # Asking and answering
 
@@ -275,67 +216,24 @@ class ByExample(Task[ByExampleConfig]):
             np.stack(boxes),
             self.vocab,
         )
-        return Request(prompt, self._generation(len(slots)), subject=subject, references=tuple(references))
-
-    def _generation(self, num_slots: int) -> GenerationConfig:
-        grammar = BoxGrammar(
-            coord_base=self.vocab.coord_base,
-            num_bins=self.vocab.num_bins,
-            class_base=SLOTS[0] - 1,
-            max_label=num_slots,
-            noise_id=NOISE,
-            eos_id=EOS,
-        )
-        return GenerationConfig(
-            TOKENS_PER_OBJECT * self.config.max_objects + 1,
-            grammar=grammar,
-            eos_id=EOS,
-            score_range=(SLOTS[0], SLOTS[0] + num_slots),
-            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
-            with_logprobs=False,
-            score_allowed=True,
-            **self.sampling,
-        )
+        return Request(prompt, self.generation(len(slots)), subject=subject, references=tuple(references))
 
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
         """Return the objects like the examples, best first; of an exam, what was `Found` of each kind."""
         found: list[Any] = []
         for request, completion in zip(requests, completions, strict=True):
             if isinstance(request.subject, Examples):
-                found += self._instances(image, completion, request.subject.names)
+                found += self.instances(image, completion, request.subject.names)
             else:
-                found.append(Found(request.subject, tuple(self._instances(image, completion, ("asked",)))))
+                found.append(Found(request.subject, tuple(self.instances(image, completion, ("asked",)))))
         return found
 
     def parts(
         self, image: EncodedImage, request: Request, completion: Completion
     ) -> list[tuple[int, int, Instance | None]]:
-        """See `Task`: five tokens an object; boxes outside the image are none."""
+        """See `Task`."""
         names = request.subject.names if isinstance(request.subject, Examples) else ("asked",)
-        end = np.flatnonzero(completion.tokens[0] == EOS)
-        length = int(end[0]) if len(end) else completion.tokens.shape[1]
-        found: list[tuple[int, int, Instance | None]] = []
-        for start in range(0, length - length % TOKENS_PER_OBJECT, TOKENS_PER_OBJECT):
-            stop = start + TOKENS_PER_OBJECT
-            objects = self._instances(image, completion.steps(start, stop), names)
-            found.append((start, stop, objects[0] if objects else None))
-        return found
-
-    def _instances(self, image: EncodedImage, completion: Completion, names: Sequence[str]) -> list[Instance]:
-        assert completion.best_tokens is not None
-        assert completion.best_logprobs is not None
-        objects = decode_found(completion.tokens[0], completion.best_tokens[0], completion.best_logprobs[0], self.vocab)
-        known = objects.readable & (objects.labels <= len(names))
-        order = np.argsort(-objects.scores, kind="stable")
-        order = order[known[order]]
-        corners = image.frame().to_image_xy(objects.boxes_yxyx[order].reshape(-1, 2, 2)).reshape(-1, 4)
-        boxes = np.clip(corners, 0, np.tile(image.size, 2)).tolist()
-        found = zip(boxes, objects.labels[order].tolist(), objects.scores[order].tolist(), strict=True)
-        return [
-            Instance((x0, y0, x1, y1), _category(label - 1, names[label - 1]), score)
-            for (x0, y0, x1, y1), label, score in found
-            if x1 > x0 and y1 > y0
-        ]
+        return self.found_parts(image, completion, names)
 
     def parse_about(self, text: str) -> Examples:
         """Read `IMAGE:x0,y0,x1,y1; ...`."""
@@ -403,10 +301,6 @@ class ByExample(Task[ByExampleConfig]):
         """Draw boxes with the names of what they are like, also those of an exam."""
         for answer in answers:
             canvas.instances(answer.instances if isinstance(answer, Found) else [answer])
-
-
-def _category(slot: int, name: str | None = None) -> Category:
-    return Category(slot + 1, slot + 1, f"slot {slot + 1}" if name is None else name)
 
 
 def _shown(about: Examples | Exam) -> list[Shown]:

@@ -1,14 +1,12 @@
 """The task by words: a phrase is answered by the boxes of all objects that it names, none if there are none.
 
-The prompt gives the phrase a slot, an id without a meaning of its own that is drawn anew for each training sequence.
-So the model cannot learn what a slot is; it must read the phrase. Noise objects, among them the other objects of the
-image, teach how likely it is that a box is named.
+The other objects of the image, and boxes of none, are noise: they teach how likely it is that a box is named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,30 +16,28 @@ from numpy.typing import NDArray
 
 from pix2seq.errors import MAX_SHOWN, InputError
 from pix2seq.examples import Example
-from pix2seq.geometry.boxes import box_xyxy_to_yxyx
 from pix2seq.metrics.phrases import Asked, Found, PhraseMetric
-from pix2seq.model.decoding.completion import Completion, GenerationConfig
-from pix2seq.model.decoding.grammar import BoxGrammar
-from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share, ShareBelowOne
-from pix2seq.tasks.objects import Objects, calibrated_instances, instance_at
-from pix2seq.tasks.request import EncodedImage, Frame, Request
-from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.by_words import EXTRA_TOKENS, decode_named, encode_named, phrase_prompt
-from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT, add_noise_objects
+from pix2seq.model.decoding.completion import Completion
+from pix2seq.settings import PositiveInt, Range, Share, ShareBelowOne
+from pix2seq.tasks.request import EncodedImage, Request
+from pix2seq.tasks.slots import SlotConfig, SlotTask
+from pix2seq.tasks.task import TaskConfig
+from pix2seq.tokenizers.by_words import EXTRA_TOKENS, phrase_prompt
+from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
+from pix2seq.tokenizers.slots import NO_SLOT
 from pix2seq.tokenizers.text import UNKNOWN, TextTokenizer, WordTokenizer
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import NOISE, SLOTS
+from pix2seq.vocab import SLOTS
 
 if TYPE_CHECKING:
     from pix2seq.data.phrases import PhraseMaker
     from pix2seq.drawing import Canvas
-    from pix2seq.metrics.calibration import TaskCalibration
 
 EXAM_SEED = 16  # of the phrases that evaluation asks for, with the image's id
 
 
 @dataclass(frozen=True)
-class ByWordsConfig(TaskConfig):
+class ByWordsConfig(SlotConfig):
     """How finding objects by words is trained and asked."""
 
     section = "by_words"
@@ -49,13 +45,8 @@ class ByWordsConfig(TaskConfig):
     phrases: Annotated[int, Range(least=1, most=1000)] = 4  # of an image in a training step
     absent_share: Share = 0.5  # of them that name nothing in the image
     unseen_share: ShareBelowOne = 0.0  # of the combinations of class, colour and texture that training leaves out
-    max_objects: Objects = 20  # in a training sequence, noise included, which fills it up
     max_words: Annotated[int, Range(least=1, most=10_000)] = 24  # text tokens of a phrase
-    noise_weight: NonNegativeFloat = 1.0  # loss weight of the noise class
-    num_objects: Objects | None = None  # boxes to ask for; none given: max_objects
-    min_score: Share = 0.5  # least probability of being named of a box that is an answer
     exam_phrases: PositiveInt = 6  # that evaluation asks of an image
-    top_p: PositiveShare = 0.4
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Exam:
     asked: tuple[Asked, ...]
 
 
-class ByWords(Task[ByWordsConfig]):
+class ByWords(SlotTask[ByWordsConfig]):
     """Which objects are meant?"""
 
     name = "by_words"
@@ -73,7 +64,6 @@ class ByWords(Task[ByWordsConfig]):
     main_metric = "AP50"
     hub_pipeline = "zero-shot-object-detection"
     length_setting = "by_words.max_objects"
-    uses_classes = False
     reads_text = True
     takes_words = True
     about_format = "phrases, separated by semicolons: `striped star; people in blue`"
@@ -102,8 +92,7 @@ class ByWords(Task[ByWordsConfig]):
     @property
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence."""
-        objects = max(self.config.max_objects, self.config.num_objects or 0)
-        return EXTRA_TOKENS + self.config.max_words + TOKENS_PER_OBJECT * objects
+        return EXTRA_TOKENS + self.config.max_words + TOKENS_PER_OBJECT * self.config.max_objects + 1
 
     # Learning
 
@@ -129,108 +118,52 @@ class ByWords(Task[ByWordsConfig]):
         from pix2seq.data.phrases import Scene
 
         scene = Scene.of(target, self._names, size)
-        boxes = (box_xyxy_to_yxyx(target.boxes_xyxy) / np.array([*size, *size])).astype(np.float32)
         found = []
         for _ in range(self.config.phrases):
             drawn = self._maker.draw(scene, rng, absent=bool(rng.random() < self.config.absent_share))
             if drawn is not None:
-                found.append(self._example(drawn.text, drawn.meant, boxes, ~target.iscrowd, rng))
+                slot = int(rng.integers(len(SLOTS)))
+                slots = np.where(np.isin(np.arange(len(target.labels)), drawn.meant), slot, NO_SLOT)
+                prompt = self._prompt(drawn.text, slot)
+                found.append(self.learned(prompt, slots, range(slot, slot + 1), target, size, rng))
         return found
 
-    def _example(
-        self,
-        text: str,
-        meant: Sequence[int],
-        boxes_yxyx: NDArray[np.float32],
-        usable: NDArray[np.bool_],
-        rng: np.random.Generator,
-    ) -> Example:
-        room = self.config.max_objects
-        is_meant = np.isin(np.arange(len(boxes_yxyx)), meant)
-        real = boxes_yxyx[rng.permutation(np.flatnonzero(is_meant))[:room]]
-        others = boxes_yxyx[rng.permutation(np.flatnonzero(~is_meant & usable))[: room - len(real)]]
-        invented = room - len(real) - len(others)
-        made, _ = add_noise_objects(real, np.ones(len(real), np.int64), invented, rng)
-        noise = rng.permutation(np.concatenate([others, made[len(real) :]]))
-        slot = int(rng.choice(SLOTS))
-        response = encode_named(
-            np.concatenate([real, noise]),
-            np.arange(room) < len(real),
-            slot,
-            self.vocab,
-            rng,
-            noise_weight=self.config.noise_weight,
-        )
-        return Example(self._prompt(text, slot), response.inputs, response.targets, response.weights)
-
-    def _prompt(self, text: str, slot: int) -> NDArray[np.int64]:
-        return phrase_prompt(self.vocab.task_id(self.name), slot, _encoded(self.tokenizer, text), self.vocab)
+    def _prompt(self, text: str, slot: int = 0) -> NDArray[np.int64]:
+        return phrase_prompt(self.vocab.task_id(self.name), SLOTS[slot], _encoded(self.tokenizer, text), self.vocab)
 
     # Asking and answering
 
-    def generation(self, slot: int) -> GenerationConfig:
-        """Return how a list of boxes is generated, with the probability of the slot wherever a class comes next."""
-        grammar = BoxGrammar(
-            coord_base=self.vocab.coord_base,
-            num_bins=self.vocab.num_bins,
-            class_base=slot - 1,
-            max_label=1,
-            noise_id=NOISE,
-            eos_id=None,
-        )
-        return GenerationConfig(
-            TOKENS_PER_OBJECT * (self.config.num_objects or self.config.max_objects),
-            grammar=grammar,
-            eos_id=None,
-            score_range=(slot, slot + 1),
-            score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
-            with_logprobs=False,
-            **self.sampling,
-        )
-
     def requests(self, image: EncodedImage, about: Sequence[str] | Exam | None) -> list[Request]:
-        """Return a request for each phrase, with a slot of its own. Raises `InputError` if there is none."""
+        """Return a request for each phrase. Raises `InputError` if there is none."""
         if about is None:
             raise InputError(f"{self.name} is asked about phrases; give some with --find, or Predictor.find")
-        is_exam = isinstance(about, Exam)
-        asked = about.asked if isinstance(about, Exam) else [Asked(text) for text in about]
-        slots = [SLOTS[i % len(SLOTS)] for i in range(len(asked))]
+        asked: Sequence[str | Asked] = about.asked if isinstance(about, Exam) else about
         return [
-            Request(self._prompt(each.text, slot), self.generation(slot), subject=(number, each, is_exam))
-            for number, (each, slot) in enumerate(zip(asked, slots, strict=True), start=1)
+            Request(self._prompt(_text(each)), self.generation(1), subject=(number, each))
+            for number, each in enumerate(asked, start=1)
         ]
 
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
         """Return the objects of at least `min_score`, best first, their class named by the phrase; of an exam all."""
-        found: list[Any] = []
+        named: list[Instance] = []
+        found: list[Found] = []
         for request, completion in zip(requests, completions, strict=True):
-            number, asked, is_exam = request.subject
-            boxes, scores = self._boxes(completion, request.frame(image), image.size)
-            if is_exam:
+            number, asked = request.subject
+            objects = self.instances(image, completion, [_text(asked)])
+            if isinstance(asked, Asked):
+                boxes = np.array([each.box_xyxy for each in objects], np.float64).reshape(-1, 4)
+                scores = np.array([each.score for each in objects], np.float32)
                 found.append(Found(asked, boxes, scores, self.config.min_score))
                 continue
-            category = Category(number, number, asked.text)
-            found += [
-                Instance((b[0], b[1], b[2], b[3]), category, score)
-                for b, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-                if score >= self.config.min_score
-            ]
-        return found if any(request.subject[2] for request in requests) else sorted(found, key=lambda each: -each.score)
+            category = Category(number, number, asked)
+            named += [replace(each, category=category) for each in objects if each.score >= self.config.min_score]
+        return found or sorted(named, key=lambda each: -each.score)
 
-    def _boxes(
-        self, completion: Completion, frame: Frame, size: tuple[int, int]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Return boxes (N, 4) in pixels of an image of `size` (width, height), best first, and their scores (N,)."""
-        assert completion.best_logprobs is not None
-        boxes_yxyx, scores = decode_named(completion.tokens[0], completion.best_logprobs[0], self.vocab)
-        corners = np.clip(frame.to_image_xy(boxes_yxyx.reshape(-1, 2, 2)).reshape(-1, 4), 0, np.tile(size, 2))
-        order = np.argsort(-scores, kind="stable")
-        order = order[(corners[order, 2:] > corners[order, :2]).all(axis=1)]
-        return corners[order], scores[order]
-
-    def calibrated(self, answers: Sequence[Any], calibration: TaskCalibration | None) -> list[Any]:
+    def parts(
+        self, image: EncodedImage, request: Request, completion: Completion
+    ) -> list[tuple[int, int, Instance | None]]:
         """See `Task`."""
-        return list(answers) if calibration is None else calibrated_instances(answers, calibration)
+        return self.found_parts(image, completion, [_text(request.subject[1])])
 
     def parse_about(self, text: str) -> list[str]:
         """Read `PHRASE; PHRASE ...`."""
@@ -300,16 +233,12 @@ class ByWords(Task[ByWordsConfig]):
     def summary(self, example: Example) -> str:
         """Return the phrase, and how many objects it names."""
         words = example.prompt[2:-1] - self.vocab.text_base
-        count = int((example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT] != NOISE).sum())
-        return f"{self.tokenizer.decode(words)!r}: {count} objects"
+        classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
+        return f"{self.tokenizer.decode(words)!r}: {int(np.isin(classes, SLOTS).sum())} objects"
 
-    def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
-        """Return the named objects."""
-        category = Category(1, 1, self.tokenizer.decode(example.prompt[2:-1] - self.vocab.text_base))
-        groups = example.targets.reshape(-1, TOKENS_PER_OBJECT)
-        return [
-            instance_at(group[:4], category, Frame.of_input(size), self.vocab) for group in groups if group[-1] != NOISE
-        ]
+
+def _text(asked: str | Asked) -> str:
+    return asked.text if isinstance(asked, Asked) else asked
 
 
 @lru_cache(maxsize=2**14)
