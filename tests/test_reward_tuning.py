@@ -24,7 +24,7 @@ from pix2seq.model.decoding.grammar import KeypointGrammar
 from pix2seq.model.packing import Layout
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.tasks import get_task
-from pix2seq.tasks.task import Confidence, Task, Verdict
+from pix2seq.tasks.task import Confidence, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.captioning import encode_caption
 from pix2seq.training.config import config_file, load_config
 from pix2seq.training.initialize import with_init_model
@@ -168,7 +168,7 @@ class Toy:
     reads_text = False
 
     def __init__(self, *best):
-        self.best = np.array(best)
+        self.best, self.config = np.array(best), TaskConfig()
 
     def judge(self, captions):
         return lambda example, completion, size: Verdict((completion.tokens == self.best).mean(1))
@@ -250,7 +250,7 @@ def test_the_gradient_is_that_of_the_log_probabilities_times_the_advantages():
 
 def train(data, checkpoint, out, *more, resume="auto"):
     fixed = ["--objective", "reward", "--config", CONFIG, "--resume", resume]
-    return ["train", *fixed, f"data={data}", f"init={checkpoint}", f"out={out}", *QUICK, *more]
+    return ["train", *fixed, "lr=5e-5", f"data={data}", f"init={checkpoint}", f"out={out}", *QUICK, *more]
 
 
 def log(out):
@@ -269,8 +269,10 @@ def test_a_run_logs_rewards_and_the_share_of_sampling(finished):
     lines = log(finished)
     assert len(lines) == 4
     for line in lines:
-        parts = [line[f"loss/{name}"] for name in ALL]
-        parts += [0.01 * line[f"loss/{name}/likelihood"] for name in ALL]
+        assert "loss/detection" not in line  # its loss_weight is 0: it is held by its likelihood alone
+        parts = [line[f"loss/{name}"] for name in ALL if name != "detection"]
+        weights = {name: 0.05 if name == "detection" else 0.01 for name in ALL}
+        parts += [weight * line[f"loss/{name}/likelihood"] for name, weight in weights.items()]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
         assert -1 <= line["loss/segmentation"] < 0
         assert 0 < line["sampling_share"] < 1

@@ -148,7 +148,8 @@ class ByWords(SlotTask[ByWordsConfig]):
         named: list[Instance] = []
         found: list[Found] = []
         for request, completion in zip(requests, completions, strict=True):
-            number, asked = request.subject
+            number: int = request.subject[0]
+            asked: str | Asked = request.subject[1]
             objects = self.instances(image, completion, [_text(asked)])
             if isinstance(asked, Asked):
                 boxes = np.array([each.box_xyxy for each in objects], np.float64).reshape(-1, 4)
@@ -157,7 +158,8 @@ class ByWords(SlotTask[ByWordsConfig]):
                 continue
             category = Category(number, number, asked)
             named += [replace(each, category=category) for each in objects if each.score >= self.config.min_score]
-        return found or sorted(named, key=lambda each: -each.score)
+        named.sort(key=lambda each: -each.score)
+        return [*found, *named]
 
     def parts(
         self, image: EncodedImage, request: Request, completion: Completion

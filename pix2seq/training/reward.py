@@ -49,6 +49,9 @@ class RewardConfig(Settings):
     # Of the log-probability of annotated sequences, which holds the model. Most advantages are below 1, and those of
     # masks below 0.1, so more would train by likelihood.
     likelihood_weight: NonNegativeFloat = 0.01
+    # By task, in place of `likelihood_weight` times its loss_weight. A task with loss_weight 0 is not rewarded; it is
+    # held where it is by its likelihood alone.
+    likelihood_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ class Rewards:
 
     def likelihood_weights(self, loss_weights: Mapping[str, float]) -> dict[str, float]:
         """Return the weights of the likelihood of annotated sequences, from those of the tasks."""
-        return {likelihood_name(name): self.config.likelihood_weight * each for name, each in loss_weights.items()}
+        return {likelihood_name(name): self._likelihood_weight(name, each) for name, each in loss_weights.items()}
+
+    def _likelihood_weight(self, task: str, loss_weight: float) -> float:
+        return self.config.likelihood_weights.get(task, self.config.likelihood_weight * loss_weight)
 
     def sample(self, batch: Batch, step: int) -> SampledBatch:
         """Answer the prompts of a batch that kept its samples, and return the answers as a batch to learn from.
@@ -102,20 +108,20 @@ class Rewards:
         """
         answers: list[dict[str, list[Example]]] = [{} for _ in batch.samples]
         counts: Counter[str] = Counter()
-        rewards = dict.fromkeys(batch.tasks, 0.0)
+        rewards = {name: 0.0 for name in batch.tasks if self._is_rewarded(name)}
         for asked, completion in self.draw(batch, step):
             verdict = self.judges[asked.task](asked.example, completion, self.model.config.image_size)
             counts[asked.task] += len(verdict.rewards)
             rewards[asked.task] += float(verdict.rewards.sum())
             learned = answers_to_learn(asked.example, completion, verdict, self._generation(asked))
             answers[asked.image].setdefault(asked.task, []).extend(learned)
-        names = list(batch.tasks)
-        if self.config.likelihood_weight:
-            names += [likelihood_name(name) for name in batch.tasks]
-            for sample, learned_of in zip(batch.samples, answers, strict=True):
-                for name, examples in sample.examples.items():
-                    learned_of[likelihood_name(name)] = list(examples)
-                    counts[likelihood_name(name)] += len(examples)
+        weights = {name: self.tasks[name].config.loss_weight for name in batch.tasks}
+        held = [name for name, weight in weights.items() if self._likelihood_weight(name, weight)]
+        names = [*rewards, *map(likelihood_name, held)]
+        for sample, learned_of in zip(batch.samples, answers, strict=True):
+            for name in (name for name in sample.examples if name in held):
+                learned_of[likelihood_name(name)] = list(sample.examples[name])
+                counts[likelihood_name(name)] += len(sample.examples[name])
         samples = [replace(sample, examples=some) for sample, some in zip(batch.samples, answers, strict=True)]
         joined = collate(samples, names, images=batch.images)
         values = {each.name: getattr(joined, each.name) for each in fields(Batch)}
@@ -130,7 +136,7 @@ class Rewards:
         """
         model, num_samples = self.model, self.config.num_samples
         assert not model.training
-        placed, _ = place(batch.samples)
+        placed = [each for each in place(batch.samples)[0] if self._is_rewarded(each.task)]
         found: list[tuple[Placed, Completion]] = []
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             memory = memories(model, batch.images.to(model.device), batch)
@@ -147,6 +153,9 @@ class Rewards:
                 )
                 found += zip(some, out.completions(num_samples), strict=True)
         return found
+
+    def _is_rewarded(self, task: str) -> bool:
+        return self.tasks[task].config.loss_weight > 0
 
     def _prompts_at_once(self) -> int:
         decoder = self.model.decoder
