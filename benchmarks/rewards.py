@@ -65,9 +65,8 @@ def measure_step(objective: str, settings: Sequence[str], out: Path) -> float:
     return (more - few) / (MORE - FEW)
 
 
-def tune(objective: str, settings: Sequence[str], minutes: float, out: Path) -> dict[str, Any]:
-    """Train for `minutes` of CPU time; return the metrics after the last step, and what the run cost."""
-    seconds = measure_step(objective, settings, out)
+def tune(objective: str, settings: Sequence[str], minutes: float, seconds: float, out: Path) -> dict[str, Any]:
+    """Train for `minutes` at `seconds` of CPU time a step; return the metrics at its end, and what the run cost."""
     steps = max(round(60 * minutes / seconds), 1)
     train(objective, [*settings, f"steps={steps}"], out)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -104,13 +103,10 @@ def _main(argv: Sequence[str]) -> None:
         common = [f"data={data}", f"init={args.init}", "trackers=[]", "num_workers=0", "device=cpu", "eval_every=0"]
         own = [text.removeprefix(f"{objective}:") for text in args.settings if text.startswith(f"{objective}:")]
         own += [text for text in args.settings if ":" not in text.partition("=")[0]]
+        settings = [*common, f"eval_images={args.images}", "checkpoint_every=1000000", *own]
+        seconds = measure_step(objective, settings, args.out / objective)
         results = [
-            tune(
-                objective,
-                [*common, f"eval_images={args.images}", "checkpoint_every=1000000", *own, f"seed={seed}"],
-                args.minutes,
-                args.out / objective,
-            )
+            tune(objective, [*settings, f"seed={seed}"], args.minutes, seconds, args.out / objective)
             for seed in args.seeds
         ]
         row: dict[str, Any] = {"name": objective, "settings": own}
