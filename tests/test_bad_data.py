@@ -22,7 +22,7 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.geometry.polygons import rle_to_mask
-from pix2seq.tasks.captioning import Captioning
+from pix2seq.tasks.captioning import Captioning, CaptioningConfig
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.vocab import Vocab
 
@@ -294,7 +294,7 @@ def test_training_skips_what_the_check_names_and_evaluation_refuses_it(tmp_path)
             read_record_image(image)
 
     class Encoder:
-        tasks = MappingProxyType({"captioning": Captioning})
+        tasks = MappingProxyType({"captioning": Captioning(CaptioningConfig(), Vocab(), ())})
         model = SimpleNamespace(categories=())
 
         def require(self, name): ...

@@ -40,7 +40,9 @@ class Scenes:
         rng = np.random.default_rng(0)
         self.targets = [self.scene(i, width, height, rng) for i, (width, height) in enumerate(SIZES)]
         self.images = [target.image for target in self.targets]
-        self.annotations = SimpleNamespace(labels=np.concatenate([target.labels for target in self.targets]))
+        self.annotations = SimpleNamespace(
+            labels=np.concatenate([target.labels for target in self.targets]), all_captions=list
+        )
 
     def scene(self, number, width, height, rng):
         rings, points = [], []

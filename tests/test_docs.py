@@ -63,6 +63,7 @@ SMALLER = {
 }
 FEW = [*SHORT, "batch_size=4", "num_workers=0", "eval_images=2", "eval_batch_size=2"]
 FROM_SHAPES = {
+    "configs/detection_voc.yaml": FEW,
     "configs/prompted_shapes.yaml": [*FEW, "prompted.grid=2", "prompted.max_clicks=2", "prompted.num_samples=2"],
     "configs/matching_shapes.yaml": FEW,
     "configs/by_words_shapes.yaml": FEW,

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_help_ends_with_examples_that_parse(words):
     assert head == "examples:"
     assert examples
     for example in examples:
-        typed = example.partition(" > ")[0].partition("#")[0].replace("'", "").split()
+        typed = shlex.split(example.partition(" > ")[0].partition("#")[0])
         assert typed[: 1 + len(words)] == ["pix2seq", *words] or words == ["data"]
         args, others = make_parser().parse_known_args(typed[1:])
         assert hasattr(args, "run")

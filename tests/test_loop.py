@@ -112,7 +112,9 @@ def test_an_unknown_best_metric_is_reported_after_the_run_is_saved(data, tmp_pat
 )
 def test_steps_are_recorded_only_where_a_recording_has_all_that_changes(settings, expected):
     config = load_config(None, ["cuda_graphs=true", *settings])
-    trainer = SimpleNamespace(config=config, ranks=SimpleNamespace(device=torch.device("cuda"), size=1), rewards=None)
+    trainer = SimpleNamespace(
+        config=config, ranks=SimpleNamespace(device=torch.device("cuda"), size=1), rewards=None, _has_contrast=False
+    )
     assert _Trainer._records_steps(trainer) is expected
     trainer.ranks.size = 2
     assert not _Trainer._records_steps(trainer)

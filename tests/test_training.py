@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -180,6 +181,8 @@ def test_a_loss_that_is_not_finite_is_that_of_its_task_alone():
 
 class SquaredNorms:
     """An objective without tokens: the mean squared norm of an image's memory."""
+
+    state: ClassVar = {}
 
     def counts(self, batch):
         return {"norm": float(len(batch.images))}
