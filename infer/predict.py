@@ -101,8 +101,10 @@ def predict_files(
     finders = {name: task for name, task in predictor.tasks.items() if task.takes_words or task.takes_examples}
     wanted = [name for name, task in finders.items() if (find and task.takes_words) or (like and task.takes_examples)]
     if tasks is None:
-        others = [name for name in predictor.tasks if name not in finders]
-        tasks = tuple(wanted or (predictor.tasks if about is not None else others))
+        others = [name for name, task in predictor.tasks.items() if about is not None or not task.needs_about]
+        tasks = tuple(wanted or others)
+    if not tasks:
+        raise InputError(f"{', '.join(predictor.tasks)} must be told what to look for; give --about, --find or --like")
     for option, words, takes in (("--find", find, "takes_words"), ("--like", like, "takes_examples")):
         if words and not any(getattr(task, takes) for name, task in finders.items() if name in tasks):
             means = "words" if option == "--find" else "examples"

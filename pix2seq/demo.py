@@ -56,7 +56,8 @@ def show_demo(
 
     print("3/3  drawing")
     shown = range(min(NUM_SHOWN, len(dataset)))
-    predictions = predictor.predict_batch([dataset.images[i].path for i in shown], tuple(predictor.tasks))
+    tasks = [name for name, task in predictor.tasks.items() if not task.needs_about]
+    predictions = predictor.predict_batch([dataset.images[i].path for i in shown], tasks)
     _draw(predictions, out)
     table = demo_table(result, dataset, predictions)
     (out / "table.txt").write_text(table, encoding="utf-8")

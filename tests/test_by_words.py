@@ -414,3 +414,11 @@ def test_the_task_takes_targets_of_other_classes(task, shapes):
     texts = [asked.text for i in range(4) for asked in other.questions(shapes.target(i), None)[""].asked]
     assert any("gizmo" in text for text in texts)
     assert not any("star" in text.split() for text in texts)
+
+
+def test_a_checkpoint_that_must_be_told_what_to_look_for_says_so(checkpoint, shapes, tmp_path, capsys):
+    image = str(shapes.target(0).image.path)
+    assert main(["predict", image, "--checkpoint", str(checkpoint), "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert "by_words must be told what to look for; give --about, --find or --like" in line
+    assert not list(tmp_path.glob("*.json"))

@@ -30,13 +30,14 @@ from pix2seq.geometry.polygons import rasterize
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.decoding.generate import Completion
 from pix2seq.model.pix2seq import build_model
-from pix2seq.tasks import get_task
+from pix2seq.tasks import BUILT_IN, get_task
 from pix2seq.tasks.captioning import CaptioningConfig
 from pix2seq.tasks.detection import DetectionConfig
 from pix2seq.tasks.keypoint import Keypoint, KeypointConfig
 from pix2seq.tasks.objects import token_score, weighted_score
 from pix2seq.tasks.request import Frame
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
+from pix2seq.tasks.task import Task
 from pix2seq.tokenizers.captioning import decode_caption
 from pix2seq.tokenizers.text import WordTokenizer
 from pix2seq.training.initialize import initialize_from
@@ -515,3 +516,8 @@ def test_instances_in_json(shapes):
     assert content["bbox"] == [1, 2, 3, 6]
     assert content["mask_score"] == 0.25
     assert "keypoint_score" not in content
+
+
+def test_tasks_say_whether_someone_must_tell_what_to_look_for():
+    told = {name for name in BUILT_IN if Task.needs_about.fget(get_task(name))}
+    assert told == {"by_example", "by_words", "matching"}

@@ -135,6 +135,11 @@ class Task(ABC, Generic[Config]):
         return 0
 
     @property
+    def needs_about(self) -> bool:
+        """Whether it cannot be asked about a whole image alone: someone has to say what to look for."""
+        return self.about_format is not None and not self.needs and not self.takes_clicks
+
+    @property
     def flips(self) -> bool:
         """Whether the task learns from mirrored images."""
         return True

@@ -30,7 +30,6 @@ from pix2seq.drawing import category_color
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
 from pix2seq.search import search
-from pix2seq.tasks.task import Task
 from pix2seq.types import Clicks, ObjectMask
 from pix2seq.web.answers import drawings_to_json, sequences_to_json, without_unlikely
 from pix2seq.web.examples import ExampleImage
@@ -182,7 +181,7 @@ class Asker:
     ) -> bytes:
         """Answer a request as JSON. Raises `InputError` if it cannot be."""
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        names = names or [name for name, task in self.predictor.tasks.items() if about or not needs_about(task)]
+        names = names or [name for name, task in self.predictor.tasks.items() if about or not task.needs_about]
         for name in names:
             self.predictor.require(name)
         asked = {name: self.predictor.tasks[name] for name in names}
@@ -377,7 +376,7 @@ def describe(predictor: Predictor) -> dict[str, Any]:
                 "name": name,
                 "needs": task.needs,
                 "about_format": task.about_format,
-                "needs_about": needs_about(task),
+                "needs_about": task.needs_about,
                 "takes_clicks": task.takes_clicks,
             }
             for name, task in predictor.tasks.items()
@@ -390,11 +389,6 @@ def describe(predictor: Predictor) -> dict[str, Any]:
         "num_bins": predictor.model.config.vocab.num_bins,
         "image_size": predictor.model.config.image_size,
     }
-
-
-def needs_about(task: Task[Any]) -> bool:
-    """Return whether a task cannot be asked about a whole image alone."""
-    return task.about_format is not None and not task.needs and not task.takes_clicks
 
 
 def _failure(status: int, message: str) -> JSONResponse:
