@@ -268,8 +268,9 @@ class Predictor:
         ]
         exchanges = [Exchange([], [], []) for _ in encoded]
         left = list(range(len(encoded)))
+        held: dict[_Key, Tensor] = {}  # memories of closeups that the step before read, which the next may read again
         while left:
-            completions = iter(self._complete(asked, [encoded[i] for i in left], requests, seed))
+            completions = iter(self._complete(asked, [encoded[i] for i in left], requests, seed, held))
             said = [[next(completions) for _ in some] for some in requests]
             further: dict[int, list[Request]] = {}
             for i, some, completed in zip(left, requests, said, strict=True):
@@ -740,10 +741,16 @@ class Predictor:
             return self.model.look_closer(maps, frames, [number[id(image)] for image, _ in asked])
 
     def _complete(
-        self, task: Task[Any], images: Sequence[EncodedImage], requests: Sequence[Sequence[Request]], seed: int
+        self,
+        task: Task[Any],
+        images: Sequence[EncodedImage],
+        requests: Sequence[Sequence[Request]],
+        seed: int,
+        held: dict[_Key, Tensor] | None = None,
     ) -> list[Completion]:
         """Answer the requests about each image, in as few calls as memory allows, and return completions in order.
 
+        `held` are memories of closeups that need not be made again; those that were read take their place.
         Warns if an answer was cut at its length.
         """
         asked = [(image, request) for image, some in zip(images, requests, strict=True) for request in some]
@@ -753,9 +760,12 @@ class Predictor:
             embeddings = self._embed_sentences([asked[i][1].prompt for i in embedded])
             for i, embedding in zip(embedded, embeddings, strict=True):
                 completions[i] = Completion.of_embedding(embedding)
+        held = {} if held is None else held
+        before = dict(held)
+        held.clear()
         for batch in self._batches(asked):
             some = [asked[i] for i in batch]
-            memory, memory_index = self._memories(some)
+            memory, memory_index = self._memories(some, before, held)
             with torch.inference_mode(), self._autocast():
                 out = self.model.generate_mixed(
                     memory,
@@ -802,9 +812,15 @@ class Predictor:
             memories.add(key)
         return batches
 
-    def _memories(self, asked: Sequence[tuple[EncodedImage, Request]]) -> tuple[Tensor, list[int]]:
+    def _memories(
+        self,
+        asked: Sequence[tuple[EncodedImage, Request]],
+        known: Mapping[_Key, Tensor],
+        held: dict[_Key, Tensor],
+    ) -> tuple[Tensor, list[int]]:
         """Memories (B, N, D) of all that is asked about, each once, and which is whose.
 
+        Closeups that are `known` are not made again; all that are read are put into `held`.
         Where requests have references, K for each, memories are joined: (B, (1 + K) * N, D).
         """
         keys = {(id(image), request.memory_key): (image, request) for image, request in asked}
@@ -827,8 +843,10 @@ class Predictor:
         for some in _chunks(list(crops), MAX_CROPS):
             encoded = self._encode_pixels([crops[key] for key in some])
             memories |= {key: memory for key, (memory, _, _) in zip(some, encoded, strict=True)}
-        for some in _chunks(list(closeups), MAX_CLOSEUPS):
-            memories |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
+        held |= {key: known[key] for key in closeups if key in known}
+        for some in _chunks([key for key in closeups if key not in held], MAX_CLOSEUPS):
+            held |= zip(some, self._look_closer([closeups[key] for key in some]), strict=True)
+        memories |= {key: held[key] for key in closeups}
         number = {key: i for i, key in enumerate(keys)}
         index = [number[id(image), request.memory_key] for image, request in asked]
         joined = [self._joined(memories[id(image), r.own_key], r.references, memories) for image, r in keys.values()]

@@ -474,6 +474,18 @@ def test_bad_clicks_end_in_a_line(predictor, points, options, message):
         predictor.click(image, points, **options)
 
 
+def test_an_answer_is_rated_on_the_closeup_that_it_was_read_from(predictor, shapes, monkeypatch):
+    image = predictor.encode(shapes.target(0).image.path)
+    made = []
+    look_closer = predictor._look_closer
+    monkeypatch.setattr(predictor, "_look_closer", lambda asked: made.extend(asked) or look_closer(asked))
+    exchange = predictor._ask("prompted", [image], [Clicks(((30.0, 30.0),), (True,))], seed=0)[0]
+    read = [request.closeup.xyxy.tolist() for request in exchange.requests if request.closeup is not None]
+    distinct = {tuple(frame) for frame in read}
+    assert len(read) == 2 * len(distinct) > 0  # an outline and a rating each
+    assert len(made) == len(distinct)
+
+
 def test_what_is_not_clicks_is_refused(predictor):
     with pytest.raises(InputError, match="asked about Clicks, got list"):
         predictor.ask("prompted", [np.zeros((48, 64, 3), np.uint8)], [[(1, 1)]])
