@@ -270,8 +270,8 @@ def test_a_run_logs_rewards_and_the_share_of_sampling(finished):
     assert len(lines) == 4
     for line in lines:
         assert "loss/detection" not in line  # its loss_weight is 0: it is held by its likelihood alone
-        parts = [line[f"loss/{name}"] for name in ALL if name != "detection"]
-        weights = {name: 0.05 if name == "detection" else 0.01 for name in ALL}
+        parts = [line[f"loss/{name}"] * (0.3 if name == "keypoint" else 1) for name in ALL if name != "detection"]
+        weights = {name: 0.05 if name in ("detection", "keypoint") else 0.01 for name in ALL}
         parts += [weight * line[f"loss/{name}/likelihood"] for name, weight in weights.items()]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
         assert -1 <= line["loss/segmentation"] < 0
