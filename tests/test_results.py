@@ -140,9 +140,9 @@ def test_threshold_and_classes_leave_objects_out_before_they_are_asked_about(pre
     asked = []
     original = Predictor._complete
 
-    def counting(self, task, images, requests, seed):
+    def counting(self, task, images, requests, seed, held):
         asked.append((task.name, len(requests[0])))
-        return original(self, task, images, requests, seed)
+        return original(self, task, images, requests, seed, held)
 
     monkeypatch.setattr(Predictor, "_complete", counting)
     masks = predictor.segment(image, threshold=0.1, classes=best, num_samples=1)
