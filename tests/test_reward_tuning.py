@@ -331,7 +331,7 @@ def test_a_task_without_a_reward_and_images_without_truth_are_refused(rewards):
 def test_truth_adds_its_weight_to_a_true_caption(rewards, data):
     dataset, task = open_dataset(data, "train"), rewards.tasks["captioning"]
     target = ClassMap(dataset.categories, rewards.model.categories).to_model(dataset.target(0))
-    plain, with_truth = task.judge([]), task.with_settings(truth_weight=3.0).judge([])
+    plain, with_truth = (task.with_settings(truth_weight=weight).judge([]) for weight in (0.0, 3.0))
     more = []
     for text in (target.captions[0], "there is a purple castle"):
         ids = encode_caption(text, task.tokenizer, task.vocab, max_tokens=40)
