@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,7 +21,7 @@ from pix2seq.data.formats.coco_files import find_files
 from pix2seq.data.image_files import ImageFinder
 from pix2seq.data.read_ahead import read_ahead
 from pix2seq.errors import InputError
-from pix2seq.files import output_folder, read_json, report_write_errors
+from pix2seq.files import check_new_folder, new_folder, output_folder, read_json, report_write_errors
 from pix2seq.infer.outputs import as_json
 from pix2seq.predictor import Predictor
 from pix2seq.tasks.request import EncodedImage
@@ -92,7 +90,7 @@ class CaptionFile:
 
     def write(self, out: Path, captions: Sequence[Entry], report: Mapping[str, Any], report_name: str) -> None:
         """Write a data set with these captions and a report, linked to this one for all else."""
-        with _filling(out) as folder, report_write_errors(out, "writing captions", then="run the command again"):
+        with new_folder(out) as folder, report_write_errors(out, "writing captions", then="run the command again"):
             _link(self.root.resolve(), folder, self.name.parts)
             content = json.dumps(self.content | {"annotations": list(captions)}) + "\n"
             (folder / self.name).write_text(content, encoding="utf-8")
@@ -256,26 +254,9 @@ def _is_image(entry: Any) -> bool:
 
 
 def _check_new(out: Path) -> None:
-    """Raise `InputError` unless a folder is new or empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already exists and is not an empty folder; name a new one, or remove it first")
+    """Raise `InputError` unless a folder can be written and is new or empty, before the model is asked anything."""
+    check_new_folder(out)
     output_folder(out.parent)
-
-
-@contextmanager
-def _filling(out: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes `out` if all goes well."""
-    _check_new(out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link(root: Path, folder: Path, replaced: Sequence[str]) -> None:

@@ -9,14 +9,17 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from pix2seq.errors import InputError, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 MANIFEST_FILE = "manifest.json"
@@ -52,14 +55,19 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise `InputError` if a path exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} already exists and is not an empty folder; name a new one, or remove it first")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to write into, which becomes `path` once all is written, and is removed if that fails.
 
     Raises `InputError` if `path` exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} already exists and is not an empty folder; name a new one, or remove it first")
+    check_new_folder(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -130,6 +138,20 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replace a safetensors file; a crash leaves either the old or the new file, complete."""
+    from safetensors.torch import save_file  # here, because `pix2seq.runtime` has no torch
+
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_bytes(b"")
+    mode = partial.stat().st_mode  # safetensors creates files that only their owner can read
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    partial.chmod(mode)
+    fsync_file(partial)
+    partial.replace(path)
+    fsync_folder(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 from colours import SeeingColours
 
-import pix2seq.data.image_index
 import pix2seq.data.loader
 import pix2seq.files
 import pix2seq.search
@@ -40,7 +39,7 @@ PREDICTION_POINTS = {
 }
 INDEX_POINTS = {
     "embedding": (SeeingColours, "embed"),
-    "writing a file": (pix2seq.data.image_index, "fsync_file"),
+    "writing a file": (pix2seq.files, "fsync_file"),
     "replacing a file": (Path, "replace"),
     "joining files": (torch, "cat"),
     "removing a file": (Path, "unlink"),

@@ -12,6 +12,7 @@ from unittest import mock
 import frozen_ranks
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from forked import forked, run_ranks
 from safetensors.torch import load_file
@@ -214,7 +215,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(data, tmp_path):
 
 def store_and_die(data, out, calls):
     """Write features, and kill the process in the middle of file number `calls`."""
-    original = pix2seq.data.features.save_file
+    original = safetensors.torch.save_file
     done = 0
 
     def dying(tensors, path, metadata):
@@ -225,7 +226,7 @@ def store_and_die(data, out, calls):
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(pix2seq.data.features, "save_file", dying):
+    with mock.patch.object(safetensors.torch, "save_file", dying):
         store_features(config(data), out, shard_bytes=4 * IMAGE_BYTES)
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +22,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from pix2seq.data.defects import MAX_BAD_SHARE, Defect, refuse_bad_share
 from pix2seq.data.formats.builder import Dataset
 from pix2seq.data.image import read_record_image
+from pix2seq.data.read_ahead import read_batches_ahead
 from pix2seq.data.transforms import AugmentConfig, augmented_pixels, random_affine
 from pix2seq.errors import InputError
-from pix2seq.files import free_bytes, fsync_file, output_folder, report_write_errors, write_atomically
+from pix2seq.files import free_bytes, output_folder, report_write_errors, write_atomically, write_tensors
 from pix2seq.geometry.affine import Affine
 from pix2seq.types import ImageRecord
 
 FORMAT = 1  # of the index
 SHARD_BYTES = 256 << 20
-_READERS = 4  # threads that decode images, two batches ahead
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -232,7 +229,8 @@ def write_features(
             features = torch.empty(len(numbers), count, num_features, dim, dtype=_DTYPES[dtype])
             rows: list[tuple[int, int, int]] = []
             affines: list[list[tuple[float, ...]]] = []
-            for batch in _read_ahead(images, numbers, batch_size):
+            batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+            for batch in read_batches_ahead(batches, lambda number: read_record_image(images[number]), ahead=2):
                 inputs, first = [], len(rows)
                 for number, pixels in batch:
                     image = images[number]
@@ -256,7 +254,9 @@ def write_features(
                 "affines": torch.tensor(affines, dtype=torch.float64).reshape(-1, count, 4),
                 "images": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
             }
-            _write_shard(path, tensors, key)
+            num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            with report_write_errors(path, "writing features", num_bytes=num_bytes, then="run the command again"):
+                write_tensors(path, tensors, {"key": key})
 
     tensors_of = {path: _map_shard(path)[0] for path in shards}
     stored = [row for part in tensors_of.values() for row in part["images"].tolist()]
@@ -299,35 +299,3 @@ def _is_whole(path: Path, key: str) -> bool:
             "remove it"
         )
     return True
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with report_write_errors(path, "writing features", num_bytes=num_bytes, then="run the command again"):
-        partial.write_bytes(b"")
-        mode = partial.stat().st_mode  # safetensors creates files that only their owner can read
-        save_file(tensors, partial, metadata={"key": key})
-        partial.chmod(mode)
-        fsync_file(partial)
-        partial.replace(path)
-
-
-def _read_ahead(
-    images: Sequence[ImageRecord], numbers: Sequence[int], batch_size: int
-) -> Iterator[list[tuple[int, NDArray[np.uint8] | InputError]]]:
-    """Yield batches of pixels, or of the error of an image that cannot be used, each with the image's number."""
-
-    def read(number: int) -> tuple[int, NDArray[np.uint8] | InputError]:
-        try:
-            return number, read_record_image(images[number])
-        except InputError as error:
-            return number, error
-
-    ahead: deque[list[Future[tuple[int, NDArray[np.uint8] | InputError]]]] = deque()
-    with ThreadPoolExecutor(_READERS) as pool:
-        batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-        for some in [*batches, (), ()]:
-            ahead.append([pool.submit(read, number) for number in some])
-            if len(ahead) > 2 and (done := ahead.popleft()):
-                yield [future.result() for future in done]

@@ -23,11 +23,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pix2seq.errors import InputError
-from pix2seq.files import fsync_file, fsync_folder, output_folder, read_json, report_write_errors, write_atomically
+from pix2seq.files import (
+    fsync_folder,
+    output_folder,
+    read_json,
+    report_write_errors,
+    write_atomically,
+    write_tensors,
+)
 
 INDEX_FILE = "index.json"
 FORMAT = 1  # of index.json
@@ -188,14 +194,7 @@ class ImageIndex:
 
     def _write(self, number: int, images: Sequence[Stamp], embeddings: Tensor) -> _Shard:
         path = self.folder / f"images-{number:06d}.safetensors"
-        partial = path.with_name(f".partial-{path.name}")
+        header = {"model": self.model, "images": json.dumps(images)}
         with report_write_errors(path, "writing an index", num_bytes=embeddings.nbytes, then="run the command again"):
-            partial.write_bytes(b"")
-            mode = partial.stat().st_mode  # safetensors creates files that only their owner can read
-            header = {"model": self.model, "images": json.dumps(images)}
-            save_file({_KEY: embeddings.contiguous()}, partial, metadata=header)
-            partial.chmod(mode)
-            fsync_file(partial)
-            partial.replace(path)
-            fsync_folder(path.parent)
+            write_tensors(path, {_KEY: embeddings}, header)
         return self._open(path)

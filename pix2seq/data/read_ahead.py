@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,26 +18,31 @@ from pix2seq.errors import InputError
 NUM_READERS = 4  # threads
 
 ReadImage: TypeAlias = tuple[int, NDArray[np.uint8] | InputError]
-"""The position of a path, and the pixels (H, W, 3) of its image or why it cannot be read."""
+"""The number of an image, and its pixels (H, W, 3) or why it cannot be read."""
 
 
 def read_ahead(paths: Sequence[Path], batch_size: int) -> Iterator[list[ReadImage]]:
     """Yield all images in order, in batches that fit in memory; the next batch is read meanwhile."""
+    return read_batches_ahead(_batches(paths, batch_size), lambda position: read_image(paths[position]), ahead=1)
 
-    def read(position: int) -> ReadImage:
+
+def read_batches_ahead(
+    batches: Iterable[Sequence[int]], read: Callable[[int], NDArray[np.uint8]], *, ahead: int
+) -> Iterator[list[ReadImage]]:
+    """Yield the images of each batch of numbers, as `read` gives them, while the next `ahead` batches are read."""
+
+    def attempt(number: int) -> ReadImage:
         try:
-            return position, read_image(paths[position])
+            return number, read(number)
         except InputError as error:
-            return position, error
+            return number, error
 
+    waiting: deque[list[Future[ReadImage]]] = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        ahead: list[Future[ReadImage]] = []
-        for some in _batches(paths, batch_size):
-            ready, ahead = ahead, [pool.submit(read, position) for position in some]
-            if ready:
+        for some in chain(batches, [()] * ahead):
+            waiting.append([pool.submit(attempt, number) for number in some])
+            if len(waiting) > ahead and (ready := waiting.popleft()):
                 yield [future.result() for future in ready]
-        if ahead:
-            yield [future.result() for future in ahead]
 
 
 def _batches(paths: Sequence[Path], batch_size: int) -> Iterator[range]:
