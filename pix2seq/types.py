@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -113,18 +113,22 @@ class Target:
 
     def only(self, index: int) -> Target:
         """Return the target with one of its objects."""
-        one = slice(index, index + 1)
+        return self.subset([index])
+
+    def subset(self, indices: Sequence[int]) -> Target:
+        """Return the target with these of its objects, in this order."""
+        rows = np.asarray(indices, np.int64)
         return replace(
             self,
-            boxes_xyxy=self.boxes_xyxy[one],
-            labels=self.labels[one],
-            areas=self.areas[one],
-            iscrowd=self.iscrowd[one],
-            annotation_ids=self.annotation_ids[one],
-            segmentations=self.segmentations[one],
-            keypoints=self.keypoints[one],
-            attributes=self.attributes[one],
-            difficult=None if self.difficult is None else self.difficult[one],
+            boxes_xyxy=self.boxes_xyxy[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            iscrowd=self.iscrowd[rows],
+            annotation_ids=self.annotation_ids[rows],
+            segmentations=tuple(self.segmentations[i] for i in indices),
+            keypoints=self.keypoints[rows],
+            attributes=tuple(self.attributes[i] for i in indices if self.attributes),
+            difficult=None if self.difficult is None else self.difficult[rows],
         )
 
 

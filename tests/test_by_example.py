@@ -27,7 +27,8 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate, measure, merge_measured
 from pix2seq.examples import Example, OtherView, Readings, Sample, collate
-from pix2seq.metrics.presence import Found, PresenceMetric, matthews
+from pix2seq.metrics.correlation import matthews
+from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.model.encoders.vit import VisionTransformer
 from pix2seq.runtime.runner import Runner
 from pix2seq.tasks.by_example import ByExample, Examples

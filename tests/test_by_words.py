@@ -19,7 +19,8 @@ from pix2seq.data.shapes import write_shapes
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
-from pix2seq.metrics.phrases import Asked, Found, PhraseMetric, matthews
+from pix2seq.metrics.correlation import matthews
+from pix2seq.metrics.phrases import Asked, Found, PhraseMetric
 from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.results import Instances
@@ -342,7 +343,7 @@ def test_matthews_correlation_by_its_table(pairs):
     tp, fn, fp, tn = table[True, True], table[True, False], table[False, True], table[False, False]
     below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     expected = (tp * tn - fp * fn) / np.sqrt(below) if below else None
-    assert matthews(pairs) == (None if expected is None else pytest.approx(expected))
+    assert matthews(*np.array(pairs, bool).T) == (None if expected is None else pytest.approx(expected))
 
 
 def test_evaluation_asks_by_the_annotations_half_in_vain(shapes, task):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,13 @@ class Segment:
     is_crowd: bool = False
 
 
+class _Map(NamedTuple):
+    """Segments without overlap."""
+
+    numbers: NDArray[np.int64]  # (H, W) of each pixel's segment, -1 for none
+    class_ids: list[int]  # of each segment
+
+
 class PanopticQuality:
     """Sums over images, from which the scores follow."""
 
@@ -51,9 +59,9 @@ class PanopticQuality:
         if not truths and not found:
             return
         shape = (truths or found)[0].mask.shape
-        true_map, true_classes = self._flatten([s for s in truths if not s.is_crowd], shape, min_left=0.0)
-        found_map, found_classes = self._flatten(found, shape, min_left=MIN_LEFT)
-        unlabelled = true_map < 0
+        true = self._flatten([s for s in truths if not s.is_crowd], shape, min_left=0.0)
+        seen = self._flatten(found, shape, min_left=MIN_LEFT)
+        unlabelled = true.numbers < 0
         crowds: dict[int, Mask] = {}  # by class
         for segment in truths:
             if segment.is_crowd:
@@ -61,8 +69,8 @@ class PanopticQuality:
                 crowds[segment.class_id] = before | segment.mask & unlabelled
         in_crowds = np.logical_or.reduce([np.zeros(shape, np.bool_), *crowds.values()])
         void = unlabelled & ~in_crowds if self.stuff_ids else np.zeros(shape, np.bool_)
-        self._count_pixels(true_map, true_classes, found_map, found_classes, void | in_crowds)
-        self._match(true_map, true_classes, found_map, found_classes, void, crowds)
+        self._count_pixels(true, seen, void | in_crowds)
+        self._match(true, seen, void, crowds)
 
     def result(self) -> dict[str, float | None]:
         """Return PQ, its factors SQ and RQ, and the mean IoU, over the classes that occur; None if none does."""
@@ -79,10 +87,8 @@ class PanopticQuality:
             scores["PQ_stuff"] = _mean((quality * recognition)[occurs & is_stuff])
         return scores | {"mIoU": _mean((self._common / np.maximum(unions, 1))[unions > 0])}
 
-    def _flatten(
-        self, segments: Sequence[Segment], shape: tuple[int, ...], *, min_left: float
-    ) -> tuple[NDArray[np.int64], list[int]]:
-        """Return the number of each pixel's segment (H, W), -1 for none, and the class of each segment."""
+    def _flatten(self, segments: Sequence[Segment], shape: tuple[int, ...], *, min_left: float) -> _Map:
+        """Return segments, the first on top, without those of which others leave less than a share `min_left`."""
         numbers = np.full(shape, -1, np.int64)
         classes: list[int] = []
         stuff: dict[int, int] = {}  # class to the number of its segment
@@ -99,32 +105,21 @@ class PanopticQuality:
             if is_stuff:
                 stuff[segment.class_id] = number
             numbers[free] = number
-        return numbers, classes
+        return _Map(numbers, classes)
 
-    def _count_pixels(
-        self,
-        true_map: NDArray[np.int64],
-        true_classes: Sequence[int],
-        found_map: NDArray[np.int64],
-        found_classes: Sequence[int],
-        ignored: Mask,
-    ) -> None:
+    def _count_pixels(self, true: _Map, found: _Map, ignored: Mask) -> None:
         none = len(self.class_ids)
-        positions = [np.array([*(self._index[i] for i in ids), none]) for ids in (true_classes, found_classes)]
-        true, found = positions[0][true_map[~ignored]], positions[1][found_map[~ignored]]  # -1 is the last: none
-        self._true_pixels += np.bincount(true, minlength=none + 1)[:-1]
-        self._found_pixels += np.bincount(found, minlength=none + 1)[:-1]
-        self._common += np.bincount(true[true == found], minlength=none + 1)[:-1]
+        kept = ~ignored
+        true_classes, found_classes = (  # of each pixel, by position; the number -1 is the last: none
+            np.array([*(self._index[i] for i in each.class_ids), none])[each.numbers[kept]] for each in (true, found)
+        )
+        self._true_pixels += np.bincount(true_classes, minlength=none + 1)[:-1]
+        self._found_pixels += np.bincount(found_classes, minlength=none + 1)[:-1]
+        self._common += np.bincount(true_classes[true_classes == found_classes], minlength=none + 1)[:-1]
 
-    def _match(
-        self,
-        true_map: NDArray[np.int64],
-        true_classes: Sequence[int],
-        found_map: NDArray[np.int64],
-        found_classes: Sequence[int],
-        void: Mask,
-        crowds: Mapping[int, Mask],
-    ) -> None:
+    def _match(self, true: _Map, found: _Map, void: Mask, crowds: Mapping[int, Mask]) -> None:
+        true_map, true_classes = true
+        found_map, found_classes = found
         table = np.zeros((len(true_classes) + 1, len(found_classes) + 1), np.int64)  # common pixels; the last is none
         np.add.at(table, (true_map.ravel(), found_map.ravel()), 1)
         true_areas, found_areas = table[:-1].sum(1), table[:, :-1].sum(0)

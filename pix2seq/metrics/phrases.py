@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.geometry.boxes import box_area, box_iou_xyxy
+from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.types import Category, ImageRecord, Instance, Target
 
@@ -71,22 +72,14 @@ def scores_of(found: Sequence[Found]) -> dict[str, float | None]:
     """Return the share of phrases for one object of which the best box fits, and the scores of boxes and counts."""
     single = [each for each in found if len(each.asked.boxes_xyxy) == 1]
     right = [len(each.boxes_xyxy) > 0 and _iou(each) >= GOOD for each in single]
-    errors = [abs(each.count - len(each.asked.boxes_xyxy)) for each in found]
+    true = np.array([len(each.asked.boxes_xyxy) for each in found], np.int64)
+    said = np.array([each.count for each in found], np.int64)
     return {
         "Acc@0.5": _mean(right),
         "AP50": _average_precision(found),
-        "presence_MCC": matthews([(len(each.asked.boxes_xyxy) > 0, each.count > 0) for each in found]),
-        "counting_error": _mean(errors),
+        "presence_MCC": matthews(true > 0, said > 0),
+        "counting_error": _mean(np.abs(true - said).tolist()),
     }
-
-
-def matthews(pairs: Iterable[tuple[bool, bool]]) -> float | None:
-    """Return Matthews' correlation of what is true and what was said; None where one of them never changes."""
-    table = np.array(list(pairs), np.float64).reshape(-1, 2)
-    if not len(table) or not table.std(axis=0).all():
-        return None
-    centred = (table - table.mean(axis=0)) / table.std(axis=0)
-    return float(centred.prod(axis=1).mean())
 
 
 def _iou(found: Found) -> float:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pix2seq.metrics.coco_ap import ApMetric
+from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.metric import Metric, Scores
 from pix2seq.types import Category, Instance, Target
 
@@ -41,7 +41,7 @@ class PresenceMetric(Metric):
             named = [
                 replace(each, category=self.categories[found.label]) for found in answers for each in found.instances
             ]
-            self.ap.add(_only(target, asked), named)
+            self.ap.add(target.subset(np.flatnonzero(asked).tolist()), named)
         for found in answers:
             same = target.labels == found.label
             if not target.iscrowd[same].any():
@@ -66,26 +66,3 @@ class PresenceMetric(Metric):
                 "counting_error": float(np.abs(true - found).mean()) if len(true) else None,
             }
         )
-
-
-def matthews(true: NDArray[np.bool_], said: NDArray[np.bool_]) -> float | None:
-    """Return Matthews' correlation of truths and answers (P,), -1 to 1; None where one side is always the same."""
-    if len(true) == 0 or true.all() or not true.any() or said.all() or not said.any():
-        return None
-    return float(np.corrcoef(true, said)[0, 1])
-
-
-def _only(target: Target, kept: NDArray[np.bool_]) -> Target:
-    """Return a target with some of its objects, without masks and keypoints."""
-    return replace(
-        target,
-        boxes_xyxy=target.boxes_xyxy[kept],
-        labels=target.labels[kept],
-        areas=target.areas[kept],
-        iscrowd=target.iscrowd[kept],
-        annotation_ids=target.annotation_ids[kept],
-        segmentations=(None,) * int(kept.sum()),
-        keypoints=target.keypoints[kept, :0],
-        attributes=(),
-        difficult=None if target.difficult is None else target.difficult[kept],
-    )

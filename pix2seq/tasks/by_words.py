@@ -68,13 +68,6 @@ class ByWords(SlotTask[ByWordsConfig]):
     takes_words = True
     about_format = "phrases, separated by semicolons: `striped star; people in blue`"
 
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the model's text."""
-        if self.text is None:
-            raise ValueError("by_words needs a text tokenizer")
-        return self.text
-
     @classmethod
     def make_text_tokenizer(
         cls, config: TaskConfig, captions: Sequence[str], words: Sequence[str] = ()

@@ -44,13 +44,6 @@ class SentenceTask(Task[Config]):
     uses_classes = False
     reads_text = True
 
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the model's text."""
-        if self.text is None:
-            raise ValueError(f"{self.name} needs a text tokenizer")
-        return self.text
-
     @classmethod
     def make_text_tokenizer(
         cls, config: TaskConfig, captions: Sequence[str], words: Sequence[str] = ()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.examples import Example
+from pix2seq.examples import Example, OtherView
 from pix2seq.geometry.boxes import box_xyxy_to_yxyx
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar
@@ -51,12 +51,18 @@ class SlotTask(Task[Config]):
     uses_classes = False
 
     def learned(
-        self, prompt: NDArray[np.int64], slots: NDArray[np.int64], asked: range, target: Target,
-        size: tuple[int, int], rng: np.random.Generator, **fields: Any,
-    ) -> Example:  # fmt: skip
+        self,
+        prompt: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        asked: range,
+        target: Target,
+        size: tuple[int, int],
+        rng: np.random.Generator,
+        others: tuple[OtherView, ...] = (),
+    ) -> Example:
         """Return the sequence of a prompt that asks for the slots `asked`.
 
-        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `fields` are more of the example.
+        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what is read beside the image.
         """
         real = ~target.iscrowd
         boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
@@ -68,7 +74,7 @@ class SlotTask(Task[Config]):
             response.weights,
             # Otherwise most of what is learned at first is which slot the prompt names, and not what it means.
             choices=class_choices(len(response.targets), asked),
-            **fields,
+            others=others,
         )
 
     def _response(

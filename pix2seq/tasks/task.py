@@ -112,6 +112,13 @@ class Task(ABC, Generic[Config]):
         self.text = text
 
     @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the model's text. Raises `ValueError` if the model has none."""
+        if self.text is None:
+            raise ValueError(f"{self.name} needs a text tokenizer")
+        return self.text
+
+    @property
     @abstractmethod
     def max_seq_len(self) -> int:
         """Tokens of the longest sequence, prompt and end included."""
