@@ -98,19 +98,19 @@ def predict_files(
     outputs.check(planned, [*names, *box_files.values(), *like_files, *folder.iterdir()], overwrite=overwrite)
 
     predictor = Predictor(Pix2Seq.from_pretrained(folder).to(pick_device(device)), bf16=bf16)  # the folder is verified
-    finders = {name: task for name, task in predictor.tasks.items() if task.takes_words or task.takes_examples}
-    wanted = [name for name, task in finders.items() if (find and task.takes_words) or (like and task.takes_examples)]
+    told = {name: "; ".join(find) for name, task in predictor.tasks.items() if find and task.takes_words}
+    told |= {name: "; ".join(like) for name, task in predictor.tasks.items() if like and task.takes_examples}
     if tasks is None:
-        others = [name for name, task in predictor.tasks.items() if about is not None or not task.needs_about]
-        tasks = tuple(wanted or others)
+        alone = (name for name, task in predictor.tasks.items() if about is not None or not task.needs_about)
+        tasks = tuple(told or alone)
     if not tasks:
         raise InputError(f"{', '.join(predictor.tasks)} must be told what to look for; give --about, --find or --like")
-    for option, words, takes in (("--find", find, "takes_words"), ("--like", like, "takes_examples")):
-        if words and not any(getattr(task, takes) for name, task in finders.items() if name in tasks):
-            means = "words" if option == "--find" else "examples"
-            raise InputError(
-                f"{option} was given, but this checkpoint, or --task, has no task that finds objects by {means}"
-            )
+    told = {name: text for name, text in told.items() if name in tasks}
+    finders = [predictor.tasks[name] for name in told]
+    if find and not any(task.takes_words for task in finders):
+        raise _no_finder("--find", "words")
+    if like and not any(task.takes_examples for task in finders):
+        raise _no_finder("--like", "examples")
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
@@ -118,9 +118,7 @@ def predict_files(
     given = {} if about is None else {name: about for name, task in asked.items() if task.about_format}
     if about is not None and not given:
         raise InputError(f"--about was given, but none of {', '.join(tasks)} takes it; they ask about whole images")
-    given |= {name: "; ".join(find) for name in wanted if name in asked and asked[name].takes_words}
-    given |= {name: "; ".join(like) for name in wanted if name in asked and asked[name].takes_examples}
-    texts = {name: asked[name].parse_about(text) for name, text in given.items()}
+    texts = {name: asked[name].parse_about(text) for name, text in (given | told).items()}
     texts = {name: asked[name].encoded([each], predictor.encode_batch)[0] for name, each in texts.items()}
     with_boxes = [name for name, task in asked.items() if boxes is not None and task.needs]
     if boxes is not None and not with_boxes:
@@ -187,6 +185,10 @@ def predict_files(
             outputs.write_files(name, "", {"": text.encode()})
     if failed:
         raise _failure(failed, len(names), out)
+
+
+def _no_finder(option: str, means: str) -> InputError:
+    return InputError(f"{option} was given, but this checkpoint, or --task, has no task that finds objects by {means}")
 
 
 def _predict_video(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from pix2seq.data.image import read_image
 from pix2seq.data.image_files import IMAGE_SUFFIXES
 from pix2seq.data.shapes.scene import CLASS_NAMES, make_scene
+from pix2seq.data.shapes.writer import jpeg
 from pix2seq.errors import InputError
 from pix2seq.predictor import Predictor
 
@@ -20,7 +19,6 @@ MAX_FIGURES = 4  # in a generated image
 PERSON_SHARE = 0.35  # so that keypoints are seen
 SIZE = 384  # pixels a side of generated images; the model sees them smaller, people as they are
 SEED = 20_261_129  # no model was trained or chosen on these
-JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,9 @@ def _from_folder(folder: Path) -> list[ExampleImage]:
         raise InputError(f"{folder} cannot be read ({error.strerror}); give a folder of images") from None
     if not paths:
         raise InputError(f"{folder} holds no images; give a folder with some of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return [ExampleImage(path.stem, _jpeg(read_image(path))) for path in paths[:NUM_EXAMPLES]]
+    return [ExampleImage(path.stem, jpeg(read_image(path))) for path in paths[:NUM_EXAMPLES]]
 
 
 def _generated(index: int) -> ExampleImage:
     scene = make_scene(np.random.default_rng((SEED, index)), SIZE, MAX_FIGURES, person_share=PERSON_SHARE)
-    return ExampleImage(f"shapes-{index + 1}", _jpeg(scene.image))
-
-
-def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
-    encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    return bytes(encoded.tobytes())
+    return ExampleImage(f"shapes-{index + 1}", jpeg(scene.image))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -57,13 +58,7 @@ def write_shapes(
     if the folder is not empty, a number is out of range or a class is unknown.
     """
     out = Path(out)
-    if not 32 <= size <= 2048:
-        raise InputError(f"size is {size}; expected 32 to 2048 pixels")
-    for name, count in (("train", num_train), ("val", num_val)):
-        if not 0 <= count < VAL_IDS_FROM:
-            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} images")
-    if not 1 <= max_objects <= MAX_FIGURES:
-        raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_FIGURES}")
+    check_numbers(num_train, num_val, size, seed, max_objects, most_objects=MAX_FIGURES)
     if person_share is not None and not 0 <= person_share <= 1:
         raise InputError(f"person-share is {person_share}; expected a share from 0 to 1")
     for name in classes or ():
@@ -71,8 +66,6 @@ def write_shapes(
             raise unknown_name("class", name, CLASS_NAMES)
     if person_share is not None and classes is not None and not set(classes) - {"person"}:
         raise InputError("person-share needs a class beside the person; name one more, or leave it out")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; expected 0 or more")
     with new_folder(out) as folder:
         (folder / "annotations").mkdir()
         world: dict[str, Any] = {"size": size, "seed": seed, "max_objects": max_objects, "easy": easy}
@@ -88,6 +81,33 @@ def write_shapes(
             described = {"description": f"Generated shapes, {split}, seed {seed}", **info}
             write = partial(write_image, split=split, **world)
             _write_split(folder, split, count, write, described, workers, stuff)
+
+
+def check_numbers(num_train: int, num_val: int, size: int, seed: int, max_objects: int, *, most_objects: int) -> None:
+    """Raise `InputError` if a number of a generated data set is out of range."""
+    if not 32 <= size <= 2048:
+        raise InputError(f"size is {size}; expected 32 to 2048 pixels")
+    for name, count in (("train", num_train), ("val", num_val)):
+        if not 0 <= count < VAL_IDS_FROM:
+            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} images")
+    if not 1 <= max_objects <= most_objects:
+        raise InputError(f"max-objects is {max_objects}; expected 1 to {most_objects}")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; expected 0 or more")
+
+
+def save_image(pixels: NDArray[np.uint8], folder: Path, split: str, index: int) -> dict[str, Any]:
+    """Write image `index` of a split, (H, W, 3), and return its COCO entry."""
+    image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
+    name = f"{image_id:012d}.jpg"
+    (folder / name).write_bytes(jpeg(pixels))
+    return {"file_name": name, "height": pixels.shape[0], "width": pixels.shape[1], "id": image_id}
+
+
+def jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode pixels (H, W, 3)."""
+    encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    return bytes(encoded.tobytes())
 
 
 def contact_sheet(
@@ -183,12 +203,9 @@ def write_image(
     """Draw and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
     scene = make_scene(rng, size, max_objects, easy=easy, person_share=person_share, classes=classes, stuff=stuff)
-    image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
-    name = f"{image_id:012d}.jpg"
-    encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    (folder / name).write_bytes(encoded.tobytes())
-    image = {"license": 1, "file_name": name, "height": size, "width": size, "id": image_id}
-    return image, [_annotation(figure, image_id) for figure in [*scene.figures, *scene.stuff]], captions(scene, rng)
+    image = {"license": 1, **save_image(scene.image, folder, split, index)}
+    annotations = [_annotation(figure, image["id"]) for figure in [*scene.figures, *scene.stuff]]
+    return image, annotations, captions(scene, rng)
 
 
 def _annotation(figure: Figure, image_id: int) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from pix2seq.data.image_files import IMAGE_SUFFIXES
-from pix2seq.data.shapes.writer import JPEG_QUALITY, SPLITS, VAL_IDS_FROM, spread
+from pix2seq.data.shapes.writer import SPLITS, VAL_IDS_FROM, check_numbers, save_image, spread
 from pix2seq.data.things.cutouts import find_cutouts, split_names
 from pix2seq.data.things.scene import PastedThing, compose
 from pix2seq.errors import InputError
@@ -48,17 +47,9 @@ def write_things(
 
     Raises `InputError` if the folder is not empty, a number is out of range, or the cut-outs cannot be used.
     """
-    if not 32 <= size <= 2048:
-        raise InputError(f"size is {size}; expected 32 to 2048 pixels")
-    for name, count in (("train", num_train), ("val", num_val)):
-        if not 0 <= count < VAL_IDS_FROM:
-            raise InputError(f"{name} is {count}; expected 0 to {VAL_IDS_FROM - 1} images")
-    if not 1 <= max_objects <= MAX_OBJECTS:
-        raise InputError(f"max-objects is {max_objects}; expected 1 to {MAX_OBJECTS}")
+    check_numbers(num_train, num_val, size, seed, max_objects, most_objects=MAX_OBJECTS)
     if not 0 <= unseen_share < 1:
         raise InputError(f"unseen is {unseen_share}; expected a share from 0 to below 1")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; expected 0 or more")
     behind = [] if backgrounds is None else _images(Path(backgrounds))
     with new_folder(Path(out)) as folder:
         (folder / "annotations").mkdir()
@@ -117,12 +108,8 @@ def write_image(
     """Compose and save image `index` of a split; return its COCO entries, with annotations that have no id yet."""
     rng = np.random.default_rng((seed, SPLITS[split], index))
     pixels, things = compose(rng, size, groups, files, max_objects, backgrounds)
-    image_id = VAL_IDS_FROM * SPLITS[split] + index + 1
-    name = f"{image_id:012d}.jpg"
-    encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    (folder / name).write_bytes(encoded.tobytes())
-    image = {"file_name": name, "height": size, "width": size, "id": image_id}
-    return image, [_annotation(thing, image_id, ids[thing.name]) for thing in things]
+    image = save_image(pixels, folder, split, index)
+    return image, [_annotation(thing, image["id"], ids[thing.name]) for thing in things]
 
 
 def _annotation(thing: PastedThing, image_id: int, category_id: int) -> dict[str, Any]:
