@@ -305,6 +305,15 @@ class PhraseMaker:
                 return Drawn(text, meant, unseen)
         return None
 
+    def description(self, thing: Thing) -> str | None:
+        """Say class, colour and texture of an object, or its class alone if training leaves out their combination.
+
+        None: the words cannot be read.
+        """
+        phrase = Phrase(thing.name, thing.colour or None, thing.texture or None)
+        text = (phrase if self._is_seen(thing) else Phrase(thing.name)).text()
+        return text if self.is_readable(text) else None
+
     def _is_seen(self, thing: Thing) -> bool:
         described = bool(thing.colour and thing.texture)
         return thing.seen and not (described and is_held_out(thing.combination, self.unseen_share))

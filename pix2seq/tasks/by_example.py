@@ -1,11 +1,11 @@
 """The task by example: an object shown in one image, and all objects like it are found in another.
 
-A sequence reads the image and, joined to it, the example's image or a closeup of the example.
+An object is compared with examples by closeups of all of them, whose memories are joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,17 +16,14 @@ from numpy.typing import NDArray
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, OtherView
 from pix2seq.metrics.presence import Found, PresenceMetric
-from pix2seq.model.decoding.completion import Completion
 from pix2seq.settings import Range, Share
-from pix2seq.tasks.objects import Padding, jitter_box
-from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
+from pix2seq.tasks.request import EncodedImage, Reference
 from pix2seq.tasks.shown import Shown
-from pix2seq.tasks.slots import SlotConfig, SlotTask
+from pix2seq.tasks.slots import Description, SlotConfig, SlotTask, View
 from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, example_prompt
-from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
 from pix2seq.tokenizers.slots import NO_SLOT
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import SLOTS
+from pix2seq.vocab import NOISE, SLOTS
 
 if TYPE_CHECKING:
     from pix2seq.data.companions import Companion, ObjectsByClass
@@ -45,15 +42,11 @@ class ByExampleConfig(SlotConfig):
     # In a prompt, of all slots. In training so many other images are shown beside each one.
     max_examples: Annotated[int, Range(least=1, most=64)] = 4
     max_slots: Annotated[int, Range(least=1, most=len(SLOTS))] = 2  # kinds of objects asked for at once, in training
-    sequences_per_image: Annotated[int, Range(least=1, most=100)] = 4  # in training, each with some of the examples
-    closeup: bool = True  # examples are read from closeups of their boxes; false: from the whole image
-    closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
-    box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.05  # of an example's box in training, as a share
+    prompts: Annotated[int, Range(least=1, most=100)] = 4  # of an image in training, each with some of the examples
     # In training, how often
     present_share: Share = 0.75  # the image has what an example shows
     same_share: Share = 0.25  # a further image shows what an earlier one does
     more_share: Share = 0.3  # a further example is in the prompt
-    own_share: Share = 0.1  # the example is an object of the same image
 
 
 @dataclass(frozen=True)
@@ -95,19 +88,19 @@ class ByExample(SlotTask[ByExampleConfig]):
     about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
 
     @property
-    def max_seq_len(self) -> int:
-        """Tokens of the longest sequence, prompt and end included."""
-        return 2 + TOKENS_PER_EXAMPLE * self.config.max_examples + TOKENS_PER_OBJECT * self.config.max_objects
+    def max_prompt(self) -> int:
+        """See `SlotTask`."""
+        return 1 + TOKENS_PER_EXAMPLE * self.config.max_examples
+
+    @property
+    def sees_whole(self) -> bool:
+        """See `SlotTask`: an object is like another wherever it is."""
+        return False
 
     @property
     def num_references(self) -> int:
         """See `Task`."""
         return self.config.max_examples
-
-    @property
-    def looks_closer(self) -> bool:
-        """See `Task`."""
-        return self.config.closeup
 
     # Learning
 
@@ -130,21 +123,16 @@ class ByExample(SlotTask[ByExampleConfig]):
         return [each for each in drawn if each is not None]
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
-        """Return sequences with some of the target's companions as examples; none if no object of theirs is left."""
-        real = np.flatnonzero(~target.iscrowd)
+        """Return the list of the image, and comparisons with some of the target's companions as examples."""
         shown = [
-            self._lesson(companion, 0, number, size, rng)
+            self._lesson(companion, number, size, rng)
             for number, companion in enumerate(target.companions)
             if len(companion.labels)
         ]
-        found = []
-        for _ in range(self.config.sequences_per_image):
-            if len(real) and rng.random() < self.config.own_share:
-                found.append(
-                    self._example([self._lesson(target, int(rng.choice(real)), None, size, rng)], target, size, rng)
-                )
-            elif shown:
-                found.append(self._example(self._some(shown, rng), target, size, rng))
+        objects = self.objects(target, size, rng)
+        found = [self.learned_list(target, size, rng)]
+        for _ in range(self.config.prompts if shown else 0):
+            found += self._compared(self._some(shown, rng), target, objects, rng)
         return found
 
     def _some(self, shown: Sequence[_Lesson], rng: np.random.Generator) -> list[_Lesson]:
@@ -158,10 +146,10 @@ class ByExample(SlotTask[ByExampleConfig]):
                 some.append(shown[i])
         return some
 
-    def _example(
-        self, lessons: Sequence[_Lesson], target: Target, size: tuple[int, int], rng: np.random.Generator
-    ) -> Example:
-        """Return the sequence of a prompt with these examples."""
+    def _compared(
+        self, lessons: Sequence[_Lesson], target: Target, objects: Mapping[int, View], rng: np.random.Generator
+    ) -> list[Example]:
+        """Return the comparisons of some objects with a prompt of these examples."""
         labels = list(dict.fromkeys(lesson.label for lesson in lessons))
         first = int(rng.integers(len(SLOTS) - len(labels) + 1))
         asked = range(first, first + len(labels))
@@ -173,35 +161,30 @@ class ByExample(SlotTask[ByExampleConfig]):
             self.vocab,
         )
         slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels.tolist()], np.int64)
-        return self.learned(prompt, slots, asked, target, size, rng, others=tuple(lesson.view for lesson in lessons))
+        others = tuple(lesson.view for lesson in lessons)
+        return self.learned_comparisons(prompt, slots, asked, objects, rng, others)
 
-    def _lesson(
-        self, target: Target, i: int, companion: int | None, size: tuple[int, int], rng: np.random.Generator
-    ) -> _Lesson:
-        whole = Frame.of_input(size)
-        box = jitter_box(target.boxes_xyxy[i], self.config.box_jitter, size, rng).astype(np.float64)
-        frame, closeup = whole, None
-        if self.config.closeup:
-            frame = whole.around(box, self.config.closeup_padding)
-            closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
-        return _Lesson(int(target.labels[i]), OtherView(companion, closeup), frame.to_input_yxyx(box[None])[0])
+    def _lesson(self, companion: Target, number: int, size: tuple[int, int], rng: np.random.Generator) -> _Lesson:
+        view = self.view(companion, 0, size, rng)
+        return _Lesson(int(companion.labels[0]), replace(view.views[0], companion=number), view.box_yxyx)
 
     def summary(self, example: Example) -> str:
-        """Count examples and the objects that are like them."""
-        classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
-        return f"{len(example.others)} examples, {int(np.isin(classes, SLOTS).sum())} objects like them"
+        """Count the examples and say whether the object is like one, or count listed objects."""
+        if example.choices is None:
+            return f"{len(self.shown(example, (1, 1)))} objects"
+        return f"{len(example.others)} examples: {'no' if example.targets[0] == NOISE else 'yes'}"
 
     # Asking and answering
 
-    def requests(self, image: EncodedImage, about: Examples | Exam | None) -> list[Request]:
-        """Return one request for all examples of a user, and one for each kind of an exam."""
+    def described(self, image: EncodedImage, about: Examples | Exam | None) -> list[Description]:
+        """Return one description for all examples of a user, and one for each kind of an exam."""
         if about is None:
             raise InputError(f"{self.name} is asked by examples; give one as (image, box), or --like IMAGE:x0,y0,x1,y1")
         if isinstance(about, Exam):
-            return [self._request(Examples((shown,)), subject=label) for label, shown in about.asked]
-        return [self._request(about, subject=about)]
+            return [self._described(Examples((shown,)), subject=label) for label, shown in about.asked]
+        return [self._described(about, subject=None)]
 
-    def _request(self, examples: Examples, subject: Examples | int) -> Request:
+    def _described(self, examples: Examples, subject: int | None) -> Description:
         slots = {name: number for number, name in enumerate(examples.names)}
         references, boxes = [], []
         for shown in examples.shown:
@@ -216,24 +199,11 @@ class ByExample(SlotTask[ByExampleConfig]):
             np.stack(boxes),
             self.vocab,
         )
-        return Request(prompt, self.generation(len(slots)), subject=subject, references=tuple(references))
+        return Description(prompt, examples.names, subject, tuple(references))
 
-    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
-        """Return the objects like the examples, best first; of an exam, what was `Found` of each kind."""
-        found: list[Any] = []
-        for request, completion in zip(requests, completions, strict=True):
-            if isinstance(request.subject, Examples):
-                found += self.instances(image, completion, request.subject.names)
-            else:
-                found.append(Found(request.subject, tuple(self.instances(image, completion, ("asked",)))))
-        return found
-
-    def parts(
-        self, image: EncodedImage, request: Request, completion: Completion
-    ) -> list[tuple[int, int, Instance | None]]:
-        """See `Task`."""
-        names = request.subject.names if isinstance(request.subject, Examples) else ("asked",)
-        return self.found_parts(image, completion, names)
+    def told(self, description: Description, found: list[Instance]) -> list[Any]:
+        """Return the objects like the examples; of an exam, what was `Found` of a kind."""
+        return found if description.subject is None else [Found(description.subject, tuple(found))]
 
     def parse_about(self, text: str) -> Examples:
         """Read `IMAGE:x0,y0,x1,y1; ...`."""

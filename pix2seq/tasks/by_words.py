@@ -1,7 +1,4 @@
-"""The task by words: a phrase is answered by the boxes of all objects that it names, none if there are none.
-
-The other objects of the image, and boxes of none, are noise: they teach how likely it is that a box is named.
-"""
+"""The task by words: a phrase is answered by the boxes of all objects that it names, none if there are none."""
 
 from __future__ import annotations
 
@@ -18,19 +15,19 @@ from pix2seq.errors import MAX_SHOWN, InputError
 from pix2seq.examples import Example
 from pix2seq.metrics.phrases import Asked, Found, PhraseMetric
 from pix2seq.model.decoding.completion import Completion
-from pix2seq.settings import PositiveInt, Range, Share, ShareBelowOne
-from pix2seq.tasks.request import EncodedImage, Request
-from pix2seq.tasks.slots import SlotConfig, SlotTask
+from pix2seq.settings import NonNegativeInt, PositiveInt, Range, Share, ShareBelowOne
+from pix2seq.tasks.objects import instance_at
+from pix2seq.tasks.request import EncodedImage, Frame, Request
+from pix2seq.tasks.slots import BOX_TOKENS, Description, SlotConfig, SlotTask, View
 from pix2seq.tasks.task import TaskConfig
-from pix2seq.tokenizers.by_words import EXTRA_TOKENS, phrase_prompt
-from pix2seq.tokenizers.detection import TOKENS_PER_OBJECT
+from pix2seq.tokenizers.by_words import EXTRA_TOKENS, description, description_prompt, phrase_prompt
 from pix2seq.tokenizers.slots import NO_SLOT
 from pix2seq.tokenizers.text import UNKNOWN, TextTokenizer, WordTokenizer
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import SLOTS
+from pix2seq.vocab import NOISE, SEPARATOR, SLOTS
 
 if TYPE_CHECKING:
-    from pix2seq.data.phrases import PhraseMaker
+    from pix2seq.data.phrases import PhraseMaker, Scene
     from pix2seq.drawing import Canvas
 
 EXAM_SEED = 16  # of the phrases that evaluation asks for, with the image's id
@@ -43,6 +40,7 @@ class ByWordsConfig(SlotConfig):
     section = "by_words"
 
     phrases: Annotated[int, Range(least=1, most=1000)] = 4  # of an image in a training step
+    descriptions: NonNegativeInt = 2  # of objects of an image in a training step
     absent_share: Share = 0.5  # of them that name nothing in the image
     unseen_share: ShareBelowOne = 0.0  # of the combinations of class, colour and texture that training leaves out
     max_words: Annotated[int, Range(least=1, most=10_000)] = 24  # text tokens of a phrase
@@ -83,9 +81,19 @@ class ByWords(SlotTask[ByWordsConfig]):
         return phrase_words((category.name for category in categories), attributes)
 
     @property
-    def max_seq_len(self) -> int:
-        """Tokens of the longest sequence."""
-        return EXTRA_TOKENS + self.config.max_words + TOKENS_PER_OBJECT * self.config.max_objects + 1
+    def max_prompt(self) -> int:
+        """See `SlotTask`."""
+        return EXTRA_TOKENS + self.config.max_words
+
+    @property
+    def sees_whole(self) -> bool:
+        """See `SlotTask`: phrases speak of places in the image, and of other objects."""
+        return True
+
+    @property
+    def num_references(self) -> int:
+        """See `Task`: the closeup of the object."""
+        return int(self.config.closeup)
 
     # Learning
 
@@ -107,18 +115,32 @@ class ByWords(SlotTask[ByWordsConfig]):
         return [word for word in text.split() if UNKNOWN in self.tokenizer.decode(_encoded(self.tokenizer, word))]
 
     def examples(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> list[Example]:
-        """Return a sequence for each of `phrases` phrases, drawn at random."""
+        """Return the list of the image, comparisons with `phrases` phrases, and `descriptions`, all drawn at random."""
         from pix2seq.data.phrases import Scene
 
         scene = Scene.of(target, self._names, size)
-        found = []
+        objects = self.objects(target, size, rng)
+        found = [self.learned_list(target, size, rng), *self._descriptions(scene, objects, rng)]
         for _ in range(self.config.phrases):
             drawn = self._maker.draw(scene, rng, absent=bool(rng.random() < self.config.absent_share))
             if drawn is not None:
                 slot = int(rng.integers(len(SLOTS)))
                 slots = np.where(np.isin(np.arange(len(target.labels)), drawn.meant), slot, NO_SLOT)
                 prompt = self._prompt(drawn.text, slot)
-                found.append(self.learned(prompt, slots, range(slot, slot + 1), target, size, rng))
+                found += self.learned_comparisons(prompt, slots, range(slot, slot + 1), objects, rng)
+        return found
+
+    def _descriptions(self, scene: Scene, objects: Mapping[int, View], rng: np.random.Generator) -> list[Example]:
+        """Return sequences that say class, colour and texture of objects: it is learned sooner what words look like."""
+        found = []
+        for i in rng.permutation([*objects])[: self.config.descriptions].tolist():
+            text = self._maker.description(scene.things[i])
+            if text is not None:
+                views = objects[i].views
+                prompt = description_prompt(self.vocab.task_id(self.name), objects[i].box_yxyx, self.vocab)
+                answer = description(_encoded(self.tokenizer, text), self.vocab)
+                weights = np.ones(len(answer), np.float32)
+                found.append(Example(prompt, answer, answer, weights, views[0].closeup, others=tuple(views[1:])))
         return found
 
     def _prompt(self, text: str, slot: int = 0) -> NDArray[np.int64]:
@@ -126,39 +148,30 @@ class ByWords(SlotTask[ByWordsConfig]):
 
     # Asking and answering
 
-    def requests(self, image: EncodedImage, about: Sequence[str] | Exam | None) -> list[Request]:
-        """Return a request for each phrase. Raises `InputError` if there is none."""
+    def described(self, image: EncodedImage, about: Sequence[str] | Exam | None) -> list[Description]:
+        """Return the description of each phrase. Raises `InputError` if there is none."""
         if about is None:
             raise InputError(f"{self.name} is asked about phrases; give some with --find, or Predictor.find")
         asked: Sequence[str | Asked] = about.asked if isinstance(about, Exam) else about
         return [
-            Request(self._prompt(_text(each)), self.generation(1), subject=(number, each))
+            Description(self._prompt(_text(each)), (_text(each),), subject=(number, each))
             for number, each in enumerate(asked, start=1)
         ]
 
-    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
-        """Return the objects of at least `min_score`, best first, their class named by the phrase; of an exam all."""
-        named: list[Instance] = []
-        found: list[Found] = []
-        for request, completion in zip(requests, completions, strict=True):
-            number: int = request.subject[0]
-            asked: str | Asked = request.subject[1]
-            objects = self.instances(image, completion, [_text(asked)])
-            if isinstance(asked, Asked):
-                boxes = np.array([each.box_xyxy for each in objects], np.float64).reshape(-1, 4)
-                scores = np.array([each.score for each in objects], np.float32)
-                found.append(Found(asked, boxes, scores, self.config.min_score))
-                continue
-            category = Category(number, number, asked)
-            named += [replace(each, category=category) for each in objects if each.score >= self.config.min_score]
-        named.sort(key=lambda each: -each.score)
-        return [*found, *named]
+    def told(self, description: Description, found: list[Instance]) -> list[Any]:
+        """Return the objects of at least `min_score`, their class named by the phrase; of an exam all."""
+        number, asked = description.subject
+        if isinstance(asked, Asked):
+            boxes = np.array([each.box_xyxy for each in found], np.float64).reshape(-1, 4)
+            scores = np.array([each.score for each in found], np.float32)
+            return [Found(asked, boxes, scores, self.config.min_score)]
+        category = Category(number, number, asked)
+        return [replace(each, category=category) for each in found if each.score >= self.config.min_score]
 
-    def parts(
-        self, image: EncodedImage, request: Request, completion: Completion
-    ) -> list[tuple[int, int, Instance | None]]:
-        """See `Task`."""
-        return self.found_parts(image, completion, [_text(request.subject[1])])
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
+        """Return the objects of all phrases, best first; of an exam what was found of each phrase."""
+        found = super().answers(image, requests, completions)
+        return sorted(found, key=_order)
 
     def parse_about(self, text: str) -> list[str]:
         """Read `PHRASE; PHRASE ...`."""
@@ -225,11 +238,31 @@ class ByWords(SlotTask[ByWordsConfig]):
         """Draw boxes with their phrases."""
         canvas.instances(answers)
 
+    def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
+        """See `Task`; a description has the box that it is about, named by its words."""
+        if not self._describes(example):
+            return super().shown(example, size)
+        category = Category(1, 1, self._words(example.targets[:-1]))
+        return [instance_at(example.prompt[1 : 1 + BOX_TOKENS], category, Frame.of_input(size), self.vocab)]
+
     def summary(self, example: Example) -> str:
-        """Return the phrase, and how many objects it names."""
-        words = example.prompt[2:-1] - self.vocab.text_base
-        classes = example.targets[TOKENS_PER_OBJECT - 1 :: TOKENS_PER_OBJECT]
-        return f"{self.tokenizer.decode(words)!r}: {int(np.isin(classes, SLOTS).sum())} objects"
+        """Return the phrase and whether it names the object, a description, or how many objects are listed."""
+        if self._describes(example):
+            return f"described as {self._words(example.targets[:-1])!r}"
+        if example.choices is None:
+            return f"{len(self.shown(example, (1, 1)))} objects"
+        names = "no" if example.targets[0] == NOISE else "yes"
+        return f"{self._words(example.prompt[2 : -1 - BOX_TOKENS])!r}: {names}"
+
+    def _describes(self, example: Example) -> bool:
+        return bool(example.prompt[-1] == SEPARATOR)
+
+    def _words(self, ids: NDArray[np.int64]) -> str:
+        return self.tokenizer.decode(ids - self.vocab.text_base)
+
+
+def _order(answer: Instance | Found) -> float:
+    return -answer.score if isinstance(answer, Instance) else 0.0
 
 
 def _text(asked: str | Asked) -> str:

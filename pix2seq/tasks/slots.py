@@ -2,42 +2,63 @@
 
 A slot is an id without a meaning of its own, drawn anew for every training sequence. So the model cannot learn what a
 slot is; it has to read the prompt.
+
+The model is asked in two steps. The first lists all objects of the image, whatever they are. The second compares each
+of them with what the slots stand for; it can read the object from a closeup, where every object has the same size. One
+list serves all that is asked about an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pix2seq.examples import Example, OtherView
-from pix2seq.geometry.boxes import box_xyxy_to_yxyx
+from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
-from pix2seq.model.decoding.grammar import BoxGrammar
+from pix2seq.model.decoding.grammar import BoxGrammar, RangeGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
-from pix2seq.tasks.objects import Objects, calibrated_instances, instance_at
-from pix2seq.tasks.request import EncodedImage, Frame
+from pix2seq.tasks.objects import Objects, Padding, calibrated_instances, instance_at, jitter_box
+from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.task import Task, TaskConfig
-from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, DetectionResponse, add_noise_objects
-from pix2seq.tokenizers.slots import NO_SLOT, class_choices, decode_found, encode_found
+from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, add_noise_objects
+from pix2seq.tokenizers.slots import (
+    NO_SLOT,
+    OBJECT,
+    comparison_choices,
+    comparison_prompt,
+    decode_list,
+    encode_list,
+)
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import EOS, NOISE, SLOTS
 
 if TYPE_CHECKING:
     from pix2seq.metrics.calibration import TaskCalibration
 
+ANY = Category(1, 1, "object")
+SAME_OBJECT = 0.7  # IoU from which two listed boxes are one object
+MIN_OBJECT = 0.1  # score from which a listed box is compared
+BOX_TOKENS = 4
+
 
 @dataclass(frozen=True)
 class SlotConfig(TaskConfig):
     """How objects of slots are trained and asked for."""
 
-    max_objects: Objects = 100  # in an answer, noise included
-    noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # objects of no slot, and boxes of none, in training
-    class_weight: NonNegativeFloat = 3.0  # loss weight of slots and noise, which say what the prompt means
-    eos_weight: NonNegativeFloat = 0.1  # loss weight of the end
+    max_objects: Objects = 100  # in a list; in training, boxes without an object included
+    noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # boxes without an object, in training
+    compared: Annotated[int, Range(least=2, most=1000)] = 4  # objects compared with a prompt, in training
+    closeup: bool = True  # objects are compared by closeups; false: by the whole image
+    closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
+    box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.08  # of a compared box in training, as a share
+    comparison_weight: NonNegativeFloat = 4.0  # loss weight of an answer to a comparison; a list's tokens have 1
+    eos_weight: NonNegativeFloat = 0.1  # loss weight of a list's end
     min_score: Share = 0.5  # least score of an object that counts as found
     top_p: PositiveShare = 0.4
 
@@ -45,132 +66,286 @@ class SlotConfig(TaskConfig):
 Config = TypeVar("Config", bound=SlotConfig)
 
 
+@dataclass(frozen=True)
+class Description:
+    """What slots stand for, and what that is for."""
+
+    prompt: NDArray[np.int64]  # (P,) of a comparison, without the box
+    names: tuple[str, ...]  # of the slots, the first one first
+    subject: Any  # of what is found
+    references: tuple[Reference, ...] = ()  # what the prompt speaks of, read after the object
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The first step of asking about an image."""
+
+    descriptions: tuple[Description, ...]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The second step about a description, by its number, and an object that was listed."""
+
+    listing: _Listing
+    number: int
+    listed: Instance
+
+
+@dataclass(frozen=True)
+class View:
+    """What a training sequence reads of an object."""
+
+    box_yxyx: NDArray[np.floating]  # (4,) in [0, 1] of the first of
+    views: tuple[OtherView, ...]
+
+
 class SlotTask(Task[Config]):
     """All objects of what a prompt describes."""
 
     uses_classes = False
 
-    def learned(
+    @property
+    def looks_closer(self) -> bool:
+        """See `Task`."""
+        return self.config.closeup
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence: a list or a comparison."""
+        return max(2 + TOKENS_PER_OBJECT * self.config.max_objects, self.max_prompt + BOX_TOKENS + 1)
+
+    @property
+    @abstractmethod
+    def max_prompt(self) -> int:
+        """Tokens of the longest prompt that says what slots stand for."""
+
+    @property
+    @abstractmethod
+    def sees_whole(self) -> bool:
+        """Whether an object is compared by the whole image, with its closeup beside it; false: by the closeup alone."""
+
+    # Learning
+
+    def learned_list(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> Example:
+        """Return the sequence that lists the target's objects in random order, then boxes without an object."""
+        config = self.config
+        real = target.boxes_xyxy[~target.iscrowd]
+        boxes = (box_xyxy_to_yxyx(real) / np.array([*size, *size])).astype(np.float32)
+        boxes = boxes[rng.permutation(len(boxes))][: config.max_objects]
+        num_noise = min(config.noise_objects, config.max_objects - len(boxes))
+        boxes, labels = add_noise_objects(boxes, np.ones(len(boxes), np.int64), num_noise, rng)
+        response = encode_list(boxes, labels != NOISE_LABEL, self.vocab, rng, eos_weight=config.eos_weight)
+        return Example(self.prompt(), response.inputs, response.targets, response.weights)
+
+    def learned_comparisons(
         self,
         prompt: NDArray[np.int64],
         slots: NDArray[np.int64],
         asked: range,
-        target: Target,
-        size: tuple[int, int],
+        objects: Mapping[int, View],
         rng: np.random.Generator,
         others: tuple[OtherView, ...] = (),
-    ) -> Example:
-        """Return the sequence of a prompt that asks for the slots `asked`.
+    ) -> list[Example]:
+        """Return the sequences that compare some of the `objects` with a prompt about the slots `asked`.
 
-        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what is read beside the image.
+        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what the prompt speaks of. Up
+        to half of the objects have a slot, and as many have none, or one.
         """
-        real = ~target.iscrowd
-        boxes = (box_xyxy_to_yxyx(target.boxes_xyxy[real]) / np.array([*size, *size])).astype(np.float32)
-        response = self._response(boxes, slots[real], asked, rng)
-        return Example(
-            prompt,
-            response.inputs,
-            response.targets,
-            response.weights,
-            # Otherwise most of what is learned at first is which slot the prompt names, and not what it means.
-            choices=class_choices(len(response.targets), asked),
-            others=others,
-        )
+        real = np.array([*objects], np.int64)
+        half = self.config.compared // 2
+        meant = rng.permutation(real[slots[real] != NO_SLOT])[:half]
+        rest = rng.permutation(real[slots[real] == NO_SLOT])[: max(len(meant), 1)]
+        found = []
+        for i in (*meant.tolist(), *rest.tolist()):
+            box, views = objects[i].box_yxyx, objects[i].views
+            answer = np.array([NOISE if slots[i] == NO_SLOT else SLOTS[slots[i]]])
+            found.append(
+                Example(
+                    comparison_prompt(prompt, box, self.vocab),
+                    answer,
+                    answer,
+                    np.full(1, self.config.comparison_weight, np.float32),
+                    closeup=views[0].closeup,
+                    choices=comparison_choices(asked),
+                    others=(*views[1:], *others),
+                )
+            )
+        return found
 
-    def _response(
-        self, boxes: NDArray[np.float32], slots: NDArray[np.int64], asked: range, rng: np.random.Generator
-    ) -> DetectionResponse:
-        """Return what is answered: objects of slots mixed with others, then boxes without an object.
+    def objects(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> dict[int, View]:
+        """Return what is read of each object of a target that is no crowd; sequences about one share its memory."""
+        return {i: self.view(target, i, size, rng) for i in np.flatnonzero(~target.iscrowd).tolist()}
 
-        If objects of slots came first, where a box stands would say more of its class than the prompt does.
-        """
-        config = self.config
-        order = rng.permutation(len(boxes))
-        meant = order[slots[order] != NO_SLOT][: config.max_objects]
-        num_noise = min(config.noise_objects, config.max_objects - len(meant))
-        others = order[slots[order] == NO_SLOT][:num_noise]
-        objects = rng.permutation(np.append(meant, others))
-        # Noise is made from all objects, so that it says nothing about which are meant.
-        noisy, labels = add_noise_objects(boxes, np.ones(len(boxes), np.int64), num_noise - len(others), rng)
-        noise = noisy[labels == NOISE_LABEL]
-        return encode_found(
-            np.concatenate([boxes[objects], noise]),
-            np.append(slots[objects], np.full(len(noise), NO_SLOT)),
-            np.arange(len(objects) + len(noise)) < len(objects),
-            asked,
-            self.vocab,
-            rng,
-            class_weight=config.class_weight,
-            eos_weight=config.eos_weight,
-        )
+    def view(self, target: Target, i: int, size: tuple[int, int], rng: np.random.Generator) -> View:
+        """Return what is read of an object, whose box is moved at random."""
+        whole = Frame.of_input(size)
+        box = jitter_box(target.boxes_xyxy[i], self.config.box_jitter, size, rng).astype(np.float64)
+        if not self.config.closeup:
+            return View(whole.to_input_yxyx(box[None])[0], (OtherView(None),))
+        frame = whole.around(box, self.config.closeup_padding)
+        closeup = OtherView(None, whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32))
+        if self.sees_whole:
+            return View(whole.to_input_yxyx(box[None])[0], (OtherView(None), closeup))
+        return View(frame.to_input_yxyx(box[None])[0], (closeup,))
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
-        """Return the objects of slots."""
-        ids = example.targets[example.targets != EOS]
-        groups = ids[: len(ids) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT].reshape(-1, TOKENS_PER_OBJECT)
+        """Return the objects of a list, or the one of a comparison if it has a slot."""
         frame = Frame.of_input(size)
-        return [
-            instance_at(group[:4], slot_category(int(group[4]) - SLOTS[0]), frame, self.vocab)
-            for group in groups
-            if group[4] != NOISE
-        ]
+        if example.choices is None:
+            ids = example.targets[: len(example.targets) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT]
+            groups = ids.reshape(-1, TOKENS_PER_OBJECT)
+            return [instance_at(group[:4], ANY, frame, self.vocab) for group in groups if group[4] == OBJECT]
+        if example.targets[0] == NOISE:
+            return []
+        if example.closeup is not None:
+            y0, x0, y1, x1 = example.closeup.tolist()
+            frame = Frame(np.array([x0, y0]) * frame.size, np.array([x1 - x0, y1 - y0]) * frame.size)
+        category = slot_category(int(example.targets[0]) - SLOTS[0])
+        return [instance_at(example.prompt[-BOX_TOKENS:], category, frame, self.vocab)]
 
-    def generation(self, num_slots: int) -> GenerationConfig:
-        """Return how objects of the first slots are generated, with the likeliest slot wherever a class comes next."""
+    # Asking and answering
+
+    @abstractmethod
+    def described(self, image: EncodedImage, about: Any) -> list[Description]:
+        """Return what is asked about an image. Raises `InputError` if that is nothing."""
+
+    @abstractmethod
+    def told(self, description: Description, found: list[Instance]) -> list[Any]:
+        """Return the answers to a description of which all objects that were listed are `found`, best first."""
+
+    def requests(self, image: EncodedImage, about: Any) -> list[Request]:
+        """Ask for a list of all objects."""
         grammar = BoxGrammar(
             coord_base=self.vocab.coord_base,
             num_bins=self.vocab.num_bins,
-            class_base=SLOTS[0] - 1,
-            max_label=num_slots,
+            class_base=OBJECT - 1,
+            max_label=1,
             noise_id=NOISE,
             eos_id=EOS,
         )
-        return GenerationConfig(
+        generation = GenerationConfig(
             TOKENS_PER_OBJECT * self.config.max_objects + 1,
             grammar=grammar,
             eos_id=EOS,
-            score_range=(SLOTS[0], SLOTS[0] + num_slots),
+            score_range=(OBJECT, OBJECT + 1),
             score_steps=(TOKENS_PER_OBJECT, TOKENS_PER_OBJECT - 1),
             with_logprobs=False,
             score_allowed=True,
             **self.sampling,
         )
+        return [Request(self.prompt(), generation, subject=_Listing(tuple(self.described(image, about))))]
 
-    def found_parts(
-        self, image: EncodedImage, completion: Completion, names: Sequence[str]
+    def follow_up(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Request]:
+        """Compare each object of a list with each description."""
+        return [
+            self._compare(image, _Comparison(request.subject, number, listed))
+            for request, completion in zip(requests, completions, strict=True)
+            if isinstance(request.subject, _Listing)
+            for listed in self._listed(image, completion)
+            for number in range(len(request.subject.descriptions))
+        ]
+
+    def _compare(self, image: EncodedImage, comparison: _Comparison) -> Request:
+        """Ask which slot an object has."""
+        description = comparison.listing.descriptions[comparison.number]
+        box, whole = np.array(comparison.listed.box_xyxy), image.frame()
+        frame, closeup, references = whole, None, description.references
+        if self.config.closeup:
+            closeup = whole.around(box, self.config.closeup_padding)
+            if self.sees_whole:
+                closeup, references = None, (Reference(image, closeup), *references)
+            else:
+                frame = closeup
+        slots = (SLOTS[0], SLOTS[len(description.names) - 1])
+        generation = GenerationConfig(
+            1,
+            temperature=0.0,
+            grammar=RangeGrammar(*slots, other=NOISE),
+            eos_id=None,
+            score_range=(slots[0], slots[1] + 1),
+            score_allowed=True,
+        )
+        prompt = comparison_prompt(description.prompt, frame.to_input_yxyx(box[None])[0], self.vocab)
+        return Request(prompt, generation, subject=comparison, closeup=closeup, references=references)
+
+    def _listed(self, image: EncodedImage, completion: Completion) -> list[Instance]:
+        """Return the objects of a list, best first, each once."""
+        found = [each for each in self._in_list(image, completion) if each.score >= MIN_OBJECT]
+        found.sort(key=lambda each: -each.score)
+        boxes = np.array([each.box_xyxy for each in found], np.float64).reshape(-1, 4)
+        same = box_iou_xyxy(boxes, boxes) >= SAME_OBJECT
+        kept: list[int] = []
+        for i in range(len(found)):
+            if not same[i, kept].any():
+                kept.append(i)
+        return [found[i] for i in kept]
+
+    def _in_list(self, image: EncodedImage, completion: Completion) -> list[Instance]:
+        """Read all objects of a list, in its order, in pixels of the image."""
+        assert completion.best_tokens is not None
+        assert completion.best_logprobs is not None
+        objects = decode_list(completion.tokens[0], completion.best_tokens[0], completion.best_logprobs[0], self.vocab)
+        corners = image.frame().to_image_xy(objects.boxes_yxyx.reshape(-1, 2, 2)).reshape(-1, 4)
+        boxes = np.clip(corners, 0, np.tile(image.size, 2))
+        usable = objects.readable & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        return [
+            Instance((x0, y0, x1, y1), ANY, score)
+            for (x0, y0, x1, y1), score in zip(boxes[usable].tolist(), objects.scores[usable].tolist(), strict=True)
+        ]
+
+    def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
+        """Return what `told` makes of the objects of each description.
+
+        The class of an object is its likeliest slot, its score the probability that it is an object and of that slot.
+        """
+        if not requests:
+            return []
+        first = requests[0].subject
+        listing: _Listing = first.listing if isinstance(first, _Comparison) else first
+        found: list[list[Instance]] = [[] for _ in listing.descriptions]
+        for request, completion in zip(requests, completions, strict=True):
+            if isinstance(comparison := request.subject, _Comparison):
+                names = listing.descriptions[comparison.number].names
+                found[comparison.number].append(_compared(comparison.listed, names, completion))
+        pairs = zip(listing.descriptions, found, strict=True)
+        return [
+            answer
+            for description, some in pairs
+            for answer in self.told(description, sorted(some, key=lambda each: -each.score))
+        ]
+
+    def parts(
+        self, image: EncodedImage, request: Request, completion: Completion
     ) -> list[tuple[int, int, Instance | None]]:
-        """Return the tokens of each object, see `Task.parts`: five an object; boxes outside the image are none."""
+        """Return the tokens of each object of a list, see `Task.parts`: five an object; boxes outside are none."""
+        if isinstance(request.subject, _Comparison):
+            return super().parts(image, request, completion)
         end = np.flatnonzero(completion.tokens[0] == EOS)
         length = int(end[0]) if len(end) else completion.tokens.shape[1]
         found: list[tuple[int, int, Instance | None]] = []
         for start in range(0, length - length % TOKENS_PER_OBJECT, TOKENS_PER_OBJECT):
             stop = start + TOKENS_PER_OBJECT
-            objects = self.instances(image, completion.steps(start, stop), names)
+            objects = self._in_list(image, completion.steps(start, stop))
             found.append((start, stop, objects[0] if objects else None))
         return found
-
-    def instances(self, image: EncodedImage, completion: Completion, names: Sequence[str]) -> list[Instance]:
-        """Return objects, best first, in pixels of the image; slots have these names."""
-        assert completion.best_tokens is not None
-        assert completion.best_logprobs is not None
-        objects = decode_found(completion.tokens[0], completion.best_tokens[0], completion.best_logprobs[0], self.vocab)
-        known = objects.readable & (objects.labels <= len(names))
-        order = np.argsort(-objects.scores, kind="stable")
-        order = order[known[order]]
-        corners = image.frame().to_image_xy(objects.boxes_yxyx[order].reshape(-1, 2, 2)).reshape(-1, 4)
-        boxes = np.clip(corners, 0, np.tile(image.size, 2)).tolist()
-        found = zip(boxes, objects.labels[order].tolist(), objects.scores[order].tolist(), strict=True)
-        return [
-            Instance((x0, y0, x1, y1), slot_category(label - 1, names[label - 1]), score)
-            for (x0, y0, x1, y1), label, score in found
-            if x1 > x0 and y1 > y0
-        ]
 
     def calibrated(self, answers: Sequence[Any], calibration: TaskCalibration | None) -> list[Any]:
         """See `Task`; an exam's answers stay as they are."""
         if calibration is None or not all(isinstance(each, Instance) for each in answers):
             return list(answers)
         return calibrated_instances(answers, calibration)
+
+
+def _compared(listed: Instance, names: Sequence[str], completion: Completion) -> Instance:
+    """Return an object with its likeliest slot."""
+    assert completion.best_tokens is not None
+    assert completion.best_logprobs is not None
+    slot = int(completion.best_tokens[0, 0]) - SLOTS[0]
+    probability = float(np.exp(completion.best_logprobs[0, 0]))
+    return replace(listed, category=slot_category(slot, names[slot]), score=listed.score * probability)
 
 
 def slot_category(slot: int, name: str | None = None) -> Category:

@@ -90,14 +90,15 @@ class BoxGrammar:
 
 @dataclass(frozen=True)
 class RangeGrammar:
-    """Ids from `first` to `last`."""
+    """Ids from `first` to `last`, and one `other`."""
 
     first: int
     last: int
+    other: int = NONE
 
     def allowed(self, ids: Tensor) -> Allowed:
         """See `Grammar`."""
-        return _constant(ids, self.first, self.last + 1, NONE)
+        return _constant(ids, self.first, self.last + 1, self.other)
 
 
 @dataclass(frozen=True)
