@@ -237,7 +237,7 @@ class _Companions:
 
     def __init__(self, dataset: Dataset, tasks: Sequence[Task[Any]], seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self.objects = ObjectsByClass(dataset) if any(task.num_references for task in tasks) else None
+        self.objects = ObjectsByClass(dataset) if any(task.shows_companions for task in tasks) else None
 
     def draw(self, task: Task[Any], target: Target) -> list[Target]:
         """Return the annotated images that a task shows beside one, each with one object."""

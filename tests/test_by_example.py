@@ -27,21 +27,23 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate, measure, merge_measured
 from pix2seq.examples import Example, OtherView, Readings, Sample, collate
+from pix2seq.geometry.boxes import box_iou_xyxy
 from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.presence import Found, PresenceMetric
+from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.encoders.vit import VisionTransformer
 from pix2seq.runtime.runner import Runner
-from pix2seq.tasks.by_example import ByExample, Examples
+from pix2seq.tasks.by_example import ByExample, Exam, Examples
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import Frame, Reference, Request
 from pix2seq.tasks.shown import Shown, given_examples
 from pix2seq.tokenizers.by_example import example_prompt
-from pix2seq.tokenizers.slots import class_choices, decode_found, encode_found
+from pix2seq.tokenizers.slots import OBJECT, comparison_choices, comparison_prompt, decode_list, encode_list
 from pix2seq.training.initialize import initialize_from
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.step import TrainingModel
 from pix2seq.types import Category, ImageRecord, Instance, Target
-from pix2seq.vocab import EOS, MAX_SIZE, NOISE, SLOTS
+from pix2seq.vocab import EOS, NOISE, SLOTS
 
 TINY = [
     "steps=4", "batch_size=3", "checkpoint_every=2", "keep_checkpoints=10", "log_every=1", "num_workers=0", "lr=1e-3",
@@ -108,43 +110,39 @@ def training_set(dataset, task, **options):
 
 def test_tokens_worked_by_hand():
     boxes = np.array([[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.75]])  # times 63: 0 31.5 63 63, 15.75 0 31.5 47.25
-    prompt = example_prompt(15, np.array([2, 0]), boxes, VOCAB)
-    assert prompt.tolist() == [15, 59, 1000, 1032, 1063, 1063, 57, 1016, 1000, 1032, 1047]
-    slots, is_object = np.array([2, 1, -1, -1]), np.array([True, True, True, False])
-    four, asked = np.concatenate([boxes, boxes]), range(1, 3)
-    found = encode_found(
-        four, slots, is_object, asked, VOCAB, np.random.default_rng(0), class_weight=0.5, eos_weight=0.1
-    )
     one, other = [1000, 1032, 1063, 1063], [1016, 1000, 1032, 1047]
-    assert found.targets.tolist() == [*one, 59, *other, 58, *one, NOISE, *other, NOISE, EOS]
-    np.testing.assert_allclose(found.weights, ([1] * 4 + [0.5]) * 3 + [0] * 4 + [0.5, 0.1])
-    read = {
-        token
+    prompt = example_prompt(15, np.array([2, 0]), boxes, VOCAB)
+    assert prompt.tolist() == [15, 59, *one, 57, *other]
+    assert comparison_prompt(prompt, boxes[1], VOCAB).tolist() == [15, 59, *one, 57, *other, *other]
+    assert comparison_choices(range(1, 3)).tolist() == [[58, 60, NOISE, -1]]
+    is_object = np.array([True, False, True, False])
+    drawn = [
+        encode_list(np.concatenate([boxes, boxes]), is_object, VOCAB, np.random.default_rng(seed), eos_weight=0.1)
         for seed in range(50)
-        for token in encode_found(
-            four, slots, is_object, asked, VOCAB, np.random.default_rng(seed), class_weight=1, eos_weight=1
-        )
-        .inputs[4::5]
-        .tolist()
-    }
-    assert read == {58, 59, NOISE}  # never a slot that nothing stands for
-    free, classes = [0, MAX_SIZE, -1, -1], [58, 60, NOISE, -1]
-    assert class_choices(11, asked).tolist() == [*[free] * 4, classes, *[free] * 4, classes, free]
+    ]
+    assert drawn[0].targets.tolist() == [*one, OBJECT, *other, NOISE, *one, OBJECT, *other, NOISE, EOS]
+    np.testing.assert_allclose(drawn[0].weights, ([1] * 5 + [0] * 4 + [1]) * 2 + [0.1])
+    read = [each.inputs[4::5] for each in drawn]
+    assert {token for classes in read for token in classes.tolist()} == {OBJECT, NOISE}
+    assert 0.1 < np.mean(np.array(read)[:, 0] == OBJECT) < 0.5  # the official draw includes noise twice
+    assert all((each.inputs[:4] == one).all() for each in drawn)
 
 
-def test_found_objects_are_read_by_the_best_slot():
-    ids = np.array([1000, 1000, 1063, 1063, 58, 1010, 1010, 1005, 1063, 57, 1016, 1000, 1032, 1047, NOISE, EOS])
-    best = np.array([0, 0, 0, 0, 58, 0, 0, 0, 0, 57, 0, 0, 0, 0, 57, 0])
-    found = decode_found(ids, best, np.log(np.full(16, 0.25)), VOCAB)
-    assert found.labels.tolist() == [2, 1, 1]
-    assert found.readable.tolist() == [True, False, True]  # the second box ends before it begins
-    np.testing.assert_allclose(found.scores, 0.25)
+def test_a_list_is_read_with_the_probability_of_an_object():
+    ids = np.array(
+        [1000, 1000, 1063, 1063, OBJECT, 1010, 1010, 1005, 1063, OBJECT, *[1016, 1000, 1032, 1047], NOISE, EOS]
+    )
+    best = np.full(16, OBJECT)
+    found = decode_list(ids, best, np.log(np.linspace(0.01, 0.16, 16)), VOCAB)
+    assert found.labels.tolist() == [1, 1, 1]
+    assert found.readable.tolist() == [True, False, True]
+    np.testing.assert_allclose(found.scores, [0.05, 0.1, 0.15], rtol=1e-5)
 
 
 @given(st.lists(st.integers(0, 1200), max_size=40), st.data())
 def test_any_ids_are_read_without_an_error(ids, data):
     best = data.draw(st.lists(st.integers(0, 1200), min_size=len(ids), max_size=len(ids)))
-    found = decode_found(np.array(ids, np.int64), np.array(best, np.int64), np.zeros(len(ids)), VOCAB)
+    found = decode_list(np.array(ids, np.int64), np.array(best, np.int64), np.zeros(len(ids)), VOCAB)
     boxes = found.boxes_yxyx[found.readable]
     assert ((boxes >= 0) & (boxes <= 1)).all()
     assert (found.labels[found.readable] >= 1).all()
@@ -193,44 +191,56 @@ def test_as_many_pairs_as_set_have_what_is_asked_for(shapes, share):
     assert np.mean(present) == pytest.approx(share, abs=0.05)
 
 
-def test_a_sequence_says_which_objects_are_like_the_examples(shapes, task):
+def test_sequences_list_all_objects_and_compare_some_with_examples(shapes, task):
     samples = training_set(shapes, task, augment=AugmentConfig(enabled=False))
     numbers = {np.asarray(Image.open(each.path).convert("RGB")).tobytes(): i for i, each in enumerate(shapes.images)}
-    seen = {"empty": 0, "several": 0, "own": 0, "slots": set(), "two": 0}
+    seen = {"like": 0, "unlike": 0, "several": 0, "slots": set(), "two": 0}
     for index in range(len(samples)):
         for epoch in range(3):
             sample = samples[epoch, index]
             target = shapes.target(int(samples.index[index, 0]))
-            for example in sample.examples["by_example"]:
-                slots, labels = example.prompt[1::5], []
-                for view in example.others:
-                    at = view.closeup
-                    assert at.shape == (4,)
-                    if view.companion is None:
-                        labels.append(label_at(target, at))
-                        seen["own"] += 1
-                    else:
-                        labels.append(companion_label(shapes, numbers, sample, view))
-                meaning = dict(zip(slots.tolist(), labels, strict=True))
+            first, *comparisons = sample.examples["by_example"]
+            listed = sorted(np.rint(each.box_xyxy).tolist() for each in task.shown(first, SIZE))
+            expected = sorted(np.rint(target.boxes_xyxy).tolist())
+            assert np.abs(np.array(listed) - np.array(expected)).max() <= 1
+            assert (
+                len(first.targets) == 5 * max(len(expected) + CONFIG.noise_objects, 0) + 1 <= 5 * CONFIG.max_objects + 1
+            )
+            assert first.prompt.tolist() == [15]
+            assert first.closeup is None
+            assert comparisons
+            for example in comparisons:
+                assert (len(example.prompt) - 5) // 5 == len(example.others) <= CONFIG.max_examples
+                slots = example.prompt[1:-4:5].tolist()
+                labels = [companion_label(shapes, numbers, sample, view) for view in example.others]
+                meaning = dict(zip(slots, labels, strict=True))
                 assert len(set(meaning.values())) == len(meaning)  # two slots never mean the same
+                own = label_at(target, example.closeup)
+                expected = [slot for slot, label in meaning.items() if label == own] or [NOISE]
+                assert example.targets.tolist() == expected
+                low, high, *rest = example.choices[0].tolist()
+                assert (low, high, rest) == (min(meaning), max(meaning) + 1, [NOISE, -1])
+                assert example.weights.tolist() == [CONFIG.comparison_weight]
                 shown = task.shown(example, SIZE)
-                expected = sorted(
-                    (slot - SLOTS[0] + 1, *np.rint(box).tolist())
-                    for slot, label in meaning.items()
-                    for box in target.boxes_xyxy[target.labels == label]
-                )
-                found = sorted((each.category.label, *np.rint(each.box_xyxy).tolist()) for each in shown)
-                assert np.abs(np.array(found) - np.array(expected)).max(initial=0) <= 1
-                assert len(found) == len(expected)
-                seen["empty"] += not shown
+                assert len(shown) == (expected != [NOISE])
+                for each in shown:
+                    boxes = target.boxes_xyxy[target.labels == own]
+                    assert box_iou_xyxy(np.array([each.box_xyxy]), boxes).max() > 0.6
+                seen["like" if shown else "unlike"] += 1
                 seen["several"] += len(example.others) > 1
                 seen["two"] += len(meaning) > 1
                 seen["slots"] |= set(meaning)
-                assert len(example.others) <= CONFIG.max_examples
-                assert len(example.targets) % 5 == 1
-                assert example.targets[-1] == EOS
     assert seen["slots"] == set(SLOTS)
-    assert min(seen["empty"], seen["several"], seen["own"], seen["two"]) > 10, seen
+    assert min(seen["several"], seen["two"]) > 10, seen
+    assert 0.25 < seen["like"] / (seen["like"] + seen["unlike"]) < 0.6, seen
+
+
+def test_sequences_about_an_object_share_its_memory(shapes, task):
+    samples = training_set(shapes, task, augment=AugmentConfig(enabled=False))
+    batch = collate([samples[0, index] for index in range(6)], ["by_example"])
+    targets = [shapes.target(int(samples.index[index, 0])) for index in range(6)]
+    assert len(batch.closeups) <= sum(len(target.labels) for target in targets) + 6 * CONFIG.max_examples
+    assert len(batch.lengths) > len(batch.closeups)
 
 
 def label_at(target, closeup):
@@ -262,15 +272,15 @@ def test_other_tasks_of_a_shared_image_go_on_as_they_are(shapes, task):
     detection = Detection(DetectionConfig(max_objects=6, noise_objects=2), VOCAB, shapes.categories)
     options = {"size": SIZE, "augment": AugmentConfig(scale_min=0.9, scale_max=1.1), "seed": 0}
     alone, together = (SharedTrainingSet(shapes, some, **options) for some in ([detection], [detection, task]))
-    with_examples = 0
+    with_comparisons = 0
     for index in range(len(alone)):
         one, both = alone[0, index], together[0, index]
         np.testing.assert_array_equal(one.image, both.image)
         (expected,), (found,) = one.examples["detection"], both.examples["detection"]
         np.testing.assert_array_equal(expected.inputs, found.inputs)
         assert set(both.companions) <= {"by_example"}
-        with_examples += bool(both.examples["by_example"])
-    assert with_examples > 0.9 * len(alone)
+        with_comparisons += len(both.examples["by_example"]) > 1
+    assert with_comparisons > 0.9 * len(alone)
     batch = collate([together[0, i] for i in range(3)], ["detection", "by_example"])
     assert (batch.memory_index.diff() >= 0).all()
     assert (batch.readings.parts[:, 1:] < 0).all(1).any()  # detection reads its image alone
@@ -305,7 +315,7 @@ def test_an_unreadable_companion_is_left_out(shapes, task, monkeypatch):
     with pytest.warns(UserWarning, match="it is damaged"):
         sample = samples[0, 0]
     assert not sample.companions
-    assert all(view.companion is None for each in sample.examples["by_example"] for view in each.others)
+    assert len(sample.examples["by_example"]) == 1  # the list
 
 
 def test_companions_get_the_labels_of_the_model_too():
@@ -418,46 +428,105 @@ def slowly(model, memory, prompt, generation):
     return ids[0, len(prompt) :].numpy()
 
 
+def read_by(model, closeup, image, frame):
+    """The memory of an image, or of a frame of it."""
+    if not closeup:
+        return image.memory
+    corners = torch.from_numpy(image.frame().to_input_yxyx(frame.xyxy[None])).float()
+    with torch.no_grad():
+        return model.look_closer(tuple(each[None] for each in image.maps), corners, [0])[0]
+
+
 @pytest.mark.parametrize("closeup", [True, False])
-def test_answers_are_those_of_full_passes_over_the_joined_memory(images, closeup):
+def test_answers_are_those_of_full_passes(images, closeup):
+    """A list by full passes over the image, and comparisons over the joined memories, one at a time."""
     predictor = untrained_predictor(config=replace(CONFIG, closeup=closeup, temperature=0.0))
     model, asked = predictor.model, predictor.tasks["by_example"]
     query, *others = predictor.encode_batch(images)
+    whole, marks = query.frame(), model.reference_embedding.detach()
     for boxes in ([(3, 3, 40, 30)], [(3, 3, 40, 30), (10, 8, 60, 50)]):
-        about = Examples(tuple(Shown(image, box) for image, box in zip(others, boxes, strict=False)))
+        kinds = ("cup", "pen")[: len(boxes)]
+        about = Examples(tuple(Shown(*each) for each in zip(others, boxes, kinds, strict=False)))
         (request,) = asked.requests(query, about)
-        parts = [query.memory]
-        for place, reference in enumerate(request.references):
-            memory = reference.image.memory
-            if reference.closeup is not None:
-                corners = reference.image.frame().to_input_yxyx(reference.closeup.xyxy[None])
-                maps = tuple(each[None] for each in reference.image.maps)
-                with torch.no_grad():
-                    memory = model.look_closer(maps, torch.from_numpy(corners).float(), [0])[0]
-            parts.append(memory + model.reference_embedding[place].detach())
-        expected = slowly(model, torch.cat(parts)[None], request.prompt, request.generation)
         (completion,) = predictor._complete(asked, [query], [[request]], 0)
+        expected = slowly(model, query.memory[None], request.prompt, request.generation)
         assert completion.tokens[0][: len(expected)].tolist() == expected.tolist()
 
+        prompt = [15]
+        examples = []
+        for number, shown in enumerate(about.shown):
+            frame = shown.image.frame().around(np.array(shown.box_xyxy), 0.25)
+            within = frame if closeup else shown.image.frame()
+            box = within.to_input_yxyx(np.array([shown.box_xyxy], np.float64))[0]
+            prompt += [SLOTS[number], *VOCAB.coord_ids(box)]
+            examples.append(read_by(model, closeup, shown.image, frame) + marks[number])
+        found = {each.box_xyxy: each for each in predictor.find(query, like=as_given(about), threshold=0.0)}
+        assert found
+        assert listed_boxes(expected, whole) >= set(found)
+        compared = asked.follow_up(query, [request], [completion])
+        assert len(compared) == len(found)
+        for each in compared:
+            box = np.array(each.subject.listed.box_xyxy)
+            frame = whole.around(box, 0.25)
+            at = (frame if closeup else whole).to_input_yxyx(box[None])[0]
+            tokens = torch.tensor([[*prompt, *VOCAB.coord_ids(at)]])
+            memory = torch.cat([read_by(model, closeup, query, frame), *examples])[None]
+            with torch.no_grad():
+                logits = model.decoder.logits(model.decoder(tokens, memory))[0, -1]
+            shares = logits[[*SLOTS[: len(boxes)], NOISE]].softmax(0)[:-1]
+            answer = found[each.subject.listed.box_xyxy]
+            assert answer.category.name == kinds[int(shares.argmax())]
+            assert answer.score == pytest.approx(each.subject.listed.score * float(shares.max()), abs=1e-4)
 
-def test_a_score_is_a_share_among_the_slots_of_the_prompt_and_noise(predictor, images):
-    query, other = predictor.encode_batch(images[:2])
-    asked = predictor.tasks["by_example"].with_settings(closeup=False)
-    about = Examples((Shown(other, (3, 3, 40, 30), "cup"), Shown(query, (5, 5, 30, 30), "pen")))
-    (request,) = asked.requests(query, about)
-    (completion,) = predictor._complete(asked, [query], [[request]], 0)
-    marks = predictor.model.reference_embedding.detach()
-    memory = torch.cat([query.memory, other.memory + marks[0], query.memory + marks[1]])[None]
-    tokens = torch.from_numpy(np.append(request.prompt, completion.tokens[0]))[None]
-    with torch.no_grad():
-        logits = predictor.model.decoder.logits(predictor.model.decoder(tokens, memory))[0]
-    for step in range(4, completion.tokens.shape[1], 5):
-        if EOS in completion.tokens[0, :step]:
-            break
-        shares = logits[len(request.prompt) - 1 + step][[SLOTS[0], SLOTS[1], NOISE]].softmax(0)
-        assert completion.best_tokens[0, step] == SLOTS[int(shares[:2].argmax())]
-        assert float(shares[:2].max()) == pytest.approx(np.exp(completion.best_logprobs[0, step]), abs=1e-4)
-    assert step > 4
+
+def as_given(about):
+    return {shown.name: (shown.image, shown.box_xyxy) for shown in about.shown}
+
+
+def listed_boxes(ids, frame):
+    """The boxes of a list in pixels of an image of 64 x 64."""
+    groups = ids[: len(ids) // 5 * 5].reshape(-1, 5)
+    corners = [frame.to_image_xy(VOCAB.coords(group[:4]).reshape(2, 2)).ravel() for group in groups]
+    return {tuple(np.clip(box, 0, 64).tolist()) for box in corners}
+
+
+def listing(ids, scores):
+    """A list as the model says it, with the probability of an object at each token."""
+    ids, logprobs = np.array([ids]), np.log([scores])
+    return Completion(ids, np.zeros_like(logprobs), np.full_like(ids, OBJECT), logprobs, np.zeros(1, np.bool_))
+
+
+def test_an_object_that_is_listed_twice_is_compared_once(predictor, images):
+    task, image = predictor.tasks["by_example"], predictor.encode(images[0])
+    boxes = [[0.1, 0.1, 0.5, 0.5], [0.1, 0.12, 0.5, 0.5], [0.5, 0.5, 0.9, 0.9], [0.2, 0.2, 0.4, 0.4]]
+    ids = np.concatenate([[*VOCAB.coord_ids(np.array(box)), OBJECT] for box in boxes] + [[EOS]])
+    scores = np.repeat([0.5, 0.9, 0.8, 0.05], 5)  # the last one is no object
+    completion = Completion(
+        ids[None],
+        np.zeros((1, 21)),
+        np.full((1, 21), OBJECT),
+        np.log(np.append(scores, 1))[None],
+        np.zeros(1, np.bool_),
+    )
+    about = Examples((Shown(image, (3, 3, 40, 30)),))
+    compared = task.follow_up(image, task.requests(image, about), [completion])
+    assert [each.subject.listed.score for each in compared] == pytest.approx([0.9, 0.8])
+    assert task.follow_up(image, compared, [completion] * 2) == []
+    parts = task.parts(image, task.requests(image, about)[0], completion)
+    assert [(start, stop) for start, stop, _ in parts] == [(0, 5), (5, 10), (10, 15), (15, 20)]
+    assert parts[1][2].score == pytest.approx(0.9)
+
+
+def test_an_image_without_objects_has_none_like_the_example(predictor, images):
+    task, image = predictor.tasks["by_example"], predictor.encode(images[0])
+    requests = task.requests(image, Examples((Shown(image, (3, 3, 40, 30)),)))
+    nothing = Completion(
+        np.array([[EOS]]), np.zeros((1, 1)), np.zeros((1, 1), int), np.zeros((1, 1)), np.zeros(1, np.bool_)
+    )
+    assert task.follow_up(image, requests, [nothing]) == []
+    assert task.answers(image, requests, [nothing]) == []
+    exam = task.requests(image, Exam(((7, Shown(image, (3, 3, 40, 30))), (9, Shown(image, (5, 5, 30, 30))))))
+    assert task.answers(image, exam, [nothing]) == [Found(7, ()), Found(9, ())]
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(predictor, images):
@@ -509,7 +578,7 @@ def test_kinds_have_the_names_that_a_user_gives(predictor, images):
 def test_another_example_is_another_question(predictor, images):
     image, other, third = predictor.encode_batch(images[:3])
     frame = Frame(np.zeros(2), np.full(2, 30.0))
-    generation = predictor.tasks["by_example"].generation(1)
+    generation = GenerationConfig(4)
     some = [
         Request(np.array([15, 57]), generation, references=references)
         for references in (
@@ -684,7 +753,7 @@ def test_training_refuses_what_examples_cannot_have(folder, tmp_path, capsys):
     write_shards(read_coco(folder, "train"), tmp_path / "shards")
     command = ["train", "--task", "by_example", f"out={tmp_path / 'run'}", *TINY]
     assert main([*command, f"data={folder}", "model.memory.references=1"]) == 2
-    assert "reads up to 2 other images, but the model has places for 1" in one_line(capsys)
+    assert "reads up to 2 memories beside the first, but the model has places for 1" in one_line(capsys)
     assert main([*command, f"data={tmp_path / 'shards'}", f"val_data={folder}"]) == 2
     assert "shards, which are read in order" in one_line(capsys)
 
@@ -692,6 +761,7 @@ def test_training_refuses_what_examples_cannot_have(folder, tmp_path, capsys):
 def test_an_exported_model_says_that_it_cannot(predictor, images):
     image = predictor.encode(images[0])
     asked = predictor.tasks["by_example"]
-    requests = asked.requests(image, Examples((Shown(image, (3, 3, 40, 30)),)))
+    first = asked.requests(image, Examples((Shown(image, (3, 3, 40, 30)),)))
+    requests = asked.follow_up(image, first, predictor._complete(asked, [image], [first], 0))
     with pytest.raises(InputError, match="several images at once, which an exported model cannot"):
         Runner.__new__(Runner)._complete(asked, image, requests, 0)

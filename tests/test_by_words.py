@@ -13,19 +13,21 @@ from pix2seq import Predictor
 from pix2seq.cli import main
 from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.formats.shards import ShardIndex, write_shards
-from pix2seq.data.phrases import phrase_words
+from pix2seq.data.phrases import ADJECTIVES, is_held_out, phrase_words
 from pix2seq.data.samples import TrainingSet
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.transforms import AugmentConfig
 from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
+from pix2seq.geometry.boxes import box_iou_xyxy
 from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.phrases import Asked, Found, PhraseMetric
-from pix2seq.model.config import DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.config import DecoderConfig, EncoderConfig, MemoryConfig, ModelConfig
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.results import Instances
 from pix2seq.tasks.by_words import ByWords, ByWordsConfig
-from pix2seq.tokenizers.by_words import phrase_prompt
+from pix2seq.tokenizers.by_words import description, description_prompt, phrase_prompt
+from pix2seq.tokenizers.slots import OBJECT
 from pix2seq.tokenizers.text import UNK_ID, WordTokenizer
 from pix2seq.training.config import load_config
 from pix2seq.training.recipe import prepare
@@ -38,6 +40,7 @@ TINY = [
     *("model.encoder.num_heads=2", "model.encoder.mlp_dim=16", "model.decoder.dim=16", "model.decoder.num_layers=1"),
     *("model.decoder.num_heads=2", "model.decoder.mlp_dim=16", "model.vocab.num_bins=48", "model.vocab.text_base=1100"),
     *("model.vocab.size=1100", "model.encoder.patch_size=16", "by_words.max_objects=8", "by_words.max_words=24"),
+    "by_words.closeup=false",
     *("device=cpu", "bf16=false", "num_workers=0", "batch_size=4", "steps=2", "schedule.warmup_steps=1", "trackers=[]"),
 ]
 
@@ -73,9 +76,12 @@ def task(shapes, text, vocab):
 @pytest.fixture(scope="module")
 def predictor(shapes, text, vocab, task):
     torch.manual_seed(0)
-    encoder = EncoderConfig("vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, patch_size=16, colour=True)
+    encoder = EncoderConfig(
+        "vit", stem="conv", closeups=True, dim=32, num_layers=1, num_heads=2, mlp_dim=64, patch_size=16
+    )
     decoder = DecoderConfig(dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64)
-    model = build_model(ModelConfig(SIZE, encoder=encoder, decoder=decoder, vocab=vocab), shapes.categories, text)
+    config = ModelConfig(SIZE, encoder=encoder, memory=MemoryConfig(references=1), decoder=decoder, vocab=vocab)
+    model = build_model(config, shapes.categories, text)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.task_settings = {"by_words": task.settings()}
@@ -92,9 +98,12 @@ def checkpoint(predictor, tmp_path_factory):
 # The language
 
 
-def test_the_prompt_is_as_documented():
+def test_prompts_and_descriptions_are_as_documented():
     vocab = Vocab(num_bins=11, text_base=1100, size=1110, num_text=10)
     assert phrase_prompt(16, 60, [5, 3], vocab).tolist() == [16, 60, 1105, 1103, SEPARATOR]
+    box = np.array([0.0, 0.2, 0.5, 1.0])
+    assert description_prompt(16, box, vocab).tolist() == [16, 1000, 1002, 1005, 1010, SEPARATOR]
+    assert description([5, 3], vocab).tolist() == [1105, 1103, EOS]
 
 
 # Learning
@@ -104,48 +113,99 @@ def samples_of(shapes, task, **augment):
     return TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(scale_min=0.9, scale_max=1.1, **augment), seed=0)
 
 
-def test_training_sequences_hold_the_named_objects_and_others_as_noise(shapes, task, vocab, text):
+def kinds_of(examples):
+    """The list, the descriptions and the comparisons of an image."""
+    first, *rest = examples
+    return first, [e for e in rest if e.choices is None], [e for e in rest if e.choices is not None]
+
+
+def whose(ids, target, vocab):
+    """The number of the object that the four ids of a box mean, of an input of 64 x 64 pixels."""
+    box = vocab.coords(ids)[[1, 0, 3, 2]] * 64
+    overlaps = box_iou_xyxy(box[None], target.boxes_xyxy)[0]
+    assert overlaps.max() > 0.6
+    return int(overlaps.argmax())
+
+
+def test_training_sequences_list_describe_and_compare(shapes, task, vocab, text):
     samples = TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(enabled=False), seed=0)
-    slots, counts, firsts = set(), [], []
+    names = {category.label: category.name for category in shapes.categories}
+    slots, answers, described = set(), [], 0
     for index in range(len(samples)):
         target = shapes.target(index)
-        true = {tuple(vocab.coord_ids(box[[1, 0, 3, 2]] / 64).tolist()) for box in target.boxes_xyxy}
-        for example in samples[0, index].examples["by_words"]:
-            prompt = example.prompt
-            assert prompt[0] == 16
-            assert prompt[1] in SLOTS
-            assert prompt[-1] == SEPARATOR
+        first, descriptions, comparisons = kinds_of(samples[0, index].examples["by_words"])
+        assert first.prompt.tolist() == [16]
+        assert first.targets[-1] == EOS
+        groups = first.targets[:-1].reshape(-1, 5)
+        listed = sorted(tuple(group[:4].tolist()) for group in groups if group[4] == OBJECT)
+        assert listed == sorted(tuple(vocab.coord_ids(box[[1, 0, 3, 2]] / 64).tolist()) for box in target.boxes_xyxy)
+        assert (groups[:, 4] == NOISE).sum() == CONFIG.noise_objects
+        assert len(task.shown(first, SIZE)) == len(listed)
+        assert len(descriptions) == min(CONFIG.descriptions, len(listed))
+        for example in descriptions:
+            assert example.prompt[[0, -1]].tolist() == [16, SEPARATOR]
+            i = whose(example.prompt[1:5], target, vocab)
+            words = set(text.decode(example.targets[:-1] - vocab.text_base).split())
+            colour, texture = target.attributes[i]["colour"], target.attributes[i]["texture"]
+            assert words - {"in"} == {colour, ADJECTIVES[texture], names[int(target.labels[i])]}
+            assert task.shown(example, SIZE)[0].category.name in task.summary(example)
+            described += 1
+        for example in comparisons:
+            prompt, slot = example.prompt[:-4], int(example.prompt[1])
+            assert prompt[[0, -1]].tolist() == [16, SEPARATOR]
+            assert slot in SLOTS
             assert UNK_ID + vocab.text_base not in prompt
-            assert len(prompt) + len(example.targets) <= task.max_seq_len
-            slots.add(int(prompt[1]))
-            assert example.targets[-1] == EOS
-            groups = example.targets[:-1].reshape(-1, 5)
-            assert len(groups) == (groups[:, 4] != NOISE).sum() + CONFIG.noise_objects <= CONFIG.max_objects
-            named = {tuple(g[:4].tolist()) for g in groups if g[4] == prompt[1]}
-            assert named <= true
-            assert true - named <= {tuple(g[:4].tolist()) for g in groups if g[4] == NOISE}
-            assert {int(g[4]) for g in groups} <= {int(prompt[1]), NOISE}
-            counts.append(len(named))
-            firsts.append(groups[0, 4] != NOISE)
-            assert len(task.shown(example, SIZE)) == (groups[:, 4] != NOISE).sum()
+            assert len(example.prompt) + 1 <= task.max_seq_len
+            assert example.targets.tolist() in ([slot], [NOISE])
+            assert example.choices.tolist() == [[slot, slot + 1, NOISE, -1]]
+            assert task.summary(example).endswith("no" if example.targets[0] == NOISE else "yes")
+            # The whole image, whose coordinates the box has, and beside it the closeup of the object.
+            i = whose(example.prompt[-4:], target, vocab)
+            (beside,) = example.others
+            assert example.closeup is None
+            y0, x0, y1, x1 = (beside.closeup * 64).tolist()
+            left, top, right, bottom = target.boxes_xyxy[i].tolist()
+            assert x0 <= left + 1
+            assert y0 <= top + 1
+            assert x1 >= right - 1
+            assert y1 >= bottom - 1
+            assert len(task.shown(example, SIZE)) == (example.targets[0] != NOISE)
+            slots.add(slot)
+            answers.append(example.targets[0] != NOISE)
     assert len(slots) > 8
-    assert 0.35 < np.mean(np.array(counts) == 0) < 0.65
-    # A named object is not always the first of an image, or its place would tell what the phrase should.
-    assert 0 < np.mean(np.array(firsts)[np.array(counts) > 0]) < 1
+    assert described > 12
+    assert 0.25 < np.mean(answers) < 0.55
 
 
-def test_a_class_alone_names_all_objects_of_the_class(shapes, task, vocab):
+def test_descriptions_do_not_tell_what_training_leaves_out(shapes, task, vocab, text):
+    other = task.with_settings(unseen_share=0.5, descriptions=8)
+    in_full = []
+    for index in range(len(shapes)):
+        target = shapes.target(index)
+        _, descriptions, _ = kinds_of(other.examples(target, SIZE, np.random.default_rng(0)))
+        for example in descriptions:
+            i = whose(example.prompt[1:5], target, vocab)
+            name = next(each.name for each in shapes.categories if each.label == target.labels[i])
+            left_out = is_held_out((name, target.attributes[i]["colour"], target.attributes[i]["texture"]), 0.5)
+            words = text.decode(example.targets[:-1] - vocab.text_base)
+            assert (words == name) == left_out
+            in_full.append(not left_out)
+    assert {*in_full} == {True, False}
+
+
+def test_a_class_alone_names_the_objects_of_the_class(shapes, task, vocab):
     """From phrases of one word, against the labels of the target."""
     samples = TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(enabled=False), seed=0)
     by_name = {category.name: category.label for category in shapes.categories}
     compared = 0
-    for epoch in range(6):
+    for epoch in range(8):
         for index in range(len(samples)):
-            for example in samples[epoch, index].examples["by_words"]:
+            target = shapes.target(index)
+            for example in kinds_of(samples[epoch, index].examples["by_words"])[2]:
                 phrase = task.summary(example).split(":")[0].strip("'").removeprefix("the ").removeprefix("a ")
                 if phrase in by_name:
-                    count = (shapes.target(index).labels == by_name[phrase]).sum()
-                    assert task.summary(example).endswith(f": {count} objects")
+                    is_named = target.labels[whose(example.prompt[-4:], target, vocab)] == by_name[phrase]
+                    assert (example.targets[0] != NOISE) == is_named
                     compared += 1
     assert compared > 15
 
@@ -231,10 +291,13 @@ def test_a_run_starts_from_a_checkpoint_that_knows_none_of_the_words(folder, run
     torch.testing.assert_close(new.eval().encode(images), old.eval().encode(images), atol=1e-4, rtol=1e-4)
 
 
-def test_colour_reaches_the_memory_of_its_patch(predictor):
-    model = predictor.model
+def test_colour_reaches_the_memory_of_its_patch(vocab):
+    encoder = EncoderConfig("vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, patch_size=16, colour=True)
+    decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, mlp_dim=64)
+    model = build_model(ModelConfig(SIZE, encoder=encoder, decoder=decoder, vocab=vocab)).eval()
     with torch.no_grad():
         model.encoder.stem.weight.zero_()  # the stem sees nothing
+        model.encoder.colour.weight.normal_()
     grey = torch.full((1, 3, *SIZE), 0.5)
     red = grey.clone()
     red[:, 0, 16:32, 32:48] = 1.0  # the patch in row 1, column 2 of 4 x 4
@@ -261,6 +324,30 @@ def test_find_answers_several_phrases_side_by_side_as_alone(predictor, shapes):
     least = float(np.median([each.score for each in together]))
     some = predictor.find(image, asked, threshold=least)
     assert [each.box_xyxy for each in some] == [each.box_xyxy for each in together if each.score >= least]
+
+
+def test_scores_are_those_of_full_passes_over_the_image_and_the_closeup(predictor, shapes):
+    task, model = predictor.tasks["by_words"], predictor.model
+    image = predictor.encode(shapes.target(0).image.path)
+    phrase = "striped red star"
+    (listing,) = task.requests(image, [phrase])
+    (completion,) = predictor._complete(task, [image], [[listing]], 0)
+    found = {each.box_xyxy: each.score for each in predictor.find(image, phrase, threshold=0.0)}
+    compared = task.follow_up(image, [listing], [completion])
+    assert len(compared) == len(found) > 1
+    words = [task.vocab.text_base + each for each in task.text.encode(phrase)]
+    for request in compared:
+        listed = request.subject.listed
+        frame = image.frame()
+        around = frame.to_input_yxyx(frame.around(np.array(listed.box_xyxy), 0.25).xyxy[None])
+        at = task.vocab.coord_ids(frame.to_input_yxyx(np.array([listed.box_xyxy]))[0])
+        tokens = torch.tensor([[16, SLOTS[0], *words, SEPARATOR, *at]])
+        with torch.no_grad():
+            closeup = model.look_closer(tuple(m[None] for m in image.maps), torch.from_numpy(around).float(), [0])[0]
+            memory = torch.cat([image.memory, closeup + model.reference_embedding[0]])[None]
+            logits = model.decoder.logits(model.decoder(tokens, memory))[0, -1]
+        share = float(logits[[SLOTS[0], NOISE]].softmax(0)[0])
+        assert found[listed.box_xyxy] == pytest.approx(listed.score * share, abs=1e-4)
 
 
 def test_more_phrases_than_slots(predictor, shapes):
@@ -358,7 +445,7 @@ def test_evaluation_asks_by_the_annotations_half_in_vain(shapes, task):
 
 def test_evaluation_scores_a_perfect_answer_as_perfect(predictor, shapes, monkeypatch):
     def answers(self, image, requests, completions):
-        asked = [request.subject[1] for request in requests]
+        asked = [each.subject[1] for each in requests[0].subject.listing.descriptions]
         return [Found(each, each.boxes_xyxy, np.ones(len(each.boxes_xyxy), np.float32), 0.5) for each in asked]
 
     monkeypatch.setattr(ByWords, "answers", answers)

@@ -48,7 +48,7 @@ class ExampleMaker(Protocol):
     @property
     def flips(self) -> bool: ...
     @property
-    def num_references(self) -> int: ...
+    def shows_companions(self) -> bool: ...
     def after_flip(self, target: Target) -> Target: ...
     def samples(self, target: Target) -> list[int | None]: ...
     def companions(self, target: Target, objects: ObjectsByClass, rng: np.random.Generator) -> list[Companion]: ...
@@ -264,13 +264,13 @@ class _CompanionReader:
         self, dataset: Dataset, tasks: Sequence[ExampleMaker], maker: SampleMaker, reader: _ImageReader
     ) -> None:
         self.tasks, self.maker, self.reader = tasks, maker, reader
-        self.objects = ObjectsByClass(dataset) if any(task.num_references for task in tasks) else None
+        self.objects = ObjectsByClass(dataset) if any(task.shows_companions for task in tasks) else None
 
     def read(self, target: Target, task_rngs: Sequence[np.random.Generator]) -> dict[str, list[Shown]]:
         """Return the companions of an image by task; `target` has the data set's labels, they have the model's."""
         found: dict[str, list[Shown]] = {}
         for task, rng in zip(self.tasks, task_rngs, strict=True):
-            if self.objects is not None and task.num_references:
+            if self.objects is not None and task.shows_companions:
                 beside = self.reader.read_beside(task.companions(target, self.objects, rng))
                 found[task.name] = [(self.maker.target(each), image) for each, image in beside]
         return found

@@ -85,6 +85,7 @@ class ByExample(SlotTask[ByExampleConfig]):
     main_metric = "AP50"
     length_setting = "by_example.max_objects"
     takes_examples = True
+    shows_companions = True
     about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
 
     @property

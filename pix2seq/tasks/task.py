@@ -89,6 +89,7 @@ class Task(ABC, Generic[Config]):
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     tells_sentences: ClassVar[bool] = False  # whether examples have a `sentence`, to compare images with
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
+    shows_companions: ClassVar[bool] = False  # it shows other images of a data set beside one, see `companions`
     takes_words: ClassVar[bool] = False  # it answers phrases with the objects that they name
     takes_examples: ClassVar[bool] = False  # it answers objects shown in other images with all like them; None: nothing
     takes_clicks: ClassVar[bool] = False  # it answers `Clicks` with each `ObjectMask` they can mean, None with all
@@ -135,9 +136,9 @@ class Task(ABC, Generic[Config]):
 
     @property
     def num_references(self) -> int:
-        """How many other images a sequence reads at most, by the embeddings of `model.memory.references`.
+        """How many memories a sequence reads at most beside the first, by the embeddings of `model.memory.references`.
 
-        A task with references shows `companions` beside an image to learn from, and to be scored.
+        They are of other images, or closeups.
         """
         return 0
 

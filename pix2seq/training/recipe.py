@@ -118,10 +118,10 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
             )
         if task.num_references > config.model.memory.references:
             raise InputError(
-                f"{name} reads up to {task.num_references} other images, but the model has places for "
+                f"{name} reads up to {task.num_references} memories beside the first, but the model has places for "
                 f"{config.model.memory.references}; set model.memory.references={task.num_references}"
             )
-        if task.num_references and isinstance(train_data[name], ShardIndex):
+        if task.shows_companions and isinstance(train_data[name], ShardIndex):
             raise InputError(
                 f"{name} reads other images of the data set beside each one, but {sources[name].location} holds "
                 "shards, which are read in order; give data=FOLDER with the data set that they were written from"
