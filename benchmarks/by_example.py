@@ -66,9 +66,9 @@ def main() -> None:
         by_example.append((target, asked.ask("by_example", [pixels], [exam], seed=args.seed)[0]))
         image = detector.encode(pixels)
         found = detector.detect(image)
-        told.append((target, [of_class(found, label, names[label]) for label, _ in exam.asked]))
+        told.append((target, [of_class(found, kind.label, names[kind.label]) for kind in exam.asked]))
         likely = [each for each in found if each.score >= MIN_BOX_SCORE]
-        nearest.append((target, [like(detector, image, likely, *each) for each in exam.asked]))
+        nearest.append((target, [like(detector, image, likely, kind.label, kind.shown) for kind in exam.asked]))
     least = task.config.min_score
     numbers = {
         "by_example": scores(by_example, dataset.categories, least),

@@ -662,8 +662,8 @@ class Predictor:
         places = self.model.config.memory.references
         if task.num_references > places:
             raise InputError(
-                f"{source} lets {task.name} read {task.num_references} memories beside the first, but this checkpoint has "
-                f"places for {places}; give a smaller number"
+                f"{source} lets {task.name} read {task.num_references} memories beside the first, but this checkpoint "
+                f"has places for {places}; give a smaller number"
             )
 
     def _check_ready(self) -> None:

@@ -33,7 +33,7 @@ from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.encoders.vit import VisionTransformer
 from pix2seq.runtime.runner import Runner
-from pix2seq.tasks.by_example import ByExample, Exam, Examples
+from pix2seq.tasks.by_example import ByExample, Exam, Examples, Kind
 from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import Frame, Reference, Request
 from pix2seq.tasks.shown import Shown, given_examples
@@ -525,8 +525,9 @@ def test_an_image_without_objects_has_none_like_the_example(predictor, images):
     )
     assert task.follow_up(image, requests, [nothing]) == []
     assert task.answers(image, requests, [nothing]) == []
-    exam = task.requests(image, Exam(((7, Shown(image, (3, 3, 40, 30))), (9, Shown(image, (5, 5, 30, 30))))))
-    assert task.answers(image, exam, [nothing]) == [Found(7, ()), Found(9, ())]
+    kinds = (Kind(7, Shown(image, (3, 3, 40, 30))), Kind(9, Shown(image, (5, 5, 30, 30)), is_unseen=True))
+    exam = task.requests(image, Exam(kinds))
+    assert task.answers(image, exam, [nothing]) == [Found(7, ()), Found(9, (), is_unseen=True)]
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(predictor, images):
@@ -647,12 +648,29 @@ def test_scores_worked_by_hand():
     other.add(target_of([box], [1], 3, crowd=[0]), [found(1, (box, 0.9)), found(2)])
     metric.merge(other)
     scores = metric.result().metrics
-    assert metric.counts == [(1, 1), (1, 0), (0, 1), (0, 0)]
+    assert metric.all.counts == [(1, 1), (1, 0), (0, 1), (0, 0)]
     assert scores["presence_MCC"] == pytest.approx(0.0)  # one each of right, missed, false and rightly none
     assert scores["counting_error"] == pytest.approx((0 + 1 + 1 + 0) / 4)
     assert scores["empty_where_absent"] == pytest.approx(0.5)
     # Cups: the only one first: 1. Pens: the false one (0.8) before the right one (0.4): precision 0.5.
     assert scores["AP50"] == pytest.approx((1 + 0.5) / 2, abs=1e-6)
+
+
+def test_kinds_that_training_left_out_are_scored_apart():
+    box, far = (0.0, 0.0, 20.0, 20.0), (60.0, 60.0, 90.0, 90.0)
+    metric, other = PresenceMetric([CUP, PEN], 0.5), PresenceMetric([CUP, PEN], 0.5)
+    metric.add(target_of([box, far], [1, 2], 1), [found(1, (box, 0.9)), replace(found(2, (box, 0.9)), is_unseen=True)])
+    other.add(target_of([box], [1], 2), [replace(found(2), is_unseen=True)])
+    metric.merge(other)
+    scores = metric.result().metrics
+    assert scores["seen/AP50"] == pytest.approx(1)
+    assert scores["unseen/AP50"] == 0
+    assert scores["AP50"] == pytest.approx(0.5)
+    assert scores["unseen/presence_MCC"] == pytest.approx(
+        1
+    )  # "there is one" and "there is none" are right, wherever it was found
+    assert scores["unseen/counting_error"] == 0
+    assert scores["seen/empty_where_absent"] is None
 
 
 def test_matthews_correlation_by_its_formula():

@@ -22,20 +22,47 @@ class Found:
 
     label: int  # of the class that the question meant, which the model was not told
     instances: tuple[Instance, ...]
+    is_unseen: bool = False  # training left the class out
 
 
 class PresenceMetric(Metric):
-    """Scores what was found of the kinds that images were asked for."""
+    """Scores what was found of the kinds that images were asked for, and of those that training left out apart."""
 
     def __init__(self, categories: Sequence[Category], min_score: float) -> None:
         """Objects of at least `min_score` count as found; AP takes all."""
+        self.all, self.seen, self.unseen = (_Part(categories, min_score) for _ in range(3))
+
+    def add(self, target: Target, answers: Sequence[Found]) -> None:
+        """See `Metric`. A class of which the image has a crowd counts for AP alone."""
+        self.all.add(target, answers)
+        self.seen.add(target, [found for found in answers if not found.is_unseen])
+        self.unseen.add(target, [found for found in answers if found.is_unseen])
+
+    def merge(self, other: PresenceMetric) -> None:
+        """See `Metric`."""
+        self.all.merge(other.all)
+        self.seen.merge(other.seen)
+        self.unseen.merge(other.unseen)
+
+    def result(self) -> Scores:
+        """See `Metric`."""
+        scores = self.all.scores()
+        if self.unseen.counts:
+            scores |= {f"seen/{name}": value for name, value in self.seen.scores().items()}
+            scores |= {f"unseen/{name}": value for name, value in self.unseen.scores().items()}
+        return Scores(scores)
+
+
+class _Part:
+    """Scores of some of the kinds."""
+
+    def __init__(self, categories: Sequence[Category], min_score: float) -> None:
         self.categories = {category.label: category for category in categories}
         self.min_score = min_score
         self.ap = ApMetric(categories, "box")
         self.counts: list[tuple[int, int]] = []  # true and found objects of each pair
 
     def add(self, target: Target, answers: Sequence[Found]) -> None:
-        """See `Metric`. A class of which the image has a crowd counts for AP alone."""
         asked = np.isin(target.labels, [found.label for found in answers])
         if answers:
             named = [
@@ -48,21 +75,17 @@ class PresenceMetric(Metric):
                 number = sum(each.score >= self.min_score for each in found.instances)
                 self.counts.append((int(same.sum()), number))
 
-    def merge(self, other: PresenceMetric) -> None:
-        """See `Metric`."""
+    def merge(self, other: _Part) -> None:
         self.ap.merge(other.ap)
         self.counts += other.counts
 
-    def result(self) -> Scores:
-        """See `Metric`."""
+    def scores(self) -> dict[str, float | None]:
         ap = self.ap.result().metrics if self.ap.targets else {}
         true, found = np.array(self.counts, np.int64).reshape(-1, 2).T
-        return Scores(
-            {
-                "AP": ap.get("AP"),
-                "AP50": ap.get("AP50"),
-                "presence_MCC": matthews(true > 0, found > 0),
-                "empty_where_absent": float((found[true == 0] == 0).mean()) if (true == 0).any() else None,
-                "counting_error": float(np.abs(true - found).mean()) if len(true) else None,
-            }
-        )
+        return {
+            "AP": ap.get("AP"),
+            "AP50": ap.get("AP50"),
+            "presence_MCC": matthews(true > 0, found > 0),
+            "empty_where_absent": float((found[true == 0] == 0).mean()) if (true == 0).any() else None,
+            "counting_error": float(np.abs(true - found).mean()) if len(true) else None,
+        }

@@ -62,10 +62,19 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What evaluation asks about one image: kinds of objects, each by an example."""
+class Kind:
+    """A kind of object that evaluation asks for."""
 
-    asked: tuple[tuple[int, Shown], ...]  # class and example
+    label: int  # of the class, which the model is not told
+    shown: Shown
+    is_unseen: bool = False  # training left the class out
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What evaluation asks about one image."""
+
+    asked: tuple[Kind, ...]
 
 
 @dataclass(frozen=True)
@@ -182,10 +191,10 @@ class ByExample(SlotTask[ByExampleConfig]):
         if about is None:
             raise InputError(f"{self.name} is asked by examples; give one as (image, box), or --like IMAGE:x0,y0,x1,y1")
         if isinstance(about, Exam):
-            return [self._described(Examples((shown,)), subject=label) for label, shown in about.asked]
+            return [self._described(Examples((kind.shown,)), subject=kind) for kind in about.asked]
         return [self._described(about, subject=None)]
 
-    def _described(self, examples: Examples, subject: int | None) -> Description:
+    def _described(self, examples: Examples, subject: Kind | None) -> Description:
         slots = {name: number for number, name in enumerate(examples.names)}
         references, boxes = [], []
         for shown in examples.shown:
@@ -204,7 +213,8 @@ class ByExample(SlotTask[ByExampleConfig]):
 
     def told(self, description: Description, found: list[Instance]) -> list[Any]:
         """Return the objects like the examples; of an exam, what was `Found` of a kind."""
-        return found if description.subject is None else [Found(description.subject, tuple(found))]
+        kind = description.subject
+        return found if kind is None else [Found(kind.label, tuple(found), kind.is_unseen)]
 
     def parse_about(self, text: str) -> Examples:
         """Read `IMAGE:x0,y0,x1,y1; ...`."""
@@ -261,7 +271,8 @@ class ByExample(SlotTask[ByExampleConfig]):
         asked = []
         for companion in target.companions:
             x0, y0, x1, y1 = companion.boxes_xyxy[0].tolist()
-            asked.append((int(companion.labels[0]), Shown(companion.image.path, (x0, y0, x1, y1))))
+            is_unseen = bool(companion.attributes) and companion.attributes[0].get("seen") == "no"
+            asked.append(Kind(int(companion.labels[0]), Shown(companion.image.path, (x0, y0, x1, y1)), is_unseen))
         return {"": Exam(tuple(asked))}
 
     def metric(self, categories: Sequence[Category]) -> PresenceMetric:
@@ -275,13 +286,13 @@ class ByExample(SlotTask[ByExampleConfig]):
 
 
 def _shown(about: Examples | Exam) -> list[Shown]:
-    return list(about.shown) if isinstance(about, Examples) else [shown for _, shown in about.asked]
+    return list(about.shown) if isinstance(about, Examples) else [kind.shown for kind in about.asked]
 
 
 def _map(about: Examples | Exam, change: Callable[[Shown], Shown]) -> Examples | Exam:
     if isinstance(about, Examples):
         return Examples(tuple(map(change, about.shown)))
-    return Exam(tuple((label, change(shown)) for label, shown in about.asked))
+    return Exam(tuple(replace(kind, shown=change(kind.shown)) for kind in about.asked))
 
 
 def _image_key(image: Any) -> Any:
