@@ -26,8 +26,10 @@ from pix2seq.model.config import DecoderConfig, EncoderConfig, MemoryConfig, Mod
 from pix2seq.model.pix2seq import Pix2Seq, build_model
 from pix2seq.results import Instances
 from pix2seq.tasks.by_words import ByWords, ByWordsConfig
+from pix2seq.tasks.request import Frame
+from pix2seq.tasks.transcript import read_tokens
 from pix2seq.tokenizers.by_words import description, description_prompt, phrase_prompt
-from pix2seq.tokenizers.slots import OBJECT
+from pix2seq.tokenizers.slots import OBJECT, comparison_prompt
 from pix2seq.tokenizers.text import UNK_ID, WordTokenizer
 from pix2seq.training.config import load_config
 from pix2seq.training.recipe import prepare
@@ -104,6 +106,14 @@ def test_prompts_and_descriptions_are_as_documented():
     box = np.array([0.0, 0.2, 0.5, 1.0])
     assert description_prompt(16, box, vocab).tolist() == [16, 1000, 1002, 1005, 1010, SEPARATOR]
     assert description([5, 3], vocab).tolist() == [1105, 1103, EOS]
+
+
+def test_the_box_after_a_phrase_is_told_as_y_and_x(task):
+    prompt = comparison_prompt(phrase_prompt(16, 60, [5, 3], task.vocab), np.array([0.25, 0.5, 0.75, 1.0]), task.vocab)
+    told = [str(token) for token in read_tokens(task, prompt.tolist(), Frame.of_input((63, 126)))[-4:]]
+    assert [(each[0], each.split(" = ")[1]) for each in told] == [
+        *(("y", "16.0 px"), ("x", "64.0 px"), ("y", "47.0 px"), ("x", "126.0 px"))
+    ]
 
 
 # Learning

@@ -94,8 +94,9 @@ def read_tokens(task: Task[Any], ids: Sequence[int], frame: Frame) -> list[Token
             share = float(task.vocab.coords(np.array([token_id]))[0])
             x, y = frame.to_image_xy(np.array([share, share])).tolist()
             token = replace(token, axis="yx"[axis], pixel=(y, x)[axis])
-        # A separator or an invisible point takes the position of a coordinate.
-        axis = 1 - axis if is_coord or token_id in (SEPARATOR, INVISIBLE) else 0
+        # Among coordinates, a separator or an invisible point takes the position of one.
+        ends_text = token_id == SEPARATOR and bool(tokens) and tokens[-1].kind == "text"
+        axis = 1 - axis if is_coord or (token_id in (SEPARATOR, INVISIBLE) and not ends_text) else 0
         tokens.append(token)
     return tokens
 
