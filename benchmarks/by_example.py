@@ -28,9 +28,8 @@ from pix2seq.data.dataset import open_dataset
 from pix2seq.data.image import read_record_image
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.model.closeups import sample_maps
-from pix2seq.tasks.by_example import ByExample
+from pix2seq.tasks.by_example import ByExample, Kind
 from pix2seq.tasks.request import EncodedImage
-from pix2seq.tasks.shown import Shown
 from pix2seq.types import Category, Instance, Target, category_key
 
 MIN_BOX_SCORE = 0.3  # of the detector's boxes that are compared with the example
@@ -66,9 +65,9 @@ def main() -> None:
         by_example.append((target, asked.ask("by_example", [pixels], [exam], seed=args.seed)[0]))
         image = detector.encode(pixels)
         found = detector.detect(image)
-        told.append((target, [of_class(found, kind.label, names[kind.label]) for kind in exam.asked]))
+        told.append((target, [of_class(found, kind, names[kind.label]) for kind in exam.asked]))
         likely = [each for each in found if each.score >= MIN_BOX_SCORE]
-        nearest.append((target, [like(detector, image, likely, kind.label, kind.shown) for kind in exam.asked]))
+        nearest.append((target, [like(detector, image, likely, kind) for kind in exam.asked]))
     least = task.config.min_score
     numbers = {
         "by_example": scores(by_example, dataset.categories, least),
@@ -78,20 +77,20 @@ def main() -> None:
     print(json.dumps(numbers, indent=2))
 
 
-def of_class(found: Sequence[Instance], label: int, name: str) -> Found:
+def of_class(found: Sequence[Instance], kind: Kind, name: str) -> Found:
     """Return the detections of a class."""
     key = category_key(name)
-    return Found(label, tuple(each for each in found if category_key(each.category.name) == key))
+    return Found(kind.label, tuple(each for each in found if category_key(each.category.name) == key), kind.is_unseen)
 
 
-def like(detector: Predictor, image: EncodedImage, boxes: Sequence[Instance], label: int, shown: Shown) -> Found:
+def like(detector: Predictor, image: EncodedImage, boxes: Sequence[Instance], kind: Kind) -> Found:
     """Return boxes with the similarity of their features to the example's, 0 to 1, as the score, best first."""
-    (example,) = features(detector, detector.encode(shown.image), [shown.box_xyxy])
+    (example,) = features(detector, detector.encode(kind.shown.image), [kind.shown.box_xyxy])
     if not boxes:
-        return Found(label, ())
+        return Found(kind.label, (), kind.is_unseen)
     similarity = (1 + features(detector, image, [each.box_xyxy for each in boxes]) @ example) / 2
     order = np.argsort(-similarity, kind="stable").tolist()
-    return Found(label, tuple(replace(boxes[i], score=float(similarity[i])) for i in order))
+    return Found(kind.label, tuple(replace(boxes[i], score=float(similarity[i])) for i in order), kind.is_unseen)
 
 
 @torch.inference_mode()

@@ -437,7 +437,8 @@ class Predictor:
         `words` is a phrase, such as "striped star on the left", and can stand in the second place too. Several are
         asked side by side; the category of an object has its phrase as its name.
 
-        Objects have a score of at least `threshold`; by default the task's `min_score` in the checkpoint.
+        Objects have a score of at least `threshold`; by default the task's `min_score` in the checkpoint. Boxes
+        that are an object with a probability below 0.1, and those that repeat another one, are no answers.
         """
         if words is None and (isinstance(like, str) or (isinstance(like, list) and like and isinstance(like[0], str))):
             like, words = None, like
@@ -450,10 +451,8 @@ class Predictor:
         self.require(name)
         least = self.tasks[name].config.min_score if threshold is None else threshold
         (encoded,) = self._encoded([image])
-        if like is None:
-            found = self.ask(name, [encoded], [words], seed=seed, min_score=least)[0]
-        else:
-            found = self.ask(name, [encoded], [given_examples(like)], threshold=least, seed=seed)[0]
+        about = words if like is None else given_examples(like)
+        found = self.ask(name, [encoded], [about], seed=seed, min_score=least)[0]
         return Instances(found, size=encoded.size)
 
     def session(self, image: EncodedImage | ImageLike, box: Sequence[float] | None = None, *, seed: int = 0) -> Session:
@@ -663,7 +662,7 @@ class Predictor:
         if task.num_references > places:
             raise InputError(
                 f"{source} lets {task.name} read {task.num_references} memories beside the first, but this checkpoint "
-                f"has places for {places}; give a smaller number"
+                f"has places for {places}; ask for fewer, or set {task.name}.closeup=false"
             )
 
     def _check_ready(self) -> None:

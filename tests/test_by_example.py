@@ -38,12 +38,12 @@ from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import Frame, Reference, Request
 from pix2seq.tasks.shown import Shown, given_examples
 from pix2seq.tokenizers.by_example import example_prompt
-from pix2seq.tokenizers.slots import OBJECT, comparison_choices, comparison_prompt, decode_list, encode_list
+from pix2seq.tokenizers.slots import KINDS, OBJECT, comparison_choices, comparison_prompt, decode_list, encode_list
 from pix2seq.training.initialize import initialize_from
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.step import TrainingModel
 from pix2seq.types import Category, ImageRecord, Instance, Target
-from pix2seq.vocab import EOS, NOISE, SLOTS
+from pix2seq.vocab import EOS, NOISE
 
 TINY = [
     "steps=4", "batch_size=3", "checkpoint_every=2", "keep_checkpoints=10", "log_every=1", "num_workers=0", "lr=1e-3",
@@ -112,9 +112,9 @@ def test_tokens_worked_by_hand():
     boxes = np.array([[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.75]])  # times 63: 0 31.5 63 63, 15.75 0 31.5 47.25
     one, other = [1000, 1032, 1063, 1063], [1016, 1000, 1032, 1047]
     prompt = example_prompt(15, np.array([2, 0]), boxes, VOCAB)
-    assert prompt.tolist() == [15, 59, *one, 57, *other]
-    assert comparison_prompt(prompt, boxes[1], VOCAB).tolist() == [15, 59, *one, 57, *other, *other]
-    assert comparison_choices(range(1, 3)).tolist() == [[58, 60, NOISE, -1]]
+    assert prompt.tolist() == [15, 60, *one, 58, *other]
+    assert comparison_prompt(prompt, boxes[1], VOCAB).tolist() == [15, 60, *one, 58, *other, *other]
+    assert comparison_choices(range(1, 3)).tolist() == [[59, 61, NOISE, -1]]
     is_object = np.array([True, False, True, False])
     drawn = [
         encode_list(np.concatenate([boxes, boxes]), is_object, VOCAB, np.random.default_rng(seed), eos_weight=0.1)
@@ -230,7 +230,7 @@ def test_sequences_list_all_objects_and_compare_some_with_examples(shapes, task)
                 seen["several"] += len(example.others) > 1
                 seen["two"] += len(meaning) > 1
                 seen["slots"] |= set(meaning)
-    assert seen["slots"] == set(SLOTS)
+    assert seen["slots"] == set(KINDS)
     assert min(seen["several"], seen["two"]) > 10, seen
     assert 0.25 < seen["like"] / (seen["like"] + seen["unlike"]) < 0.6, seen
 
@@ -458,7 +458,7 @@ def test_answers_are_those_of_full_passes(images, closeup):
             frame = shown.image.frame().around(np.array(shown.box_xyxy), 0.25)
             within = frame if closeup else shown.image.frame()
             box = within.to_input_yxyx(np.array([shown.box_xyxy], np.float64))[0]
-            prompt += [SLOTS[number], *VOCAB.coord_ids(box)]
+            prompt += [KINDS[number], *VOCAB.coord_ids(box)]
             examples.append(read_by(model, closeup, shown.image, frame) + marks[number])
         found = {each.box_xyxy: each for each in predictor.find(query, like=as_given(about), threshold=0.0)}
         assert found
@@ -473,7 +473,7 @@ def test_answers_are_those_of_full_passes(images, closeup):
             memory = torch.cat([read_by(model, closeup, query, frame), *examples])[None]
             with torch.no_grad():
                 logits = model.decoder.logits(model.decoder(tokens, memory))[0, -1]
-            shares = logits[[*SLOTS[: len(boxes)], NOISE]].softmax(0)[:-1]
+            shares = logits[[*KINDS[: len(boxes)], NOISE]].softmax(0)[:-1]
             answer = found[each.subject.listed.box_xyxy]
             assert answer.category.name == kinds[int(shares.argmax())]
             assert answer.score == pytest.approx(each.subject.listed.score * float(shares.max()), abs=1e-4)
@@ -538,9 +538,14 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(predictor, images):
         (second, Examples((Shown(second, (3, 3, 40, 30)), Shown(fourth, (5, 5, 20, 20), "other")))),
         (third, Examples((Shown(second, (3, 3, 40, 30)), Shown(first, (5, 5, 20, 20)), Shown(first, (30, 9, 60, 50))))),
     ]
-    together = predictor.ask("by_example", [image for image, _ in questions], [about for _, about in questions], seed=3)
-    for (image, about), found in zip(questions, together, strict=True):
-        (alone,) = predictor.ask("by_example", [image], [about], seed=3)
+
+    def ask(some):
+        images, abouts = zip(*some, strict=True)
+        return predictor.ask("by_example", images, abouts, seed=3, min_score=0.0)
+
+    together = ask(questions)
+    for question, found in zip(questions, together, strict=True):
+        (alone,) = ask([question])
         assert [(each.box_xyxy, each.category) for each in alone] == [(each.box_xyxy, each.category) for each in found]
         np.testing.assert_allclose([each.score for each in alone], [each.score for each in found], atol=1e-5)
     assert together[0] != together[1]  # of another example
@@ -626,7 +631,7 @@ def test_asking_without_an_example_is_refused(predictor, images):
         predictor.ask("by_example", [images[0]])
     with pytest.raises(InputError, match="asked by examples"):
         predictor.ask("by_example", [images[0]], ["cup"])
-    with pytest.raises(InputError, match="places for 3; give a smaller number"):
+    with pytest.raises(InputError, match="places for 3; ask for fewer"):
         predictor.configure(max_examples=4)
 
 
@@ -781,5 +786,5 @@ def test_an_exported_model_says_that_it_cannot(predictor, images):
     asked = predictor.tasks["by_example"]
     first = asked.requests(image, Examples((Shown(image, (3, 3, 40, 30)),)))
     requests = asked.follow_up(image, first, predictor._complete(asked, [image], [first], 0))
-    with pytest.raises(InputError, match="several images at once, which an exported model cannot"):
+    with pytest.raises(InputError, match="several memories at once, which an exported model cannot"):
         Runner.__new__(Runner)._complete(asked, image, requests, 0)

@@ -29,11 +29,11 @@ from pix2seq.tasks.by_words import ByWords, ByWordsConfig
 from pix2seq.tasks.request import Frame
 from pix2seq.tasks.transcript import read_tokens
 from pix2seq.tokenizers.by_words import description, description_prompt, phrase_prompt
-from pix2seq.tokenizers.slots import OBJECT, comparison_prompt
+from pix2seq.tokenizers.slots import KINDS, OBJECT, comparison_prompt
 from pix2seq.tokenizers.text import UNK_ID, WordTokenizer
 from pix2seq.training.config import load_config
 from pix2seq.training.recipe import prepare
-from pix2seq.vocab import EOS, NOISE, SEPARATOR, SLOTS, Vocab
+from pix2seq.vocab import EOS, NOISE, SEPARATOR, Vocab
 
 SIZE = (64, 64)
 CONFIG = ByWordsConfig(max_objects=8, max_words=16, phrases=4)
@@ -163,7 +163,7 @@ def test_training_sequences_list_describe_and_compare(shapes, task, vocab, text)
         for example in comparisons:
             prompt, slot = example.prompt[:-4], int(example.prompt[1])
             assert prompt[[0, -1]].tolist() == [16, SEPARATOR]
-            assert slot in SLOTS
+            assert slot in KINDS
             assert UNK_ID + vocab.text_base not in prompt
             assert len(example.prompt) + 1 <= task.max_seq_len
             assert example.targets.tolist() in ([slot], [NOISE])
@@ -351,12 +351,12 @@ def test_scores_are_those_of_full_passes_over_the_image_and_the_closeup(predicto
         frame = image.frame()
         around = frame.to_input_yxyx(frame.around(np.array(listed.box_xyxy), 0.25).xyxy[None])
         at = task.vocab.coord_ids(frame.to_input_yxyx(np.array([listed.box_xyxy]))[0])
-        tokens = torch.tensor([[16, SLOTS[0], *words, SEPARATOR, *at]])
+        tokens = torch.tensor([[16, KINDS[0], *words, SEPARATOR, *at]])
         with torch.no_grad():
             closeup = model.look_closer(tuple(m[None] for m in image.maps), torch.from_numpy(around).float(), [0])[0]
             memory = torch.cat([image.memory, closeup + model.reference_embedding[0]])[None]
             logits = model.decoder.logits(model.decoder(tokens, memory))[0, -1]
-        share = float(logits[[SLOTS[0], NOISE]].softmax(0)[0])
+        share = float(logits[[KINDS[0], NOISE]].softmax(0)[0])
         assert found[listed.box_xyxy] == pytest.approx(listed.score * share, abs=1e-4)
 
 
@@ -366,7 +366,7 @@ def test_more_phrases_than_slots(predictor, shapes):
     found = predictor.find(image, asked, threshold=0.0)
     labels = {each.category.label for each in found}
     assert labels <= set(range(1, 25))
-    assert max(labels) > len(SLOTS)
+    assert max(labels) > len(KINDS)
 
 
 def test_unknown_words_and_bad_phrases_are_refused_in_one_line(predictor, shapes):
@@ -455,7 +455,7 @@ def test_evaluation_asks_by_the_annotations_half_in_vain(shapes, task):
 
 def test_evaluation_scores_a_perfect_answer_as_perfect(predictor, shapes, monkeypatch):
     def answers(self, image, requests, completions):
-        asked = [each.subject[1] for each in requests[0].subject.listing.descriptions]
+        asked = [each.subject[1] for each in requests[0].subject.listing.meanings]
         return [Found(each, each.boxes_xyxy, np.ones(len(each.boxes_xyxy), np.float32), 0.5) for each in asked]
 
     monkeypatch.setattr(ByWords, "answers", answers)
@@ -477,9 +477,13 @@ def test_combinations_that_training_leaves_out_are_asked_for_apart(shapes, task)
 
 def test_predict_finds_what_is_asked_for(checkpoint, shapes, tmp_path, capsys):
     image = str(shapes.target(0).image.path)
-    command = ["predict", image, "--checkpoint", str(checkpoint), "--out", str(tmp_path)]
+    model = Pix2Seq.from_pretrained(checkpoint)
+    model.task_settings["by_words"]["min_score"] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    command = ["predict", image, "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
     assert main([*command, "--find", "striped star", "--find", "people in blue"]) == 0
     content = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert content["by_words"]
     assert {each["category"] for each in content["by_words"]} <= {"striped star", "people in blue"}
     assert main([*command, "--task", "by_words", "--about", "striped star; people in blue", "--overwrite"]) == 0
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["by_words"] == content["by_words"]

@@ -1,12 +1,13 @@
 """Objects of slots as tokens, in two steps. First all objects of an image are listed, whatever they are:
 
-    task  |  y0 x0 y1 x1 object-or-NOISE  ...  end
+    task  |  y0 x0 y1 x1 OBJECT-or-NOISE  ...  end
 
 Then each is compared with what slots stand for, which the prompt says. The answer is its slot, or noise for none:
 
     task  what the slots stand for  y0 x0 y1 x1  |  slot-or-NOISE
 
-In a list, where a prompt gives slots no meaning, the first one stands for any object.
+The first slot stands for any object, in a list. A prompt gives the others their meaning: they are `KINDS`, and counted
+from 0.
 
 Converts to ids and back, without model or I/O. Boxes are `yxyx` in [0, 1] of what the model sees; shapes use N objects,
 L tokens of a list and P tokens of a prompt.
@@ -30,6 +31,7 @@ from pix2seq.tokenizers.detection import (
 from pix2seq.vocab import CLASS_BASE, NOISE, SLOTS, Vocab
 
 OBJECT = SLOTS[0]
+KINDS = SLOTS[1:]
 NO_SLOT = -1  # of an object that the prompt does not ask for
 NONE = -1  # in place of a choice
 
@@ -65,8 +67,8 @@ def comparison_prompt(asked: NDArray[np.integer], box_yxyx: NDArray[np.floating]
 
 
 def comparison_choices(asked: range) -> NDArray[np.int64]:
-    """Return the `choices` (1, 4) of an answer: the slots of the prompt, numbers from 0, or noise."""
-    return np.array([[SLOTS[0] + asked.start, SLOTS[0] + asked.stop, NOISE, NONE]])
+    """Return the `choices` (1, 4) of an answer: the kinds of the prompt, or noise."""
+    return np.array([[KINDS[0] + asked.start, KINDS[0] + asked.stop, NOISE, NONE]])
 
 
 def _with_objects(ids: NDArray[np.int64]) -> NDArray[np.int64]:

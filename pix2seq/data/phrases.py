@@ -308,8 +308,10 @@ class PhraseMaker:
     def description(self, thing: Thing) -> str | None:
         """Say class, colour and texture of an object, or its class alone if training leaves out their combination.
 
-        None: the words cannot be read.
+        None: training leaves out its name, or the words cannot be read.
         """
+        if not thing.seen:
+            return None
         phrase = Phrase(thing.name, thing.colour or None, thing.texture or None)
         text = (phrase if self._is_seen(thing) else Phrase(thing.name)).text()
         return text if self.is_readable(text) else None

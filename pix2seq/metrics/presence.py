@@ -47,7 +47,7 @@ class PresenceMetric(Metric):
     def result(self) -> Scores:
         """See `Metric`."""
         scores = self.all.scores()
-        if self.unseen.counts:
+        if self.unseen.ap.targets:
             scores |= {f"seen/{name}": value for name, value in self.seen.scores().items()}
             scores |= {f"unseen/{name}": value for name, value in self.unseen.scores().items()}
         return Scores(scores)

@@ -174,7 +174,7 @@ class Runner:
         """
         if any(request.references for request in requests):
             raise InputError(
-                f"{task.name} reads several images at once, which an exported model cannot; use a checkpoint"
+                f"{task.name} reads several memories at once, which an exported model cannot; use a checkpoint"
             )
         kinds: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):

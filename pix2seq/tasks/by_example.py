@@ -19,11 +19,11 @@ from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.settings import Range, Share
 from pix2seq.tasks.request import EncodedImage, Reference
 from pix2seq.tasks.shown import Shown
-from pix2seq.tasks.slots import Description, SlotConfig, SlotTask, View
+from pix2seq.tasks.slots import Meaning, SlotConfig, SlotTask, View
 from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, example_prompt
-from pix2seq.tokenizers.slots import NO_SLOT
+from pix2seq.tokenizers.slots import KINDS, NO_SLOT
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import NOISE, SLOTS
+from pix2seq.vocab import NOISE
 
 if TYPE_CHECKING:
     from pix2seq.data.companions import Companion, ObjectsByClass
@@ -41,7 +41,7 @@ class ByExampleConfig(SlotConfig):
 
     # In a prompt, of all slots. In training so many other images are shown beside each one.
     max_examples: Annotated[int, Range(least=1, most=64)] = 4
-    max_slots: Annotated[int, Range(least=1, most=len(SLOTS))] = 2  # kinds of objects asked for at once, in training
+    max_slots: Annotated[int, Range(least=1, most=len(KINDS))] = 2  # kinds of objects asked for at once, in training
     prompts: Annotated[int, Range(least=1, most=100)] = 4  # of an image in training, each with some of the examples
     # In training, how often
     present_share: Share = 0.75  # the image has what an example shows
@@ -92,7 +92,7 @@ class ByExample(SlotTask[ByExampleConfig]):
     name = "by_example"
     config_type = ByExampleConfig
     main_metric = "AP50"
-    length_setting = "by_example.max_objects"
+    length_setting = "by_example.max_objects (or max_examples)"
     takes_examples = True
     shows_companions = True
     about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
@@ -142,7 +142,7 @@ class ByExample(SlotTask[ByExampleConfig]):
         objects = self.objects(target, size, rng)
         found = [self.learned_list(target, size, rng)]
         for _ in range(self.config.prompts if shown else 0):
-            found += self._compared(self._some(shown, rng), target, objects, rng)
+            found += self._comparisons(self._some(shown, rng), target, objects, rng)
         return found
 
     def _some(self, shown: Sequence[_Lesson], rng: np.random.Generator) -> list[_Lesson]:
@@ -156,12 +156,12 @@ class ByExample(SlotTask[ByExampleConfig]):
                 some.append(shown[i])
         return some
 
-    def _compared(
+    def _comparisons(
         self, lessons: Sequence[_Lesson], target: Target, objects: Mapping[int, View], rng: np.random.Generator
     ) -> list[Example]:
         """Return the comparisons of some objects with a prompt of these examples."""
         labels = list(dict.fromkeys(lesson.label for lesson in lessons))
-        first = int(rng.integers(len(SLOTS) - len(labels) + 1))
+        first = int(rng.integers(len(KINDS) - len(labels) + 1))
         asked = range(first, first + len(labels))
         slot_of = dict(zip(labels, rng.permutation(asked).tolist(), strict=True))
         prompt = example_prompt(
@@ -186,15 +186,15 @@ class ByExample(SlotTask[ByExampleConfig]):
 
     # Asking and answering
 
-    def described(self, image: EncodedImage, about: Examples | Exam | None) -> list[Description]:
-        """Return one description for all examples of a user, and one for each kind of an exam."""
+    def meanings(self, image: EncodedImage, about: Examples | Exam | None) -> list[Meaning]:
+        """Return one meaning for all examples of a user, and one for each kind of an exam."""
         if about is None:
             raise InputError(f"{self.name} is asked by examples; give one as (image, box), or --like IMAGE:x0,y0,x1,y1")
         if isinstance(about, Exam):
-            return [self._described(Examples((kind.shown,)), subject=kind) for kind in about.asked]
-        return [self._described(about, subject=None)]
+            return [self._meaning(Examples((kind.shown,)), subject=kind) for kind in about.asked]
+        return [self._meaning(about, subject=None)]
 
-    def _described(self, examples: Examples, subject: Kind | None) -> Description:
+    def _meaning(self, examples: Examples, subject: Kind | None) -> Meaning:
         slots = {name: number for number, name in enumerate(examples.names)}
         references, boxes = [], []
         for shown in examples.shown:
@@ -209,12 +209,14 @@ class ByExample(SlotTask[ByExampleConfig]):
             np.stack(boxes),
             self.vocab,
         )
-        return Description(prompt, examples.names, subject, tuple(references))
+        return Meaning(prompt, examples.names, subject, tuple(references))
 
-    def told(self, description: Description, found: list[Instance]) -> list[Any]:
-        """Return the objects like the examples; of an exam, what was `Found` of a kind."""
-        kind = description.subject
-        return found if kind is None else [Found(kind.label, tuple(found), kind.is_unseen)]
+    def told(self, meaning: Meaning, found: list[Instance]) -> list[Any]:
+        """Return the objects of at least `min_score`; of an exam, all that was `Found` of a kind."""
+        kind = meaning.subject
+        if kind is not None:
+            return [Found(kind.label, tuple(found), kind.is_unseen)]
+        return [each for each in found if each.score >= self.config.min_score]
 
     def parse_about(self, text: str) -> Examples:
         """Read `IMAGE:x0,y0,x1,y1; ...`."""
@@ -260,8 +262,8 @@ class ByExample(SlotTask[ByExampleConfig]):
             raise InputError(
                 f"{len(about.shown)} examples were given, but the model reads at most {self.config.max_examples}"
             )
-        if isinstance(about, Examples) and len(about.names) > len(SLOTS):
-            raise InputError(f"{len(about.names)} kinds of objects were given, but the model has {len(SLOTS)} slots")
+        if isinstance(about, Examples) and len(about.names) > len(KINDS):
+            raise InputError(f"{len(about.names)} kinds of objects were given, but the model has {len(KINDS)} slots")
         return _map(about, _inside)
 
     # Showing and measuring

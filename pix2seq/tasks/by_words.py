@@ -18,13 +18,13 @@ from pix2seq.model.decoding.completion import Completion
 from pix2seq.settings import NonNegativeInt, PositiveInt, Range, Share, ShareBelowOne
 from pix2seq.tasks.objects import instance_at
 from pix2seq.tasks.request import EncodedImage, Frame, Request
-from pix2seq.tasks.slots import BOX_TOKENS, Description, SlotConfig, SlotTask, View
+from pix2seq.tasks.slots import BOX_TOKENS, Meaning, SlotConfig, SlotTask, View
 from pix2seq.tasks.task import TaskConfig
 from pix2seq.tokenizers.by_words import EXTRA_TOKENS, description, description_prompt, phrase_prompt
-from pix2seq.tokenizers.slots import NO_SLOT
+from pix2seq.tokenizers.slots import KINDS, NO_SLOT
 from pix2seq.tokenizers.text import UNKNOWN, TextTokenizer, WordTokenizer
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import NOISE, SEPARATOR, SLOTS
+from pix2seq.vocab import NOISE, SEPARATOR
 
 if TYPE_CHECKING:
     from pix2seq.data.phrases import PhraseMaker, Scene
@@ -41,7 +41,7 @@ class ByWordsConfig(SlotConfig):
 
     phrases: Annotated[int, Range(least=1, most=1000)] = 4  # of an image in a training step
     descriptions: NonNegativeInt = 2  # of objects of an image in a training step
-    absent_share: Share = 0.5  # of them that name nothing in the image
+    absent_share: Share = 0.5  # of the phrases, those that name nothing in the image
     unseen_share: ShareBelowOne = 0.0  # of the combinations of class, colour and texture that training leaves out
     max_words: Annotated[int, Range(least=1, most=10_000)] = 24  # text tokens of a phrase
     exam_phrases: PositiveInt = 6  # that evaluation asks of an image
@@ -61,7 +61,7 @@ class ByWords(SlotTask[ByWordsConfig]):
     config_type = ByWordsConfig
     main_metric = "AP50"
     hub_pipeline = "zero-shot-object-detection"
-    length_setting = "by_words.max_objects"
+    length_setting = "by_words.max_objects (or max_words)"
     reads_text = True
     takes_words = True
     about_format = "phrases, separated by semicolons: `striped star; people in blue`"
@@ -124,7 +124,7 @@ class ByWords(SlotTask[ByWordsConfig]):
         for _ in range(self.config.phrases):
             drawn = self._maker.draw(scene, rng, absent=bool(rng.random() < self.config.absent_share))
             if drawn is not None:
-                slot = int(rng.integers(len(SLOTS)))
+                slot = int(rng.integers(len(KINDS)))
                 slots = np.where(np.isin(np.arange(len(target.labels)), drawn.meant), slot, NO_SLOT)
                 prompt = self._prompt(drawn.text, slot)
                 found += self.learned_comparisons(prompt, slots, range(slot, slot + 1), objects, rng)
@@ -144,23 +144,23 @@ class ByWords(SlotTask[ByWordsConfig]):
         return found
 
     def _prompt(self, text: str, slot: int = 0) -> NDArray[np.int64]:
-        return phrase_prompt(self.vocab.task_id(self.name), SLOTS[slot], _encoded(self.tokenizer, text), self.vocab)
+        return phrase_prompt(self.vocab.task_id(self.name), KINDS[slot], _encoded(self.tokenizer, text), self.vocab)
 
     # Asking and answering
 
-    def described(self, image: EncodedImage, about: Sequence[str] | Exam | None) -> list[Description]:
-        """Return the description of each phrase. Raises `InputError` if there is none."""
+    def meanings(self, image: EncodedImage, about: Sequence[str] | Exam | None) -> list[Meaning]:
+        """Return what each phrase means. Raises `InputError` if there is none."""
         if about is None:
             raise InputError(f"{self.name} is asked about phrases; give some with --find, or Predictor.find")
         asked: Sequence[str | Asked] = about.asked if isinstance(about, Exam) else about
         return [
-            Description(self._prompt(_text(each)), (_text(each),), subject=(number, each))
+            Meaning(self._prompt(_text(each)), (_text(each),), subject=(number, each))
             for number, each in enumerate(asked, start=1)
         ]
 
-    def told(self, description: Description, found: list[Instance]) -> list[Any]:
+    def told(self, meaning: Meaning, found: list[Instance]) -> list[Any]:
         """Return the objects of at least `min_score`, their class named by the phrase; of an exam all."""
-        number, asked = description.subject
+        number, asked = meaning.subject
         if isinstance(asked, Asked):
             boxes = np.array([each.box_xyxy for each in found], np.float64).reshape(-1, 4)
             scores = np.array([each.score for each in found], np.float32)

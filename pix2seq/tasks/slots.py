@@ -1,6 +1,6 @@
 """What tasks have in common whose prompt says what a slot stands for, and whose answer is all objects of the slots.
 
-A slot is an id without a meaning of its own, drawn anew for every training sequence. So the model cannot learn what a
+A slot is an id without a meaning of its own, drawn anew for every prompt in training. So the model cannot learn what a
 slot is; it has to read the prompt.
 
 The model is asked in two steps. The first lists all objects of the image, whatever they are. The second compares each
@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,12 @@ from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar, RangeGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
-from pix2seq.tasks.objects import Objects, Padding, calibrated_instances, instance_at, jitter_box
+from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
 from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, add_noise_objects
 from pix2seq.tokenizers.slots import (
+    KINDS,
     NO_SLOT,
     OBJECT,
     comparison_choices,
@@ -36,14 +37,11 @@ from pix2seq.tokenizers.slots import (
     encode_list,
 )
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import EOS, NOISE, SLOTS
+from pix2seq.vocab import EOS, NOISE
 
-if TYPE_CHECKING:
-    from pix2seq.metrics.calibration import TaskCalibration
-
-ANY = Category(1, 1, "object")
-SAME_OBJECT = 0.7  # IoU from which two listed boxes are one object
-MIN_OBJECT = 0.1  # score from which a listed box is compared
+ANY = Category(0, 0, "object")  # no answer has this label
+SAME_OBJECT = 0.7  # IoU from which two listed boxes are one object, as lists repeat some
+MIN_OBJECT = 0.1  # score from which a listed box is compared: each comparison costs, and few objects score lower
 BOX_TOKENS = 4
 
 
@@ -53,7 +51,7 @@ class SlotConfig(TaskConfig):
 
     max_objects: Objects = 100  # in a list; in training, boxes without an object included
     noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # boxes without an object, in training
-    compared: Annotated[int, Range(least=2, most=1000)] = 4  # objects compared with a prompt, in training
+    compared: Annotated[int, Range(least=2, most=1000)] = 4  # objects compared with a prompt in training, at most
     closeup: bool = True  # objects are compared by closeups; false: by the whole image
     closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
     box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.08  # of a compared box in training, as a share
@@ -67,7 +65,7 @@ Config = TypeVar("Config", bound=SlotConfig)
 
 
 @dataclass(frozen=True)
-class Description:
+class Meaning:
     """What slots stand for, and what that is for."""
 
     prompt: NDArray[np.int64]  # (P,) of a comparison, without the box
@@ -80,12 +78,12 @@ class Description:
 class _Listing:
     """The first step of asking about an image."""
 
-    descriptions: tuple[Description, ...]
+    meanings: tuple[Meaning, ...]
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The second step about a description, by its number, and an object that was listed."""
+    """The second step: an object that was listed, and one of the meanings by its number."""
 
     listing: _Listing
     number: int
@@ -96,7 +94,7 @@ class _Comparison:
 class View:
     """What a training sequence reads of an object."""
 
-    box_yxyx: NDArray[np.floating]  # (4,) in [0, 1] of the first of
+    box_yxyx: NDArray[np.floating]  # (4,) in [0, 1] of the first view
     views: tuple[OtherView, ...]
 
 
@@ -150,7 +148,7 @@ class SlotTask(Task[Config]):
         """Return the sequences that compare some of the `objects` with a prompt about the slots `asked`.
 
         `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what the prompt speaks of. Up
-        to half of the objects have a slot, and as many have none, or one.
+        to half of `compared` objects have a slot; as many others are compared too, and one if none has.
         """
         real = np.array([*objects], np.int64)
         half = self.config.compared // 2
@@ -159,7 +157,7 @@ class SlotTask(Task[Config]):
         found = []
         for i in (*meant.tolist(), *rest.tolist()):
             box, views = objects[i].box_yxyx, objects[i].views
-            answer = np.array([NOISE if slots[i] == NO_SLOT else SLOTS[slots[i]]])
+            answer = np.array([NOISE if slots[i] == NO_SLOT else KINDS[slots[i]]])
             found.append(
                 Example(
                     comparison_prompt(prompt, box, self.vocab),
@@ -201,18 +199,18 @@ class SlotTask(Task[Config]):
         if example.closeup is not None:
             y0, x0, y1, x1 = example.closeup.tolist()
             frame = Frame(np.array([x0, y0]) * frame.size, np.array([x1 - x0, y1 - y0]) * frame.size)
-        category = slot_category(int(example.targets[0]) - SLOTS[0])
+        category = slot_category(int(example.targets[0]) - KINDS[0])
         return [instance_at(example.prompt[-BOX_TOKENS:], category, frame, self.vocab)]
 
     # Asking and answering
 
     @abstractmethod
-    def described(self, image: EncodedImage, about: Any) -> list[Description]:
+    def meanings(self, image: EncodedImage, about: Any) -> list[Meaning]:
         """Return what is asked about an image. Raises `InputError` if that is nothing."""
 
     @abstractmethod
-    def told(self, description: Description, found: list[Instance]) -> list[Any]:
-        """Return the answers to a description of which all objects that were listed are `found`, best first."""
+    def told(self, meaning: Meaning, found: list[Instance]) -> list[Any]:
+        """Return the answers to a question of which `found` are all objects that were listed, best first."""
 
     def requests(self, image: EncodedImage, about: Any) -> list[Request]:
         """Ask for a list of all objects."""
@@ -234,32 +232,32 @@ class SlotTask(Task[Config]):
             score_allowed=True,
             **self.sampling,
         )
-        return [Request(self.prompt(), generation, subject=_Listing(tuple(self.described(image, about))))]
+        return [Request(self.prompt(), generation, subject=_Listing(tuple(self.meanings(image, about))))]
 
     def follow_up(
         self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
     ) -> list[Request]:
-        """Compare each object of a list with each description."""
+        """Compare each object of a list with each meaning."""
         return [
             self._compare(image, _Comparison(request.subject, number, listed))
             for request, completion in zip(requests, completions, strict=True)
             if isinstance(request.subject, _Listing)
             for listed in self._listed(image, completion)
-            for number in range(len(request.subject.descriptions))
+            for number in range(len(request.subject.meanings))
         ]
 
     def _compare(self, image: EncodedImage, comparison: _Comparison) -> Request:
         """Ask which slot an object has."""
-        description = comparison.listing.descriptions[comparison.number]
+        meaning = comparison.listing.meanings[comparison.number]
         box, whole = np.array(comparison.listed.box_xyxy), image.frame()
-        frame, closeup, references = whole, None, description.references
+        frame, closeup, references = whole, None, meaning.references
         if self.config.closeup:
             closeup = whole.around(box, self.config.closeup_padding)
             if self.sees_whole:
                 closeup, references = None, (Reference(image, closeup), *references)
             else:
                 frame = closeup
-        slots = (SLOTS[0], SLOTS[len(description.names) - 1])
+        slots = (KINDS[0], KINDS[len(meaning.names) - 1])
         generation = GenerationConfig(
             1,
             temperature=0.0,
@@ -268,7 +266,7 @@ class SlotTask(Task[Config]):
             score_range=(slots[0], slots[1] + 1),
             score_allowed=True,
         )
-        prompt = comparison_prompt(description.prompt, frame.to_input_yxyx(box[None])[0], self.vocab)
+        prompt = comparison_prompt(meaning.prompt, frame.to_input_yxyx(box[None])[0], self.vocab)
         return Request(prompt, generation, subject=comparison, closeup=closeup, references=references)
 
     def _listed(self, image: EncodedImage, completion: Completion) -> list[Instance]:
@@ -297,7 +295,7 @@ class SlotTask(Task[Config]):
         ]
 
     def answers(self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Any]:
-        """Return what `told` makes of the objects of each description.
+        """Return what `told` makes of the objects of each meaning.
 
         The class of an object is its likeliest slot, its score the probability that it is an object and of that slot.
         """
@@ -305,16 +303,16 @@ class SlotTask(Task[Config]):
             return []
         first = requests[0].subject
         listing: _Listing = first.listing if isinstance(first, _Comparison) else first
-        found: list[list[Instance]] = [[] for _ in listing.descriptions]
+        found: list[list[Instance]] = [[] for _ in listing.meanings]
         for request, completion in zip(requests, completions, strict=True):
             if isinstance(comparison := request.subject, _Comparison):
-                names = listing.descriptions[comparison.number].names
+                names = listing.meanings[comparison.number].names
                 found[comparison.number].append(_compared(comparison.listed, names, completion))
-        pairs = zip(listing.descriptions, found, strict=True)
+        pairs = zip(listing.meanings, found, strict=True)
         return [
             answer
-            for description, some in pairs
-            for answer in self.told(description, sorted(some, key=lambda each: -each.score))
+            for meaning, some in pairs
+            for answer in self.told(meaning, sorted(some, key=lambda each: -each.score))
         ]
 
     def parts(
@@ -332,18 +330,12 @@ class SlotTask(Task[Config]):
             found.append((start, stop, objects[0] if objects else None))
         return found
 
-    def calibrated(self, answers: Sequence[Any], calibration: TaskCalibration | None) -> list[Any]:
-        """See `Task`; an exam's answers stay as they are."""
-        if calibration is None or not all(isinstance(each, Instance) for each in answers):
-            return list(answers)
-        return calibrated_instances(answers, calibration)
-
 
 def _compared(listed: Instance, names: Sequence[str], completion: Completion) -> Instance:
     """Return an object with its likeliest slot."""
     assert completion.best_tokens is not None
     assert completion.best_logprobs is not None
-    slot = int(completion.best_tokens[0, 0]) - SLOTS[0]
+    slot = int(completion.best_tokens[0, 0]) - KINDS[0]
     probability = float(np.exp(completion.best_logprobs[0, 0]))
     return replace(listed, category=slot_category(slot, names[slot]), score=listed.score * probability)
 

@@ -167,8 +167,9 @@ class Task(ABC, Generic[Config]):
     ) -> list[Companion]:
         """Draw the objects of other images that are shown beside this one in training, or in evaluation (`scoring`).
 
-        `target` and `objects` have the labels of the data set. `examples` and `questions` get a target with what was
-        drawn as its `companions`, which may have lost their object in a crop.
+        It is called where the task `shows_companions`. `target` and `objects` have the labels of the data set.
+        `examples` and `questions` get a target with what was drawn as its `companions`, which may have lost their
+        object in a crop.
         """
         return []
 

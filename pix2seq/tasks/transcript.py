@@ -86,7 +86,8 @@ def transcribe(task: Task[Any], image: EncodedImage, exchange: Exchange) -> list
 
 def read_tokens(task: Task[Any], ids: Sequence[int], frame: Frame) -> list[Token]:
     """Say what the ids of a sequence stand for. Coordinates are y and x in turn, in pixels of what `frame` is in."""
-    tokens, axis = [], 0
+    tokens: list[Token] = []
+    axis = 0
     for token_id in ids:
         token = read_token(task, token_id)
         is_coord = task.vocab.coord_base <= token_id < task.vocab.coord_end

@@ -119,7 +119,7 @@ def prepare(config: TrainConfig, *, resumed: Path | None = None) -> Recipe:
         if task.num_references > config.model.memory.references:
             raise InputError(
                 f"{name} reads up to {task.num_references} memories beside the first, but the model has places for "
-                f"{config.model.memory.references}; set model.memory.references={task.num_references}"
+                f"{config.model.memory.references}; set model.memory.references={task.num_references} or more"
             )
         if task.shows_companions and isinstance(train_data[name], ShardIndex):
             raise InputError(

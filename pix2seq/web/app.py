@@ -190,6 +190,9 @@ class Asker:
         )
         if about and not texts:
             raise InputError(f"about was given, but none of {', '.join(names)} takes it; they ask about whole images")
+        for name in texts:
+            if asked[name].takes_examples:  # which would name files of this machine
+                raise InputError(f"{name} is not asked by /predict; keep both images by /images, and ask /find")
         encoded = self.predictor.encode(read_image(image.file.read(), max_pixels=self.limits.max_pixels))
         questions = {name: [text] for name, text in texts.items()}
         (prediction,) = self.predictor.predict_batch([encoded], names, questions, seed=seed)
