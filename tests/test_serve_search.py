@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from colours import find, seeing_colours
+from example_model import untrained_predictor
 from PIL import Image
 from random_model import OLD, random_model
 from web_client import encoded, form, get, noise, predict, request, serving
@@ -218,3 +219,12 @@ def test_an_index_of_another_model_is_not_served(index, tmp_path, capsys):
     assert "written with another model" in capsys.readouterr().err
     assert main(["serve", "--index", str(tmp_path), "--port", "0"]) == 2
     assert "is no index" in capsys.readouterr().err
+
+
+def test_no_file_of_the_server_is_an_example(photos):
+    with serving(untrained_predictor()) as port:
+        about = f"{photos / 'red.png'}:0,0,20,20"
+        line = predict(port, encoded(noise(20, 20)), tasks="by_example", about=about).error(422)
+        assert "by_example is not asked by /predict; keep both images by /images, and ask /find" in line
+        nowhere = predict(port, encoded(noise(20, 20)), tasks="by_example", about="/nowhere.png:0,0,20,20").error(422)
+        assert nowhere == line  # nothing is told about files
