@@ -281,3 +281,12 @@ def test_all_words_of_phrases_get_into_the_vocabulary(figures, seed, absent):
 def test_plurals():
     pairs = {"star": "stars", "cross": "crosses", "person": "people", "berry": "berries", "key": "keys", "box": "boxes"}
     assert {name: noun(name, 2) for name in pairs} == pairs
+
+
+def test_a_description_says_all_but_what_training_leaves_out():
+    star = Thing("star", "red", "stripes", "", 0.0, 0.0)
+    assert PhraseMaker(["star"], lambda text: True, 0.0).description(star) == "striped red star"
+    assert PhraseMaker(["star"], lambda text: True, 0.999).description(star) == "star"
+    assert PhraseMaker(["star"], lambda text: "red" not in text, 0.0).description(star) is None
+    assert PhraseMaker(["star"], lambda text: True, 0.0).description(replace(star, seen=False)) is None
+    assert PhraseMaker(["star"], lambda text: True, 0.0).description(replace(star, colour="", texture="")) == "star"
