@@ -27,6 +27,7 @@ from pix2seq.metrics.calibration import (
 from pix2seq.model.pretrained import CALIBRATION_KEY, CONFIG_FILE, STATE_FILES
 from pix2seq.predictor import Predictor
 
+MIN_RECALL = 0.01  # of what a precision is promised for
 MIN_GRADED = 100  # answers of a task; from fewer nothing can be learned about its scores
 
 
@@ -112,7 +113,8 @@ def calibrate_scores(name: str, graded: Graded, precision: float | None = None) 
 def choose_threshold(graded: Graded, precision: float | None) -> tuple[float, float, float] | None:
     """Return the lowest score from which on answers have a precision, None for the best F1, with precision and recall.
 
-    Returns None if no score gives the precision.
+    Returns None if no score gives the precision with a recall of `MIN_RECALL`: of a few answers, all can be right by
+    luck.
     """
     order = np.argsort(-graded.scores, kind="stable")
     scores = graded.scores[order]
@@ -121,7 +123,7 @@ def choose_threshold(graded: Graded, precision: float | None) -> tuple[float, fl
     precisions, recalls = right / (last + 1), right / max(graded.num_truths, 1)
     if precision is None:
         best = int((2 * right / (last + 1 + graded.num_truths)).argmax())
-    elif (enough := np.flatnonzero(precisions >= precision)).size:
+    elif (enough := np.flatnonzero((precisions >= precision) & (recalls >= MIN_RECALL))).size:
         best = int(enough[-1])
     else:
         return None

@@ -418,7 +418,8 @@ def test_scores_by_hand(shapes):
     # By score: BOX of two, NEAR (IoU 0.8), FAR of two, wrong, its BOX, invented, ...: 5 objects, 4 found at
     # precisions 1, 1, 1 and 4/5, which hold for recalls up to 0.6 and 0.8 of the 101 that COCO averages.
     assert scores["AP50"] == pytest.approx((61 + 20 * 0.8) / 101)
-    assert set(scores) == {"Acc@0.5", "AP50", "presence_MCC", "counting_error"}
+    assert scores["empty_where_absent"] == 1 / 2
+    assert set(scores) == {"Acc@0.5", "AP50", "presence_MCC", "empty_where_absent", "counting_error"}
 
 
 def test_unseen_phrases_are_scored_apart_and_metrics_merge(shapes):
@@ -432,6 +433,9 @@ def test_unseen_phrases_are_scored_apart_and_metrics_merge(shapes):
     assert scores["seen/Acc@0.5"] == pytest.approx(1 / 3)
     assert scores["Acc@0.5"] == pytest.approx(2 / 5)
     assert scores["seen/counting_error"] == pytest.approx(2 / 4)  # of phrases that name something
+    assert not any(
+        name.startswith(("seen/presence", "unseen/presence", "seen/empty", "unseen/empty")) for name in scores
+    )
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))

@@ -177,6 +177,9 @@ def test_the_threshold_of_a_precision_by_hand():
     assert choose_threshold(graded, 0.0) == (0.5, 0.6, 0.6)
     assert choose_threshold(graded, None) == (0.6, 0.75, 0.6)  # F1 of 2/6, 4/7, 4/8, 6/9, 6/10
     assert choose_threshold(graded_of([0.9, 0.8], [False, True]), 0.6) is None
+    lucky = graded_of([0.9, 0.8, 0.7], [True, False, False], num_truths=101)
+    assert choose_threshold(lucky, 0.9) is None  # one right answer for 101 objects promises nothing
+    assert choose_threshold(replace(lucky, num_truths=100), 0.9) == (0.9, 1.0, 0.01)
     assert choose_threshold(graded_of([0.5, 0.5], [True, False]), 0.9) is None  # equal scores cannot be parted
 
 

@@ -227,7 +227,7 @@ def comparing():
 def workplace(page, tiny, tmp_path, monkeypatch, request):
     """A folder that looks as if the user had followed the page so far."""
     (tmp_path / "checkpoints").mkdir()
-    for name in ("configs", "checkpoints/shapes", "examples"):
+    for name in ("configs", *(f"checkpoints/{each.name}" for each in (ROOT / "checkpoints").iterdir()), "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "checkpoints/vit-b").symlink_to(tiny / "run")  # as if converted
     for name in DATA:

@@ -16,6 +16,7 @@ from pix2seq.types import Category, ImageRecord, Instance, Target
 
 GOOD = 0.5  # IoU
 NAMED = Category(1, 1, "named")
+PRESENCE = ("presence_MCC", "empty_where_absent")  # of phrases that name nothing, too
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PhraseMetric(Metric):
             # Without phrases that name nothing, as it cannot be said of all whether training left them out.
             seen = [each for each in self.found if not each.asked.is_unseen and len(each.asked.boxes_xyxy)]
             for name, some in (("seen", seen), ("unseen", unseen)):
-                scores |= {f"{name}/{key}": value for key, value in scores_of(some).items() if key != "presence_MCC"}
+                scores |= {f"{name}/{key}": value for key, value in scores_of(some).items() if key not in PRESENCE}
         return Scores(scores)
 
 
@@ -78,6 +79,7 @@ def scores_of(found: Sequence[Found]) -> dict[str, float | None]:
         "Acc@0.5": _mean(right),
         "AP50": _average_precision(found),
         "presence_MCC": matthews(true > 0, said > 0),
+        "empty_where_absent": _mean((said[true == 0] == 0).tolist()),
         "counting_error": _mean(np.abs(true - said).tolist()),
     }
 
