@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
 from pix2seq import Predictor
+from pix2seq.data.companions import ObjectsByClass
 from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.phrases import COLOURS, Phrase
 from pix2seq.data.shapes import write_shapes
+from pix2seq.data.things import write_things
 from pix2seq.geometry.boxes import box_iou_xyxy
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -52,3 +55,50 @@ def test_phrases_are_read_word_by_word(shapes):
     assert np.mean(right) > 0.8
     assert np.mean(by_colour) > 0.85
     assert np.mean(by_class) > 0.85
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """Scenes of coloured letters on discs, which the model has not seen in training."""
+    folder = tmp_path_factory.mktemp("letters")
+    font, colours = (
+        ImageFont.load_default(size=90),
+        ("red", "gold", "navy", "teal", "white", "purple", "black", "orange"),
+    )
+    (folder / "cutouts").mkdir()
+    for number, letter in enumerate("ABEGHKMPRSXZ"):
+        canvas = Image.new("RGBA", (128, 128))
+        draw = ImageDraw.Draw(canvas)
+        draw.ellipse((4, 4, 124, 124), fill=colours[number % 8])
+        draw.text((64, 64), letter, fill=colours[(number * 3 + 1) % 8], font=font, anchor="mm")
+        canvas.save(folder / "cutouts" / f"letter-{letter.lower()}.png")
+    scenes = folder / "scenes"
+    write_things(scenes, folder / "cutouts", num_train=1, num_val=24, size=128, seed=5, unseen_share=0.0, workers=1)
+    return read_coco(scenes, "val")
+
+
+def test_another_example_gets_another_answer(letters):
+    """Each image is asked by an object of another image that is in it, and by one that is not."""
+    predictor, objects = Predictor.from_pretrained(CHECKPOINTS / "by_example"), ObjectsByClass(letters)
+    images = [predictor.encode(each.path) for each in letters.images]
+    rng, found, empty = np.random.default_rng(0), [], []
+    for index, image in enumerate(images):
+        target = letters.target(index)
+        for is_there, labels in (
+            (True, np.unique(target.labels)),
+            (False, np.setdiff1d(objects.labels, target.labels)),
+        ):
+            for label in rng.permutation(labels)[:3].tolist():
+                drawn = objects.draw(label, rng, but_image_id=target.image.id)
+                if drawn is None:
+                    continue
+                box = tuple(letters.target(drawn.image).boxes_xyxy[drawn.object].tolist())
+                answers = predictor.find(image, like=(images[drawn.image], box))
+                if is_there:
+                    best = np.array([answers[0].box_xyxy if answers else (0, 0, 0, 0)], float)
+                    found.append(box_iou_xyxy(best, target.boxes_xyxy[target.labels == label]).max() >= 0.5)
+                else:
+                    empty.append(not answers)
+    print(len(found), np.mean(found), len(empty), np.mean(empty))
+    assert np.mean(found) > 0.5
+    assert np.mean(empty) >= 0.7

@@ -25,7 +25,7 @@ IMAGE = (48, 32)  # width, height, which the input shows at twice the size
 CATEGORIES = [Category(1, 1, "cup"), Category(2, 2, "pen")]
 TEXT = WordTokenizer.build([], required=["cup cups pen pens thing things the a an all", "left right top bottom centre"])
 VOCAB = Vocab(num_bins=97, text_base=1100, size=1100).with_text(TEXT.size)
-LIMITS = {"max_objects": 8, "noise_objects": 2, "compared": 6, "box_jitter": 0.0}
+LIMITS = {"max_objects": 8, "noise_objects": 2, "named": 3, "others": 1, "box_jitter": 0.0}
 
 
 def words(**settings):
@@ -224,3 +224,24 @@ def test_summaries_say_what_a_sequence_teaches():
         assert task.summary(first) == "3 objects"
         for each in comparisons:
             assert task.summary(each).endswith(": no" if each.targets[0] == NOISE else ": yes")
+
+
+@pytest.mark.parametrize("make", TASKS)
+@pytest.mark.parametrize(
+    ("slots", "named", "others", "expected"),
+    [
+        ([4, 4, 4, -1, -1, -1, -1], 2, 2, (2, 4)),
+        ([4, 4, 4, -1, -1, -1, -1], 9, 1, (3, 3)),
+        ([4, -1, -1, -1], 2, 2, (1, 2)),
+        ([-1, -1, -1, -1], 2, 3, (0, 3)),  # none has the slot
+        ([4, 4], 2, 3, (2, 0)),  # all have it
+    ],
+)
+def test_so_many_others_are_compared_for_each_object_of_a_slot(make, slots, named, others, expected):
+    task, rng = make(named=named, others=others), np.random.default_rng(0)
+    boxes = [(2 * i, 2 * i, 2 * i + 9, 2 * i + 7) for i in range(len(slots))]
+    objects = task.objects(target_of(boxes, np.ones(len(slots))), SIZE, rng)
+    found = task.learned_comparisons(np.array([1, 2]), np.array(slots), range(4, 5), objects, rng)
+    assert (sum(e.targets[0] == KINDS[4] for e in found), sum(e.targets[0] == NOISE for e in found)) == expected
+    closeups = {id(each.others[0].closeup if each.closeup is None else each.closeup) for each in found}
+    assert len(closeups) == len(found)  # no object twice

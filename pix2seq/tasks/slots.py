@@ -22,7 +22,7 @@ from pix2seq.examples import Example, OtherView
 from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar, RangeGrammar
-from pix2seq.settings import NonNegativeFloat, PositiveShare, Range, Share
+from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
 from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
 from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.task import Task, TaskConfig
@@ -51,7 +51,8 @@ class SlotConfig(TaskConfig):
 
     max_objects: Objects = 100  # in a list; in training, boxes without an object included
     noise_objects: Annotated[int, Range(least=0, most=10_000)] = 4  # boxes without an object, in training
-    compared: Annotated[int, Range(least=2, most=1000)] = 4  # objects compared with a prompt in training, at most
+    named: PositiveInt = 2  # objects of a slot that a prompt is compared with in training, at most
+    others: PositiveInt = 1  # objects of no slot that it is compared with for each of them, and where there is none
     closeup: bool = True  # objects are compared by closeups; false: by the whole image
     closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
     box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.08  # of a compared box in training, as a share
@@ -147,13 +148,11 @@ class SlotTask(Task[Config]):
     ) -> list[Example]:
         """Return the sequences that compare some of the `objects` with a prompt about the slots `asked`.
 
-        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what the prompt speaks of. Up
-        to half of `compared` objects have a slot; as many others are compared too, and one if none has.
+        `slots` (N,) are those of the target's objects, `NO_SLOT` for none; `others` are what the prompt speaks of.
         """
         real = np.array([*objects], np.int64)
-        half = self.config.compared // 2
-        meant = rng.permutation(real[slots[real] != NO_SLOT])[:half]
-        rest = rng.permutation(real[slots[real] == NO_SLOT])[: max(len(meant), 1)]
+        meant = rng.permutation(real[slots[real] != NO_SLOT])[: self.config.named]
+        rest = rng.permutation(real[slots[real] == NO_SLOT])[: self.config.others * max(len(meant), 1)]
         found = []
         for i in (*meant.tolist(), *rest.tolist()):
             box, views = objects[i].box_yxyx, objects[i].views
