@@ -59,18 +59,14 @@ def test_phrases_are_read_word_by_word(shapes):
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
-    """Scenes of coloured letters on discs, which the model has not seen in training."""
+    """Scenes of coloured letters, which the model has not seen in training."""
     folder = tmp_path_factory.mktemp("letters")
-    font, colours = (
-        ImageFont.load_default(size=90),
-        ("red", "gold", "navy", "teal", "white", "purple", "black", "orange"),
-    )
+    font = ImageFont.load_default(size=120)
+    colours = ("red", "gold", "navy", "teal", "white", "purple", "black", "orange", "hotpink", "lime", "brown", "cyan")
     (folder / "cutouts").mkdir()
-    for number, letter in enumerate("ABEGHKMPRSXZ"):
+    for letter, colour in zip("ABEGHKMPRSXZ", colours, strict=True):
         canvas = Image.new("RGBA", (128, 128))
-        draw = ImageDraw.Draw(canvas)
-        draw.ellipse((4, 4, 124, 124), fill=colours[number % 8])
-        draw.text((64, 64), letter, fill=colours[(number * 3 + 1) % 8], font=font, anchor="mm")
+        ImageDraw.Draw(canvas).text((64, 64), letter, fill=colour, font=font, anchor="mm", stroke_width=4)
         canvas.save(folder / "cutouts" / f"letter-{letter.lower()}.png")
     scenes = folder / "scenes"
     write_things(scenes, folder / "cutouts", num_train=1, num_val=24, size=128, seed=5, unseen_share=0.0, workers=1)
