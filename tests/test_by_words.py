@@ -125,6 +125,10 @@ def test_training_sequences_hold_the_named_objects_and_others_as_noise(shapes, t
             assert named <= true
             assert true - named <= {tuple(g[:4].tolist()) for g in groups if g[4] == NOISE}
             assert {int(g[4]) for g in groups} <= {int(prompt[1]), NOISE}
+            # A class is chosen between the slot of the phrase and noise; coordinates are chosen among all ids.
+            classes = example.choices[:-1].reshape(-1, 5, 4)[:, 4]
+            assert (classes == [prompt[1], prompt[1] + 1, NOISE, -1]).all()
+            assert (np.delete(example.choices[:-1].reshape(-1, 5, 4), 4, axis=1)[..., 2:] == -1).all()
             counts.append(len(named))
             firsts.append(groups[0, 4] != NOISE)
             assert len(task.shown(example, SIZE)) == (groups[:, 4] != NOISE).sum()
@@ -179,6 +183,17 @@ def test_a_run_knows_the_words_of_its_phrases_and_no_others(folder, tmp_path):
     assert prepare(sharded).text.tokens == alone.tokens
     kinds = read_coco(folder, "train").annotations.attribute_kinds
     assert ShardIndex.read(tmp_path / "shards", "train").attributes == kinds
+
+
+def test_captions_that_two_tasks_learn_from_count_once(folder):
+    def words(tasks):
+        return prepare(settings_of(folder, f"tasks=[{tasks}]", "captioning.min_count=9")).text.tokens
+
+    assert (
+        words("captioning")
+        == words("captioning,matching")
+        != prepare(settings_of(folder, "tasks=[captioning]", "captioning.min_count=5")).text.tokens
+    )
 
 
 def test_a_vocabulary_without_room_for_the_words_is_refused(folder):
