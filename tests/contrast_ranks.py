@@ -9,7 +9,7 @@ from ranks import BATCH_SIZE, VOCAB, Sgd
 
 from pix2seq.data.sampler import rank_slice
 from pix2seq.examples import collate
-from pix2seq.model.config import ContrastConfig, DecoderConfig, EncoderConfig, ModelConfig
+from pix2seq.model.config import ContrastConfig, DecoderConfig, EncoderConfig, MemoryConfig, ModelConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.training.contrast import ContrastiveLoss, Queue
 from pix2seq.training.distributed import full_tensor, join_ranks
@@ -20,13 +20,12 @@ TASK = "matching"
 EMBED_DIM = 16
 
 
-def tiny_model():
+def tiny_model(references=0):
     torch.manual_seed(0)
     encoder = EncoderConfig(name="vit", dim=32, num_layers=1, num_heads=2, mlp_dim=64, drop_path=0.0)
     decoder = DecoderConfig(dim=32, num_layers=2, num_heads=2, mlp_dim=64, max_seq_len=64, dropout=0.0, drop_path=0.0)
-    config = ModelConfig(
-        image_size=(32, 32), encoder=encoder, decoder=decoder, vocab=VOCAB, contrast=ContrastConfig(EMBED_DIM)
-    )
+    memory, contrast = MemoryConfig(references=references), ContrastConfig(EMBED_DIM)
+    config = ModelConfig((32, 32), encoder=encoder, memory=memory, decoder=decoder, vocab=VOCAB, contrast=contrast)
     return build_model(config).train()
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import pickle
+from dataclasses import fields, replace
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -22,6 +23,7 @@ from pix2seq.data.formats.coco import read_coco
 from pix2seq.data.formats.json_stream import stream_json
 from pix2seq.errors import InputError
 from pix2seq.geometry.polygons import rle_to_mask, run_lengths
+from pix2seq.types import ImageRecord, Target
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -289,3 +291,34 @@ def test_boxes_are_clipped_as_by_hand(boxes):
             assert corners == [x0, y0, x1, y1]
         assert BOX_DEFECTS[code] == expected
         assert np.isnan(corners).any() == (expected not in (None, "box reaches outside the image"))
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [1], []])
+def test_some_objects_of_a_target_keep_all_that_is_known_of_them(indices):
+    image = ImageRecord(7, Path("7.png"), 40, 30)
+    boxes = np.array([[0, 0, 4, 4], [5, 5, 9, 9], [10, 10, 20, 20]], np.float32)
+    target = Target(
+        image,
+        boxes,
+        labels=np.array([3, 1, 2]),
+        areas=np.array([16, 15, 90], np.float32),
+        iscrowd=np.array([False, True, False]),
+        annotation_ids=np.array([11, 12, 13]),
+        segmentations=(None, [[5.0, 5.0, 9.0, 5.0, 9.0, 9.0]], None),
+        keypoints=np.arange(18, dtype=np.float32).reshape(3, 2, 3),
+        captions=("three objects",),
+        attributes=({"colour": "red"}, {"colour": "blue"}, {}),
+        difficult=np.array([False, True, False]),
+        scale_xy=(2.0, 2.0),
+    )
+    some = target.subset(indices)
+    per_object = ("boxes_xyxy", "labels", "areas", "iscrowd", "annotation_ids", "segmentations", "keypoints",
+                  "attributes", "difficult")  # fmt: skip
+    for name in per_object:
+        expected = [np.asarray(getattr(target, name)[i]).tolist() for i in indices]
+        assert [np.asarray(each).tolist() for each in getattr(some, name)] == expected, name
+    rest = {each.name for each in fields(Target)} - set(per_object)
+    assert all(getattr(some, name) is getattr(target, name) for name in rest)
+    bare = replace(target, attributes=(), difficult=None).subset(indices)
+    assert bare.attributes == ()
+    assert bare.difficult is None

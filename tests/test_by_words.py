@@ -251,6 +251,17 @@ def test_a_run_knows_the_words_of_its_phrases_and_no_others(folder, tmp_path):
     assert ShardIndex.read(tmp_path / "shards", "train").attributes == kinds
 
 
+def test_captions_that_two_tasks_learn_from_count_once(folder):
+    def words(tasks):
+        return prepare(settings_of(folder, f"tasks=[{tasks}]", "captioning.min_count=9")).text.tokens
+
+    assert (
+        words("captioning")
+        == words("captioning,matching")
+        != prepare(settings_of(folder, "tasks=[captioning]", "captioning.min_count=5")).text.tokens
+    )
+
+
 def test_a_vocabulary_without_room_for_the_words_is_refused(folder):
     with pytest.raises(InputError, match=r"has no room for the .* words of phrases"):
         prepare(settings_of(folder, "tasks=[captioning,by_words]", "captioning.text_size=20"))

@@ -17,7 +17,7 @@ from tiny_settings import TINY
 from pix2seq import Pix2Seq
 from pix2seq.cli import main
 from pix2seq.errors import InputError
-from pix2seq.examples import collate
+from pix2seq.examples import OtherView, collate
 from pix2seq.model.config import ContrastConfig
 from pix2seq.model.pix2seq import build_model
 from pix2seq.predictor import Predictor
@@ -155,6 +155,22 @@ def test_the_loss_of_a_batch_is_that_of_its_images_and_sentences_alone():
     assert count == len(told)
     without = CrossEntropy()(model, batch)["matching"]
     assert sums["matching"][0].item() == pytest.approx(without[0].item(), rel=1e-6)
+
+
+def test_images_are_embedded_alone_where_sequences_read_them_joined():
+    model = tiny_model(references=1).eval()
+    objective = CrossEntropy(contrast=ContrastiveLoss(ALONE, Queue.empty(0, EMBED_DIM, ALONE.device)))
+    samples = random_samples(3)
+    plain = collate(samples, [contrast_ranks.TASK])
+    # The last image is read beside the first one by a sequence of that.
+    first, *others, last = samples
+    joined = replace(first.examples["matching"][0], others=(OtherView(0),))
+    first = replace(first, examples={"matching": [joined]}, companions={"matching": [last.image]})
+    batch = collate([first, *others], [contrast_ranks.TASK])
+    assert batch.readings is not None
+    plain = replace(collate([samples[0], *others], [contrast_ranks.TASK], images=batch.images), readings=None)
+    expected, found = (objective(model, each)["contrast"][0].item() for each in (plain, batch))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_embeddings_learn_which_sentence_belongs_to_which_image():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.shapes.scene import STUFF
+from pix2seq.data.shapes.truth import is_true_of
 from pix2seq.geometry.polygons import rasterize
 from pix2seq.metrics.coco_ap import average_precision
 from pix2seq.metrics.panoptic import PanopticQuality, Segment
@@ -175,6 +176,13 @@ def test_stuff_covers_a_generated_image(landscapes):
         assert sky[0].all()
         assert ground[-1].all()
         assert target.areas.sum() >= 96 * 96 - 1
+
+
+def test_captions_of_images_with_stuff_are_true_of_their_figures(landscapes):
+    names = {category.label: category.name for category in landscapes.categories}
+    targets = [landscapes.target(index) for index in range(len(landscapes))]
+    assert all(is_true_of(text, target, names=names) for target in targets for text in target.captions)
+    assert not any(is_true_of("A picture of a sky.", target, names=names) for target in targets)
 
 
 def test_true_masks_have_the_best_quality_and_lost_sky_is_missed(landscapes):

@@ -102,6 +102,21 @@ def test_padded_sequences_have_one_length_and_score_the_same_tokens(peers, shape
     assert lengths == {2 + 5 * 6}
 
 
+@pytest.mark.parametrize(("name", "start"), [("tuned", "checkpoints/shapes"), ("ours", None), ("earlier", None)])
+def test_only_the_tuned_model_starts_from_another(peers, shapes, tmp_path, monkeypatch, name, start):
+    class Trained(Exception):
+        """Raised in place of training."""
+
+    def train(config, steps, out):
+        raise Trained(config.init)
+
+    monkeypatch.setattr(peers, "processor_time", train)
+    base = load_config(config_file("detection_voc.yaml"), [], data=str(shapes), tasks=["detection"])
+    with pytest.raises(Trained) as trained:
+        peers.train_ours(base, name, 1, tmp_path)
+    assert trained.value.args == (start,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["ours", "earlier", "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"]
