@@ -95,6 +95,5 @@ def test_another_example_gets_another_answer(letters):
                     found.append(box_iou_xyxy(best, target.boxes_xyxy[target.labels == label]).max() >= 0.5)
                 else:
                     empty.append(not answers)
-    print(len(found), np.mean(found), len(empty), np.mean(empty))
     assert np.mean(found) > 0.5
     assert np.mean(empty) >= 0.7
