@@ -320,10 +320,9 @@ class ObjectTask(Task[Config]):
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
         """See `Task`."""
-        frame = Frame(np.zeros(2), np.array(size[::-1], np.float64))
+        frame = Frame.of_input(size)
         if example.closeup is not None:
-            x0, y0, x1, y1 = box_xyxy_to_yxyx(example.closeup) * np.tile(frame.size, 2)
-            frame = Frame(np.array([x0, y0]), np.array([x1 - x0, y1 - y0]))
+            frame = frame.part(example.closeup)
         instance = instance_at(
             example.prompt[1:5], self.categories[int(example.prompt[5]) - CLASS_BASE], frame, self.vocab
         )

@@ -50,6 +50,11 @@ class Frame:
         share = max(float(((corners[1] - corners[0]) / self.size).max()), MIN_CLOSEUP) * (1 + 2 * padding)
         return Frame(corners.mean(axis=0) - share * self.size / 2, share * self.size)
 
+    def part(self, yxyx: NDArray[np.floating]) -> Frame:
+        """Return the frame of a part (4,) of this one, given in [0, 1] of it, maybe beyond it."""
+        y0, x0, y1, x1 = yxyx.tolist()
+        return Frame(self.origin + np.array([x0, y0]) * self.size, np.array([x1 - x0, y1 - y0]) * self.size)
+
     @property
     def xyxy(self) -> NDArray[np.float64]:
         """The corners (4,) in pixels of the image."""

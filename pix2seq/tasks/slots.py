@@ -196,8 +196,7 @@ class SlotTask(Task[Config]):
         if example.targets[0] == NOISE:
             return []
         if example.closeup is not None:
-            y0, x0, y1, x1 = example.closeup.tolist()
-            frame = Frame(np.array([x0, y0]) * frame.size, np.array([x1 - x0, y1 - y0]) * frame.size)
+            frame = frame.part(example.closeup)
         category = slot_category(int(example.targets[0]) - KINDS[0])
         return [instance_at(example.prompt[-BOX_TOKENS:], category, frame, self.vocab)]
 
