@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from boxed import boxed_target
 from example_model import CONFIG, SIZE, VOCAB, untrained_model, untrained_predictor
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ from pix2seq.tokenizers.slots import KINDS, OBJECT, comparison_choices, comparis
 from pix2seq.training.initialize import initialize_from
 from pix2seq.training.objective import CrossEntropy
 from pix2seq.training.step import TrainingModel
-from pix2seq.types import Category, ImageRecord, Instance, Target
+from pix2seq.types import Category, Instance
 from pix2seq.vocab import EOS, NOISE
 
 TINY = [
@@ -60,17 +61,7 @@ CUP, PEN = Category(1, 1, "cup"), Category(2, 2, "pen")
 
 
 def target_of(boxes, labels, image_id, crowd=()):
-    number = len(labels)
-    return Target(
-        ImageRecord(image_id, "x.jpg", 100, 100),
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(labels, np.int64),
-        np.full(number, 400, np.float32),
-        np.isin(np.arange(number), crowd),
-        np.arange(number) + 10 * image_id,
-        (None,) * number,
-        np.zeros((number, 0, 3), np.float32),
-    )
+    return boxed_target(boxes, labels, (100, 100), image_id=image_id, crowd=crowd)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from boxed import boxed_target
 
 from pix2seq.data.samples import SampleMaker
 from pix2seq.data.transforms import AugmentConfig
@@ -17,7 +18,7 @@ from pix2seq.tasks.request import EncodedImage
 from pix2seq.tasks.shown import Shown
 from pix2seq.tokenizers.slots import KINDS, OBJECT
 from pix2seq.tokenizers.text import WordTokenizer
-from pix2seq.types import Category, ImageRecord, Target
+from pix2seq.types import Category
 from pix2seq.vocab import EOS, NOISE, Vocab
 
 SIZE = (64, 96)  # of the input: height, width
@@ -40,17 +41,7 @@ TASKS = [pytest.param(words, id="by_words"), pytest.param(examples, id="by_examp
 
 
 def target_of(boxes, labels, crowd=(), image_id=1):
-    number = len(boxes)
-    return Target(
-        ImageRecord(image_id, "x.png", *IMAGE),
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(labels, np.int64),
-        np.full(number, 50, np.float32),
-        np.isin(np.arange(number), crowd),
-        np.arange(number) + 10 * image_id,
-        (None,) * number,
-        np.zeros((number, 0, 3), np.float32),
-    )
+    return boxed_target(boxes, labels, IMAGE, image_id=image_id, crowd=crowd)
 
 
 THREE = target_of([(2, 3, 12, 9), (20, 4, 44, 12), (15, 16, 25, 30)], [1, 2, 1])
