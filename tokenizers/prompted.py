@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pix2seq.tokenizers.segmentation import TOKENS_PER_POINT, encode_polygons
+from pix2seq.tokenizers.segmentation import TOKENS_PER_POINT, encode_short
 from pix2seq.vocab import NEGATIVE, POSITIVE, QUALITY, SEPARATOR, Vocab
 
 TOKENS_PER_CLICK = 3
@@ -46,7 +46,7 @@ def find_prompt(
     """Return the prompt (P,) that asks which object is meant by clicks at points (N, 2)."""
     box = np.zeros(0, np.int64) if box_yxyx is None else vocab.coord_ids(box_yxyx)
     clicks = _click_ids(points_yx, positive, vocab)
-    return np.concatenate([[task_id], clicks, box, _previous_ids(previous, short_points, vocab)])
+    return np.concatenate([[task_id], clicks, box, encode_short(previous, vocab, short_points)])
 
 
 def outline_prompt(
@@ -60,7 +60,7 @@ def outline_prompt(
     short_points: int,
 ) -> NDArray[np.int64]:
     """Return the prompt (P,) that asks for the outline of the object in a box."""
-    clicks, before = _click_ids(points_yx, positive, vocab), _previous_ids(previous, short_points, vocab)
+    clicks, before = _click_ids(points_yx, positive, vocab), encode_short(previous, vocab, short_points)
     return np.concatenate([[task_id], clicks, before, [SEPARATOR], vocab.coord_ids(box_yxyx)])
 
 
@@ -82,8 +82,3 @@ def decode_found(ids: NDArray[np.integer], vocab: Vocab) -> tuple[float, NDArray
 def _click_ids(points_yx: NDArray[np.floating], positive: NDArray[np.bool_], vocab: Vocab) -> NDArray[np.int64]:
     signs = np.where(positive, POSITIVE, NEGATIVE)
     return np.column_stack([vocab.coord_ids(points_yx.reshape(-1, 2)), signs]).ravel()
-
-
-def _previous_ids(rings: Rings, short_points: int, vocab: Vocab) -> NDArray[np.int64]:
-    ids = encode_polygons(rings, vocab, max_points=short_points, rounding="nearest")
-    return np.insert(ids, 0, SEPARATOR) if len(ids) else ids

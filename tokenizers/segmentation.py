@@ -65,6 +65,15 @@ def encode_polygons(
     return np.concatenate(parts).ravel() if parts else np.zeros(0, np.int64)
 
 
+def encode_short(rings_yx: Sequence[NDArray[np.floating]], vocab: Vocab, max_points: int) -> NDArray[np.int64]:
+    """Serialise rings (P, 2) for a prompt: a separator, then few points; nothing if no ring is left.
+
+    At most 1 + 2 `max_points` ids.
+    """
+    ids = encode_polygons(rings_yx, vocab, max_points=max_points, rounding="nearest")
+    return np.insert(ids, 0, SEPARATOR) if len(ids) else ids
+
+
 def decode_polygons(ids: NDArray[np.integer], vocab: Vocab) -> list[NDArray[np.float32]]:
     """Read rings (P, 2), `yx` in [0, 1] with P >= 3, from generated ids (L,). Never raises, for any ids.
 

@@ -6,8 +6,12 @@ Then each is compared with what slots stand for, which the prompt says. The answ
 
     task  what the slots stand for  y0 x0 y1 x1  |  slot-or-NOISE
 
+Of what was found, an outline can be asked for:
+
+    task  y0 x0 y1 x1  |  rings, end
+
 The first slot stands for any object, in a list. A prompt gives the others their meaning: they are `KINDS`, and counted
-from 0.
+from 0. Rings are those of `pix2seq.tokenizers.segmentation`.
 
 Converts to ids and back, without model or I/O. Boxes are `yxyx` in [0, 1] of what the model sees; shapes use N objects,
 L tokens of a list and P tokens of a prompt.
@@ -64,6 +68,11 @@ def decode_list(
 def comparison_prompt(asked: NDArray[np.integer], box_yxyx: NDArray[np.floating], vocab: Vocab) -> NDArray[np.int64]:
     """Return the prompt (P + 4,) about the object in a box (4,); `asked` (P,) says what slots stand for."""
     return np.append(asked, vocab.coord_ids(box_yxyx)).astype(np.int64)
+
+
+def outline_prompt(task_id: int, box_yxyx: NDArray[np.floating], vocab: Vocab) -> NDArray[np.int64]:
+    """Return the prompt (5,) that asks for the outline of the object in a box (4,)."""
+    return np.append(task_id, vocab.coord_ids(box_yxyx)).astype(np.int64)
 
 
 def comparison_choices(asked: range) -> NDArray[np.int64]:

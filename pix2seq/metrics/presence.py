@@ -28,9 +28,9 @@ class Found:
 class PresenceMetric(Metric):
     """Scores what was found of the kinds that images were asked for, and of those that training left out apart."""
 
-    def __init__(self, categories: Sequence[Category], min_score: float) -> None:
-        """Objects of at least `min_score` count as found; AP takes all."""
-        self.all, self.seen, self.unseen = (_Part(categories, min_score) for _ in range(3))
+    def __init__(self, categories: Sequence[Category], min_score: float, *, with_masks: bool = False) -> None:
+        """Objects of at least `min_score` count as found; AP takes all, by boxes and, `with_masks`, by masks too."""
+        self.all, self.seen, self.unseen = (_Part(categories, min_score, with_masks=with_masks) for _ in range(3))
 
     def add(self, target: Target, answers: Sequence[Found]) -> None:
         """See `Metric`. A class of which the image has a crowd counts for AP alone."""
@@ -56,10 +56,11 @@ class PresenceMetric(Metric):
 class _Part:
     """Scores of some of the kinds."""
 
-    def __init__(self, categories: Sequence[Category], min_score: float) -> None:
+    def __init__(self, categories: Sequence[Category], min_score: float, *, with_masks: bool) -> None:
         self.categories = {category.label: category for category in categories}
         self.min_score = min_score
         self.ap = ApMetric(categories, "box")
+        self.mask_ap = ApMetric(categories, "mask") if with_masks else None
         self.counts: list[tuple[int, int]] = []  # true and found objects of each pair
 
     def add(self, target: Target, answers: Sequence[Found]) -> None:
@@ -68,7 +69,10 @@ class _Part:
             named = [
                 replace(each, category=self.categories[found.label]) for found in answers for each in found.instances
             ]
-            self.ap.add(target.subset(np.flatnonzero(asked).tolist()), named)
+            shown = target.subset(np.flatnonzero(asked).tolist())
+            self.ap.add(shown, named)
+            if self.mask_ap is not None:
+                self.mask_ap.add(shown, named)
         for found in answers:
             same = target.labels == found.label
             if not target.iscrowd[same].any():
@@ -77,14 +81,18 @@ class _Part:
 
     def merge(self, other: _Part) -> None:
         self.ap.merge(other.ap)
+        if self.mask_ap is not None and other.mask_ap is not None:
+            self.mask_ap.merge(other.mask_ap)
         self.counts += other.counts
 
     def scores(self) -> dict[str, float | None]:
         ap = self.ap.result().metrics if self.ap.targets else {}
+        masks = self.mask_ap.result().metrics if self.mask_ap is not None and self.mask_ap.targets else {}
         true, found = np.array(self.counts, np.int64).reshape(-1, 2).T
         return {
             "AP": ap.get("AP"),
             "AP50": ap.get("AP50"),
+            **({} if self.mask_ap is None else {f"mask_{name}": masks.get(name) for name in ("AP", "AP50")}),
             "presence_MCC": matthews(true > 0, found > 0),
             "empty_where_absent": float((found[true == 0] == 0).mean()) if (true == 0).any() else None,
             "counting_error": float(np.abs(true - found).mean()) if len(true) else None,

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from pix2seq.errors import InputError
 from pix2seq.examples import Example, OtherView
+from pix2seq.geometry.polygons import MIN_POINTS, clip_rings
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.settings import Range, Share
+from pix2seq.tasks.outlines import Ring, visible_rings
 from pix2seq.tasks.request import EncodedImage, Reference
-from pix2seq.tasks.shown import Shown
-from pix2seq.tasks.slots import Meaning, SlotConfig, SlotTask, View
-from pix2seq.tokenizers.by_example import TOKENS_PER_EXAMPLE, example_prompt
+from pix2seq.tasks.shown import Shown, given_examples
+from pix2seq.tasks.slots import BOX_TOKENS, Meaning, SlotConfig, SlotTask, View
+from pix2seq.tokenizers.by_example import example_prompt, prompt_length
 from pix2seq.tokenizers.slots import KINDS, NO_SLOT
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import NOISE
@@ -47,6 +49,8 @@ class ByExampleConfig(SlotConfig):
     present_share: Share = 0.75  # the image has what an example shows
     same_share: Share = 0.25  # a further image shows what an earlier one does
     more_share: Share = 0.3  # a further example is in the prompt
+    polygon_share: Share = 0.0  # an example is shown with its outline; 0: the model reads boxes alone
+    short_points: Annotated[int, Range(least=MIN_POINTS, most=10_000)] = 12  # of an example's outline
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class _Lesson:
     label: int
     view: OtherView
     box_yxyx: NDArray[np.floating]  # of what the view shows
+    outline: tuple[Ring, ...]  # `yx` of it too; () for a box alone
 
 
 class ByExample(SlotTask[ByExampleConfig]):
@@ -95,12 +100,25 @@ class ByExample(SlotTask[ByExampleConfig]):
     length_setting = "by_example.max_objects (or max_examples)"
     takes_examples = True
     shows_companions = True
-    about_format = "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, separated by semicolons"
+    about_format = (
+        "examples as `IMAGE:x0,y0,x1,y1`, a file and a box in its pixels, or the points x,y,x,y,... of a polygon, "
+        "separated by semicolons"
+    )
 
     @property
     def max_prompt(self) -> int:
         """See `SlotTask`."""
-        return 1 + TOKENS_PER_EXAMPLE * self.config.max_examples
+        return prompt_length(self.config.max_examples, self.config.short_points if self.reads_polygons else 0)
+
+    @property
+    def reads_polygons(self) -> bool:
+        """Whether it learned to read outlines of examples; if not, it reads their boxes."""
+        return self.config.polygon_share > 0
+
+    @property
+    def reads_masks(self) -> bool:
+        """See `Task`."""
+        return super().reads_masks or self.reads_polygons
 
     @property
     def sees_whole(self) -> bool:
@@ -140,7 +158,7 @@ class ByExample(SlotTask[ByExampleConfig]):
             if len(companion.labels)
         ]
         objects = self.objects(target, size, rng)
-        found = [self.learned_list(target, size, rng)]
+        found = [self.learned_list(target, size, rng), *self.learned_outlines(target, objects, size, rng)]
         for _ in range(self.config.prompts if shown else 0):
             found += self._comparisons(self._some(shown, rng), target, objects, rng)
         return found
@@ -169,6 +187,8 @@ class ByExample(SlotTask[ByExampleConfig]):
             np.array([slot_of[lesson.label] for lesson in lessons]),
             np.stack([lesson.box_yxyx for lesson in lessons]),
             self.vocab,
+            outlines=[lesson.outline for lesson in lessons],
+            short_points=self.config.short_points,
         )
         slots = np.array([slot_of.get(label, NO_SLOT) for label in target.labels.tolist()], np.int64)
         others = tuple(lesson.view for lesson in lessons)
@@ -176,12 +196,15 @@ class ByExample(SlotTask[ByExampleConfig]):
 
     def _lesson(self, companion: Target, number: int, size: tuple[int, int], rng: np.random.Generator) -> _Lesson:
         view = self.view(companion, 0, size, rng)
-        return _Lesson(int(companion.labels[0]), replace(view.views[0], companion=number), view.box_yxyx)
+        outline: tuple[Ring, ...] = ()
+        if self.reads_polygons and companion.segmentations[0] and rng.random() < self.config.polygon_share:
+            outline = tuple(view.frame.to_input_yx(ring) for ring in visible_rings(companion, 0, size))
+        return _Lesson(int(companion.labels[0]), replace(view.views[0], companion=number), view.box_yxyx, outline)
 
     def summary(self, example: Example) -> str:
-        """Count the examples and say whether the object is like one, or count listed objects."""
+        """Count the examples and say whether the object is like one."""
         if example.choices is None:
-            return f"{len(self.shown(example, (1, 1)))} objects"
+            return super().summary(example)
         return f"{len(example.others)} examples: {'no' if example.targets[0] == NOISE else 'yes'}"
 
     # Asking and answering
@@ -196,18 +219,22 @@ class ByExample(SlotTask[ByExampleConfig]):
 
     def _meaning(self, examples: Examples, subject: Kind | None) -> Meaning:
         slots = {name: number for number, name in enumerate(examples.names)}
-        references, boxes = [], []
+        references, boxes, outlines = [], [], []
         for shown in examples.shown:
             box = np.array(shown.box_xyxy, np.float64)
             whole = shown.image.frame()
             closeup = whole.around(box, self.config.closeup_padding) if self.config.closeup else None
             references.append(Reference(shown.image, closeup))
-            boxes.append((closeup or whole).to_input_yxyx(box[None])[0])
+            frame = closeup or whole
+            boxes.append(frame.to_input_yxyx(box[None])[0])
+            outlines.append([frame.to_input_yx(ring) for ring in shown.polygons] if self.reads_polygons else [])
         prompt = example_prompt(
             self.vocab.task_id(self.name),
             np.array([slots[shown.name] for shown in examples.shown]),
             np.stack(boxes),
             self.vocab,
+            outlines=outlines,
+            short_points=self.config.short_points,
         )
         return Meaning(prompt, examples.names, subject, tuple(references))
 
@@ -219,17 +246,18 @@ class ByExample(SlotTask[ByExampleConfig]):
         return [each for each in found if each.score >= self.config.min_score]
 
     def parse_about(self, text: str) -> Examples:
-        """Read `IMAGE:x0,y0,x1,y1; ...`."""
-        shown = []
+        """Read `IMAGE:x0,y0,x1,y1; IMAGE:x,y,x,y,x,y; ...`."""
+        shown: list[Shown] = []
         for part in filter(None, map(str.strip, text.split(";"))):
-            path, _, corners = part.rpartition(":")
+            path, _, numbers = part.rpartition(":")
             try:
-                x0, y0, x1, y1 = map(float, corners.split(","))
+                values = [float(number) for number in numbers.split(",")]
             except ValueError:
-                path = ""
-            if not path:
+                values = []
+            if not path or len(values) % 2 or len(values) < BOX_TOKENS:
                 raise InputError(f"example {part!r} cannot be read; expected {self.about_format}")
-            shown.append(Shown(path, (x0, y0, x1, y1)))
+            place = values if len(values) == BOX_TOKENS else np.reshape(values, (-1, 2))
+            shown += given_examples((path, place))
         if not shown:
             raise InputError(f"no example was given; expected {self.about_format}")
         return Examples(tuple(shown))
@@ -256,7 +284,7 @@ class ByExample(SlotTask[ByExampleConfig]):
         raise InputError(f"{self.name} is asked by examples, see Predictor.find; got {type(about).__name__}")
 
     def check_about(self, image: EncodedImage, about: Any) -> Examples | Exam:
-        """Check examples against their images. Raises `InputError` for boxes without area, and for too many."""
+        """Check examples against their images. Raises `InputError` for those without area, and for too many."""
         about = self._checked(about)
         if isinstance(about, Examples) and len(about.shown) > self.config.max_examples:
             raise InputError(
@@ -269,17 +297,22 @@ class ByExample(SlotTask[ByExampleConfig]):
     # Showing and measuring
 
     def questions(self, target: Target, found: Sequence[Any] | None) -> dict[str, Exam]:
-        """Ask for the classes of the companions, by these as examples."""
-        asked = []
+        """Ask for the classes of the companions, by these as examples: by their boxes, then by outlines if it can."""
+        by_box, by_polygon = [], []
         for companion in target.companions:
             x0, y0, x1, y1 = companion.boxes_xyxy[0].tolist()
+            shown, label = Shown(companion.image.path, (x0, y0, x1, y1)), int(companion.labels[0])
             is_unseen = bool(companion.attributes) and companion.attributes[0].get("seen") == "no"
-            asked.append(Kind(int(companion.labels[0]), Shown(companion.image.path, (x0, y0, x1, y1)), is_unseen))
-        return {"": Exam(tuple(asked))}
+            by_box.append(Kind(label, shown, is_unseen))
+            if companion.segmentations[0]:
+                rings = visible_rings(companion, 0, (companion.image.height, companion.image.width))
+                by_polygon.append(Kind(label, replace(shown, polygons=tuple(rings)), is_unseen))
+        exams = {"": by_box, **({"polygons": by_polygon} if self.reads_polygons else {})}
+        return {question: Exam(tuple(asked)) for question, asked in exams.items() if asked or question == ""}
 
     def metric(self, categories: Sequence[Category]) -> PresenceMetric:
         """See `Task`."""
-        return PresenceMetric(categories, self.config.min_score)
+        return PresenceMetric(categories, self.config.min_score, with_masks=self.config.outlines)
 
     def draw(self, canvas: Canvas, answers: Sequence[Instance | Found]) -> None:
         """Draw boxes with the names of what they are like, also those of an exam."""
@@ -303,7 +336,7 @@ def _image_key(image: Any) -> Any:
 
 
 def _inside(shown: Shown) -> Shown:
-    """Return an example with its box clipped to its image."""
+    """Return an example clipped to its image."""
     x0, y0, x1, y1 = np.clip(shown.box_xyxy, 0, np.tile(shown.image.size, 2)).tolist()
     if not (x1 > x0 and y1 > y0):
         width, height = shown.image.size
@@ -311,4 +344,4 @@ def _inside(shown: Shown) -> Shown:
             f"the box of an example needs x1 > x0 and y1 > y0, inside its image of {width} x {height} pixels; got "
             f"{shown.box_xyxy}"
         )
-    return replace(shown, box_xyxy=(x0, y0, x1, y1))
+    return replace(shown, box_xyxy=(x0, y0, x1, y1), polygons=tuple(clip_rings(shown.polygons, *shown.image.size)))

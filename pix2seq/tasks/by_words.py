@@ -121,6 +121,7 @@ class ByWords(SlotTask[ByWordsConfig]):
         scene = Scene.of(target, self._names, size)
         objects = self.objects(target, size, rng)
         found = [self.learned_list(target, size, rng), *self._descriptions(scene, objects, rng)]
+        found += self.learned_outlines(target, objects, size, rng)
         for _ in range(self.config.phrases):
             drawn = self._maker.draw(scene, rng, absent=bool(rng.random() < self.config.absent_share))
             if drawn is not None:
@@ -250,7 +251,7 @@ class ByWords(SlotTask[ByWordsConfig]):
         if self._describes(example):
             return f"described as {self._words(example.targets[:-1])!r}"
         if example.choices is None:
-            return f"{len(self.shown(example, (1, 1)))} objects"
+            return super().summary(example)
         names = "no" if example.targets[0] == NOISE else "yes"
         return f"{self._words(example.prompt[2 : -1 - BOX_TOKENS])!r}: {names}"
 

@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 
 from pix2seq.geometry.boxes import intersects_xyxy
 from pix2seq.geometry.clicks import Click, Mask, disturb, first_click, mask_iou, next_click
-from pix2seq.geometry.polygons import clip_rings, mask_to_rings, rasterize, rle_to_rings
+from pix2seq.geometry.polygons import mask_to_rings, rasterize
+from pix2seq.tasks.outlines import Ring
 from pix2seq.tasks.request import Frame
 from pix2seq.types import Target
 
 CANVAS = 80  # side of the masks in which clicks are simulated
 SURROUNDINGS = 0.6  # share of an object's size that these show on each side
 STRANGER_SHARE = 0.2  # of the earlier answers, and of those to rate, that are another object altogether
-
-Ring = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,6 @@ def bounds(rings: Sequence[Ring]) -> NDArray[np.float64]:
     """Return the box (4,), `xyxy`, around rings, of which there must be one."""
     points = np.concatenate(list(rings)).astype(np.float64)
     return np.concatenate([points.min(axis=0), points.max(axis=0)])
-
-
-def visible_rings(target: Target, i: int, size: tuple[int, int]) -> list[Ring]:
-    """Return the outline of object `i` within an input of `size` (height, width); its box, if it has no mask."""
-    found = target.segmentations[i]
-    if found is not None:
-        rings = rle_to_rings(found) if isinstance(found, dict) else found
-        return [*clip_rings(rings, size[1], size[0])]
-    x0, y0, x1, y1 = target.boxes_xyxy[i].tolist()
-    return [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])]
 
 
 def other_meaning(

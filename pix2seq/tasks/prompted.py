@@ -24,23 +24,22 @@ from pix2seq.errors import InputError
 from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.geometry.clicks import first_click, mask_iou, next_click
-from pix2seq.geometry.polygons import MIN_POINTS, clip_rings, rasterize, space_evenly
+from pix2seq.geometry.polygons import MIN_POINTS, rasterize
 from pix2seq.metrics.clicks import GOOD, Checked, ClickMetric, Trial
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
-from pix2seq.model.decoding.grammar import PolygonGrammar, RangeGrammar, RatedBoxGrammar
+from pix2seq.model.decoding.grammar import RangeGrammar, RatedBoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
 from pix2seq.tasks.lessons import (
     Lesson,
-    Ring,
     Scene,
     bounds,
     draw_lesson,
     neighbours_of,
     other_meaning,
     recorded_lesson,
-    visible_rings,
 )
 from pix2seq.tasks.objects import Objects, Padding, jitter_box
+from pix2seq.tasks.outlines import Ring, outline_grammar, outline_ids, read_outline, visible_rings
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.prompted import (
@@ -52,9 +51,9 @@ from pix2seq.tokenizers.prompted import (
     prompt_length,
     quality_id,
 )
-from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
+from pix2seq.tokenizers.segmentation import decode_polygons
 from pix2seq.types import Category, Clicks, Instance, ObjectMask, Target
-from pix2seq.vocab import EOS, NEGATIVE, POSITIVE, QUALITY, SEPARATOR
+from pix2seq.vocab import EOS, NEGATIVE, POSITIVE, QUALITY
 
 if TYPE_CHECKING:
     from pix2seq.drawing import Canvas
@@ -141,11 +140,15 @@ class Prompted(Task[PromptedConfig]):
     scale_range = (0.3, 1.0)
     length_setting = "prompted.max_points"
     uses_classes = False
-    reads_masks = True
     takes_clicks = True
     about_format = (
         "clicks as `x,y` or `x,y,-` for what does not belong to it, or a box as `x0,y0,x1,y1`, separated by semicolons"
     )
+
+    @property
+    def reads_masks(self) -> bool:
+        """See `Task`."""
+        return True
 
     @property
     def max_seq_len(self) -> int:
@@ -223,7 +226,11 @@ class Prompted(Task[PromptedConfig]):
                 frame = whole.around(moved, self.config.closeup_padding)
                 closeup = whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32)
             prompt = self._prompt(outline_prompt, frame, points, positive, moved, previous)
-            response = np.append(self._outline(rings, frame, size), EOS)
+            config = self.config
+            response = outline_ids(
+                rings, frame, size, self.vocab, even_points=config.even_points, max_points=config.max_points
+            )
+            response = np.append(response, EOS)
             if len(response) == 1:
                 continue  # too small to have an outline
             if is_rated:
@@ -246,13 +253,6 @@ class Prompted(Task[PromptedConfig]):
         return [
             Example(self._prompt(find_prompt, whole, point[None], np.ones(1, np.bool_)), response, response, weights)
         ]
-
-    def _outline(self, rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> NDArray[np.int64]:
-        """Return the ids of rings within a frame, at equal distances, without an end."""
-        input_size = np.array(size[::-1], np.float64)
-        near = clip_rings([(ring - frame.origin) / frame.size * input_size for ring in rings], size[1], size[0])
-        even = [ring[:, ::-1] / input_size[::-1] for ring in space_evenly(near, self.config.even_points)]
-        return encode_polygons(even, self.vocab, max_points=self.config.max_points)
 
     def _prompt(
         self,
@@ -382,9 +382,7 @@ class Prompted(Task[PromptedConfig]):
         closeup = image.frame().around(box, self.config.closeup_padding) if self.config.closeup else None
         frame = closeup or image.frame()
         prompt = self._prompt(outline_prompt, frame, *_arrays(step.clicks), box, step.clicks.previous)
-        grammar = PolygonGrammar(
-            self.vocab.coord_base, self.vocab.num_bins, SEPARATOR, EOS, max_points=self.config.max_points
-        )
+        grammar = outline_grammar(self.vocab, self.config.max_points)
         generation = GenerationConfig(
             2 * self.config.max_points + 1, temperature=0.0, grammar=grammar, eos_id=EOS, with_logprobs=False
         )
@@ -398,10 +396,9 @@ class Prompted(Task[PromptedConfig]):
         ids = completion.tokens[0]
         end = np.flatnonzero(ids == EOS)
         outline = ids[: end[0]] if len(end) else ids
-        frame = request.frame(image)
-        rings = clip_rings([frame.to_image_xy(ring) for ring in decode_polygons(outline, self.vocab)], *image.size)
+        rings = read_outline(outline, request.frame(image), image.size, self.vocab)
         box = tuple(bounds(rings).tolist()) if rings else step.mask.box_xyxy
-        mask = replace(step.mask, polygons=[ring.astype(np.float32) for ring in rings], box_xyxy=box)
+        mask = replace(step.mask, polygons=rings, box_xyxy=box)
         return Request(
             np.concatenate([request.prompt, outline, [EOS]]),
             GenerationConfig(1, temperature=0.0, grammar=RangeGrammar(QUALITY[0], QUALITY[-1]), eos_id=None),
@@ -590,8 +587,7 @@ class Prompted(Task[PromptedConfig]):
             x0, y0, x1, y1 = frame.to_image_xy(box.reshape(2, 2)).ravel().tolist()
             return [ObjectMask((x0, y0, x1, y1), [], quality)] if quality else []
         if example.closeup is not None:
-            x0, y0, x1, y1 = box_xyxy_to_yxyx(example.closeup) * np.tile(frame.size, 2)
-            frame = Frame(np.array([x0, y0]), np.array([x1 - x0, y1 - y0]))
+            frame = frame.part(example.closeup)
         rings = [frame.to_image_xy(ring).astype(np.float32) for ring in decode_polygons(example.targets, self.vocab)]
         x0, y0, x1, y1 = bounds(rings).tolist() if rings else [0.0, 0.0, 0.0, 0.0]
         return [ObjectMask((x0, y0, x1, y1), rings, 1.0)] if rings else []

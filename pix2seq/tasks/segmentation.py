@@ -16,12 +16,13 @@ from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import PolygonGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveShare, Range
 from pix2seq.tasks.objects import ObjectTask, ObjectTaskConfig, token_score, weighted_score
+from pix2seq.tasks.outlines import outline_grammar, read_outline
 from pix2seq.tasks.request import Frame
 from pix2seq.tasks.task import Judge, Verdict
 from pix2seq.tokenizers.instance import PROMPT_LENGTH
 from pix2seq.tokenizers.segmentation import decode_polygons, encode_polygons
 from pix2seq.types import Category, Instance, Target
-from pix2seq.vocab import EOS, SEPARATOR
+from pix2seq.vocab import EOS
 
 if TYPE_CHECKING:
     from pix2seq.metrics.coco_ap import ApMetric
@@ -92,13 +93,7 @@ class Segmentation(ObjectTask[SegmentationConfig]):
 
     def grammar(self) -> PolygonGrammar:
         """Return the grammar: rings of three points or more, then an end."""
-        return PolygonGrammar(
-            coord_base=self.vocab.coord_base,
-            num_bins=self.vocab.num_bins,
-            separator_id=SEPARATOR,
-            eos_id=EOS,
-            max_points=self.config.max_points,
-        )
+        return outline_grammar(self.vocab, self.config.max_points)
 
     def generation(self, category: Category | None = None) -> GenerationConfig:
         """See `ObjectTask`."""
@@ -136,10 +131,7 @@ class Segmentation(ObjectTask[SegmentationConfig]):
         from pycocotools import mask as mask_utils  # here, because only masks need it
 
         width, height = size
-        polygons = []
-        for ids in samples:
-            rings = [frame.to_image_xy(ring) for ring in decode_polygons(ids, self.vocab)]
-            polygons.append([ring.astype(np.float32) for ring in clip_rings(rings, width, height)])
+        polygons = [read_outline(ids, frame, size, self.vocab) for ids in samples]
         if len(polygons) == 1:
             return polygons[0], None, None
         points = np.concatenate([ring for rings in polygons for ring in rings] or [np.zeros((0, 2), np.float32)])

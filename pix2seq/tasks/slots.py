@@ -5,7 +5,7 @@ slot is; it has to read the prompt.
 
 The model is asked in two steps. The first lists all objects of the image, whatever they are. The second compares each
 of them with what the slots stand for; it can read the object from a closeup, where every object has the same size. One
-list serves all that is asked about an image.
+list serves all that is asked about an image. Where outlines are learned, a third step asks for those of what was found.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from pix2seq.examples import Example, OtherView
 from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
+from pix2seq.geometry.polygons import MIN_POINTS
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import BoxGrammar, RangeGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
-from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box
+from pix2seq.tasks.objects import Objects, Padding, instance_at, jitter_box, token_score
+from pix2seq.tasks.outlines import outline_grammar, outline_ids, read_outline, visible_rings
 from pix2seq.tasks.request import EncodedImage, Frame, Reference, Request
 from pix2seq.tasks.task import Task, TaskConfig
 from pix2seq.tokenizers.detection import NOISE_LABEL, TOKENS_PER_OBJECT, add_noise_objects
+from pix2seq.tokenizers.segmentation import TOKENS_PER_POINT
 from pix2seq.tokenizers.slots import (
     KINDS,
     NO_SLOT,
@@ -35,6 +38,7 @@ from pix2seq.tokenizers.slots import (
     comparison_prompt,
     decode_list,
     encode_list,
+    outline_prompt,
 )
 from pix2seq.types import Category, Instance, Target
 from pix2seq.vocab import EOS, NOISE
@@ -56,7 +60,13 @@ class SlotConfig(TaskConfig):
     closeup: bool = True  # objects are compared by closeups; false: by the whole image
     closeup_padding: Padding = 0.25  # share of a box's size that its closeup shows on each side
     box_jitter: Annotated[float, Range(least=0, below=0.5)] = 0.08  # of a compared box in training, as a share
+    outlines: bool = False  # what is found gets an outline, learned from the masks of the data
+    max_outlines: Objects = 2  # of an image in a training step
+    # Of an outline, separators included.
+    max_points: Annotated[int, Range(least=MIN_POINTS, most=10_000)] = 48
+    even_points: Annotated[int, Range(least=4, most=10_000)] = 28  # of an outline, at equal distances
     comparison_weight: NonNegativeFloat = 4.0  # loss weight of an answer to a comparison; a list's tokens have 1
+    outline_weight: NonNegativeFloat = 0.5  # loss weight of each token of an outline
     eos_weight: NonNegativeFloat = 0.1  # loss weight of a list's end
     min_score: Share = 0.5  # least score of an object that counts as found
     top_p: PositiveShare = 0.4
@@ -92,11 +102,26 @@ class _Comparison:
 
 
 @dataclass(frozen=True)
+class _Outline:
+    """The third step: an object that was found, and all answers to comparisons."""
+
+    listing: _Listing
+    found: list[list[Instance]]  # of each meaning
+    box_xyxy: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class View:
     """What a training sequence reads of an object."""
 
-    box_yxyx: NDArray[np.floating]  # (4,) in [0, 1] of the first view
+    frame: Frame  # of the first view, in pixels of the input; that of an object's closeup alone is in `views`
+    box_xyxy: NDArray[np.floating]  # (4,) in pixels of the input
     views: tuple[OtherView, ...]
+
+    @property
+    def box_yxyx(self) -> NDArray[np.floating]:
+        """The box (4,) in [0, 1] of the first view."""
+        return self.frame.to_input_yxyx(self.box_xyxy[None])[0]
 
 
 class SlotTask(Task[Config]):
@@ -110,9 +135,20 @@ class SlotTask(Task[Config]):
         return self.config.closeup
 
     @property
+    def reads_masks(self) -> bool:
+        """See `Task`."""
+        return self.config.outlines
+
+    @property
     def max_seq_len(self) -> int:
-        """Tokens of the longest sequence: a list or a comparison."""
-        return max(2 + TOKENS_PER_OBJECT * self.config.max_objects, self.max_prompt + BOX_TOKENS + 1)
+        """Tokens of the longest sequence: a list, a comparison or an outline."""
+        outline = 1 + BOX_TOKENS + self._max_outline if self.config.outlines else 0
+        return max(2 + TOKENS_PER_OBJECT * self.config.max_objects, self.max_prompt + BOX_TOKENS + 1, outline)
+
+    @property
+    def _max_outline(self) -> int:
+        """Tokens of the longest outline, with its end."""
+        return TOKENS_PER_POINT * self.config.max_points + 1
 
     @property
     @abstractmethod
@@ -170,6 +206,32 @@ class SlotTask(Task[Config]):
             )
         return found
 
+    def learned_outlines(
+        self, target: Target, objects: Mapping[int, View], size: tuple[int, int], rng: np.random.Generator
+    ) -> list[Example]:
+        """Return the sequences of outlines of some of the `objects` that have a mask; none if none are learned."""
+        config = self.config
+        masked = [i for i in objects if target.segmentations[i]] if config.outlines else []
+        found = []
+        for i in rng.permutation(masked)[: config.max_outlines].tolist() if masked else []:
+            closeup = objects[i].views[-1].closeup
+            frame = Frame.of_input(size) if closeup is None else Frame.of_input(size).part(closeup)
+            ids = outline_ids(
+                visible_rings(target, i, size),
+                frame,
+                size,
+                self.vocab,
+                even_points=config.even_points,
+                max_points=config.max_points,
+            )
+            if len(ids):
+                box = frame.to_input_yxyx(objects[i].box_xyxy[None])[0]
+                prompt = outline_prompt(self.vocab.task_id(self.name), box, self.vocab)
+                response = np.append(ids, EOS)
+                weights = np.full(len(response), config.outline_weight, np.float32)
+                found.append(Example(prompt, response, response, weights, closeup))
+        return found
+
     def objects(self, target: Target, size: tuple[int, int], rng: np.random.Generator) -> dict[int, View]:
         """Return what is read of each object of a target that is no crowd; sequences about one share its memory."""
         return {i: self.view(target, i, size, rng) for i in np.flatnonzero(~target.iscrowd).tolist()}
@@ -179,16 +241,27 @@ class SlotTask(Task[Config]):
         whole = Frame.of_input(size)
         box = jitter_box(target.boxes_xyxy[i], self.config.box_jitter, size, rng).astype(np.float64)
         if not self.config.closeup:
-            return View(whole.to_input_yxyx(box[None])[0], (OtherView(None),))
+            return View(whole, box, (OtherView(None),))
         frame = whole.around(box, self.config.closeup_padding)
         closeup = OtherView(None, whole.to_input_yxyx(frame.xyxy[None])[0].astype(np.float32))
         if self.sees_whole:
-            return View(whole.to_input_yxyx(box[None])[0], (OtherView(None), closeup))
-        return View(frame.to_input_yxyx(box[None])[0], (closeup,))
+            return View(whole, box, (OtherView(None), closeup))
+        return View(frame, box, (closeup,))
+
+    def summary(self, example: Example) -> str:
+        """Count the objects of a list, or the tokens of an outline."""
+        if says_outline(example):
+            return f"outline of {len(example.targets)} tokens"
+        return f"{len(self.shown(example, (1, 1)))} objects"
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
-        """Return the objects of a list, or the one of a comparison if it has a slot."""
+        """Return the objects of a list, the one of a comparison if it has a slot, or that of an outline."""
         frame = Frame.of_input(size)
+        if says_outline(example):
+            if example.closeup is not None:
+                frame = frame.part(example.closeup)
+            found = instance_at(example.prompt[-BOX_TOKENS:], ANY, frame, self.vocab)
+            return [replace(found, polygons=read_outline(example.targets, frame, size[::-1], self.vocab))]
         if example.choices is None:
             ids = example.targets[: len(example.targets) // TOKENS_PER_OBJECT * TOKENS_PER_OBJECT]
             groups = ids.reshape(-1, TOKENS_PER_OBJECT)
@@ -235,7 +308,10 @@ class SlotTask(Task[Config]):
     def follow_up(
         self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
     ) -> list[Request]:
-        """Compare each object of a list with each meaning."""
+        """Compare each object of a list with each meaning; ask for the outlines of those that some meaning may mean."""
+        compared = [request.subject for request in requests if isinstance(request.subject, _Comparison)]
+        if compared and self.config.outlines:
+            return self._outline_requests(image, compared[0].listing, self._found(requests, completions))
         return [
             self._compare(image, _Comparison(request.subject, number, listed))
             for request, completion in zip(requests, completions, strict=True)
@@ -243,6 +319,32 @@ class SlotTask(Task[Config]):
             for listed in self._listed(image, completion)
             for number in range(len(request.subject.meanings))
         ]
+
+    def _outline_requests(self, image: EncodedImage, listing: _Listing, found: list[list[Instance]]) -> list[Request]:
+        """Ask for the outline of each object that is found by any meaning, once."""
+        least = min(MIN_OBJECT, self.config.min_score)
+        boxes = dict.fromkeys(each.box_xyxy for some in found for each in some if each.score >= least)
+        generation = GenerationConfig(
+            self._max_outline,
+            temperature=0.0,
+            grammar=outline_grammar(self.vocab, self.config.max_points),
+            eos_id=EOS,
+        )
+        further = []
+        for box_xyxy in boxes:
+            box = np.array(box_xyxy)
+            closeup = image.frame().around(box, self.config.closeup_padding) if self.config.closeup else None
+            inside = (closeup or image.frame()).to_input_yxyx(box[None])[0]
+            further.append(
+                Request(
+                    outline_prompt(self.vocab.task_id(self.name), inside, self.vocab),
+                    generation,
+                    subject=_Outline(listing, found, box_xyxy),
+                    closeup=closeup,
+                    expected_tokens=TOKENS_PER_POINT * self.config.even_points,
+                )
+            )
+        return further
 
     def _compare(self, image: EncodedImage, comparison: _Comparison) -> Request:
         """Ask which slot an object has."""
@@ -300,12 +402,11 @@ class SlotTask(Task[Config]):
         if not requests:
             return []
         first = requests[0].subject
-        listing: _Listing = first.listing if isinstance(first, _Comparison) else first
-        found: list[list[Instance]] = [[] for _ in listing.meanings]
-        for request, completion in zip(requests, completions, strict=True):
-            if isinstance(comparison := request.subject, _Comparison):
-                names = listing.meanings[comparison.number].names
-                found[comparison.number].append(_compared(comparison.listed, names, completion))
+        listing: _Listing = first if isinstance(first, _Listing) else first.listing
+        if isinstance(first, _Outline):
+            found = self._outlined(image, requests, completions)
+        else:
+            found = self._found(requests, completions) or [[] for _ in listing.meanings]
         pairs = zip(listing.meanings, found, strict=True)
         return [
             answer
@@ -313,10 +414,36 @@ class SlotTask(Task[Config]):
             for answer in self.told(meaning, sorted(some, key=lambda each: -each.score))
         ]
 
+    def _found(self, requests: Sequence[Request], completions: Sequence[Completion]) -> list[list[Instance]]:
+        """Return all listed objects with their likeliest slot, for each meaning; none if nothing was compared."""
+        found: list[list[Instance]] = []
+        for request, completion in zip(requests, completions, strict=True):
+            if isinstance(comparison := request.subject, _Comparison):
+                meanings = comparison.listing.meanings
+                found = found or [[] for _ in meanings]
+                names = meanings[comparison.number].names
+                found[comparison.number].append(_compared(comparison.listed, names, completion))
+        return found
+
+    def _outlined(
+        self, image: EncodedImage, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[list[Instance]]:
+        """Return all compared objects, with outlines where they were asked for."""
+        outlines: dict[Any, dict[str, Any]] = {}
+        for request, completion in zip(requests, completions, strict=True):
+            outlines[request.subject.box_xyxy] = {
+                "polygons": read_outline(completion.tokens[0], request.frame(image), image.size, self.vocab),
+                "mask_score": float(token_score(completion.tokens, completion.logprobs).mean()),
+            }
+        found: list[list[Instance]] = requests[0].subject.found
+        return [[replace(each, **outlines.get(each.box_xyxy, {})) for each in some] for some in found]
+
     def parts(
         self, image: EncodedImage, request: Request, completion: Completion
     ) -> list[tuple[int, int, Instance | None]]:
         """Return the tokens of each object of a list, see `Task.parts`: five an object; boxes outside are none."""
+        if isinstance(request.subject, _Outline):
+            return [(0, completion.tokens.shape[1], Instance(request.subject.box_xyxy, ANY, 1.0))]
         if isinstance(request.subject, _Comparison):
             return super().parts(image, request, completion)
         end = np.flatnonzero(completion.tokens[0] == EOS)
@@ -327,6 +454,11 @@ class SlotTask(Task[Config]):
             objects = self._in_list(image, completion.steps(start, stop))
             found.append((start, stop, objects[0] if objects else None))
         return found
+
+
+def says_outline(example: Example) -> bool:
+    """Whether a training sequence says the outline of an object."""
+    return example.choices is None and len(example.prompt) == 1 + BOX_TOKENS
 
 
 def _compared(listed: Instance, names: Sequence[str], completion: Completion) -> Instance:

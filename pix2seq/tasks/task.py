@@ -85,7 +85,6 @@ class Task(ABC, Generic[Config]):
     scale_range: ClassVar[tuple[float, float]] = (0.3, 2.0)  # of the resizing jitter in training
     length_setting: ClassVar[str]  # the setting to lower if sequences are too long
     uses_classes: ClassVar[bool] = True  # whether the model must know the classes of the data
-    reads_masks: ClassVar[bool] = False  # whether examples need masks, where an image need not have any
     reads_text: ClassVar[bool] = False  # whether the vocabulary must hold text
     tells_sentences: ClassVar[bool] = False  # whether examples have a `sentence`, to compare images with
     about_format: ClassVar[str | None] = None  # what `predict --about` takes, in words; None: nothing
@@ -132,6 +131,11 @@ class Task(ABC, Generic[Config]):
     @property
     def looks_closer(self) -> bool:
         """Whether sequences read memories of single objects, made from the image's finer maps (`encoder.closeups`)."""
+        return False
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether examples use masks, where an image need not have any."""
         return False
 
     @property
