@@ -73,7 +73,8 @@ def predict_files(
     files. `about` is text for the tasks that take some, see `Task.parse_about`. `find` are phrases for those that find
     objects by words, `like` examples, in the form of `about`, for those that find objects by them; without `tasks`,
     only such tasks are asked then. `settings` are those of `Predictor.configure`.
-    `min_score` applies to drawings and `label_format`; by default `Predictor.thresholds` do.
+    `min_score` applies to drawings and `label_format`, by default `Predictor.thresholds` do, and to what `find` and
+    `like` find, by default the checkpoint's own.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -114,6 +115,8 @@ def predict_files(
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
+    if told and min_score is not None:
+        predictor.configure(min_score=min_score)
     asked = {name: predictor.tasks[name] for name in tasks}
     given = {} if about is None else {name: about for name, task in asked.items() if task.about_format}
     if about is not None and not given:

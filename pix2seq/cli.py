@@ -374,12 +374,13 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="IMAGE:X0,Y0,X1,Y1",
-        help="find all objects like the one in a box of another image; repeat it for more examples",
+        help="find all objects like the one in a box, or a polygon X,Y,X,Y,..., of another image; repeat it for more",
     )
     parser.add_argument(
         "--min-score",
         type=_share,
-        help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all",
+        help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all. "
+        "Also that of what --find and --like find, by default the checkpoint's",
     )
     parser.add_argument("--format", choices=LABEL_FORMATS, help="also write files that a labelling tool imports")
     parser.add_argument("--stride", type=_positive, default=1, help="of videos: ask about every N-th frame")

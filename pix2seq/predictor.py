@@ -431,8 +431,8 @@ class Predictor:
         """Return the objects of an image that are like examples, or that a phrase names, best first.
 
         `like` is an (image, (x0, y0, x1, y1)): an image in any form that `encode` takes, or encoded before, and a box
-        in its pixels. A list of them are examples of one kind of object, and a dictionary has the examples of several
-        kinds by name, which answers have as their category.
+        in its pixels, or a polygon (P, 2), or a list of polygons. A list of such pairs are examples of one kind of
+        object, and a dictionary has the examples of several kinds by name, which answers have as their category.
 
         `words` is a phrase, such as "striped star on the left", and can stand in the second place too. Several are
         asked side by side; the category of an object has its phrase as its name.

@@ -79,10 +79,16 @@ def test_the_advantage_is_over_the_mean_of_the_others():
 def test_recomputed_log_probabilities_are_the_sampled_ones(rewards, task):
     """One teacher-forced pass over the answers, whole images and closeups, against decoding token by token."""
     samples = [replace(each, examples={task: each.examples.get(task, [])}) for each in rewards.samples]
-    batch = kept(samples)
+    batch, again = compare_log_probabilities(rewards, kept(samples), task)
+    if task in ("segmentation", "keypoint"):
+        assert len(again.closeups) == len(batch.closeups)
+
+
+def compare_log_probabilities(rewards, batch, task):
+    """Draw answers to the prompts of a batch of one task, and expect the same log-probabilities from one pass."""
     drawn = rewards.draw(batch, 0, with_logprobs=True)
     assert len(drawn) > 2
-    answers = [{task: []} for _ in samples]
+    answers = [{task: []} for _ in batch.samples]
     sampled = []
     for asked, completion in drawn:
         even = Verdict(np.arange(3.0))  # any rewards that give every answer a weight but the middle one
@@ -91,7 +97,8 @@ def test_recomputed_log_probabilities_are_the_sampled_ones(rewards, task):
             answers[asked.image][task].append(answer)
             sampled.append(completion.logprobs[row, : len(answer.inputs)])
             np.testing.assert_array_equal(answer.inputs, completion.tokens[row, : len(answer.inputs)])
-    again = collate([replace(s, examples=e) for s, e in zip(samples, answers, strict=True)], ALL, images=batch.images)
+    pairs = zip(batch.samples, answers, strict=True)
+    again = collate([replace(s, examples=e) for s, e in pairs], [task], images=batch.images)
     model = rewards.model
     with torch.no_grad():
         memory = memories(model, again.images, again)
@@ -99,8 +106,7 @@ def test_recomputed_log_probabilities_are_the_sampled_ones(rewards, task):
         hidden = model.decoder.forward_packed(again.tokens, again.positions, layout, memory)
         recomputed = -token_losses(model.decoder, hidden[again.scored], again.targets)
     torch.testing.assert_close(recomputed, torch.from_numpy(np.concatenate(sampled)), rtol=0, atol=1e-4)
-    if task in ("segmentation", "keypoint"):
-        assert len(again.closeups) == len(batch.closeups) == len(drawn)
+    return batch, again
 
 
 def test_what_is_drawn_depends_on_step_and_image_and_not_on_its_neighbours(rewards):

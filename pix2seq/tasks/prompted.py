@@ -25,7 +25,9 @@ from pix2seq.examples import Example
 from pix2seq.geometry.boxes import box_iou_xyxy, box_xyxy_to_yxyx
 from pix2seq.geometry.clicks import first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import MIN_POINTS, rasterize
+from pix2seq.metrics.click_reward import box_reward, rating_reward
 from pix2seq.metrics.clicks import GOOD, Checked, ClickMetric, Trial
+from pix2seq.metrics.mask_reward import mask_iou as outline_iou
 from pix2seq.model.decoding.completion import Completion, GenerationConfig
 from pix2seq.model.decoding.grammar import RangeGrammar, RatedBoxGrammar
 from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range, Share
@@ -41,7 +43,7 @@ from pix2seq.tasks.lessons import (
 from pix2seq.tasks.objects import Objects, Padding, jitter_box
 from pix2seq.tasks.outlines import Ring, outline_grammar, outline_ids, read_outline, visible_rings
 from pix2seq.tasks.request import EncodedImage, Frame, Request
-from pix2seq.tasks.task import Task, TaskConfig
+from pix2seq.tasks.task import Judge, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.prompted import (
     FIND_LENGTH,
     decode_found,
@@ -51,7 +53,7 @@ from pix2seq.tokenizers.prompted import (
     prompt_length,
     quality_id,
 )
-from pix2seq.tokenizers.segmentation import decode_polygons
+from pix2seq.tokenizers.segmentation import TOKENS_PER_POINT, decode_polygons
 from pix2seq.types import Category, Clicks, Instance, ObjectMask, Target
 from pix2seq.vocab import EOS, NEGATIVE, POSITIVE, QUALITY
 
@@ -119,11 +121,15 @@ class _Results:
     found: list[ObjectMask]
 
 
+Kind = Literal["find", "outline", "rate"]
+"""A step of an answer."""
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step of answering some clicks, and what is known so far. Steps of one `question` stand side by side."""
 
-    kind: Literal["find", "outline", "rate"]
+    kind: Kind
     question: int
     clicks: Clicks
     role: Literal["user", "trial", "grid"]
@@ -184,7 +190,7 @@ class Prompted(Task[PromptedConfig]):
             record = self._records.get(int(target.annotation_ids[i])) if rng.random() < config.answer_share else None
             lesson = recorded_lesson(record, outlines[i], target, size, rng) if record is not None else None
             if lesson is not None:
-                found += self._examples(lesson, size, outlined, rng)
+                found += self._examples(lesson, target.only(i), size, outlined, rng)
                 continue
             rings = other_meaning(
                 outlines[i], near, whole, rng, part_share=config.part_share, group_share=config.group_share
@@ -193,15 +199,15 @@ class Prompted(Task[PromptedConfig]):
             if scene.truth.any():
                 strangers = [outlines[j] for j in usable if j != i]
                 lesson = draw_lesson(rings, scene, config.max_clicks, rng, strangers=strangers, size=size)
-                found += self._examples(lesson, size, outlined, rng)
+                found += self._examples(lesson, target.only(i), size, outlined, rng)
         if rng.random() < self.config.background_share:
-            found += self._background(outlines, size, rng)
+            found += self._background(target, outlines, size, rng)
         return found
 
     def _examples(
-        self, lesson: Lesson, size: tuple[int, int], outlined: bool, rng: np.random.Generator
+        self, lesson: Lesson, target: Target, size: tuple[int, int], outlined: bool, rng: np.random.Generator
     ) -> list[Example]:
-        """Return the sequences of the steps about one object."""
+        """Return the sequences of the steps about the one object of a target."""
         whole = Frame.of_input(size)
         points, positive, previous = lesson.points_xy, lesson.positive, lesson.previous
         drawn = None
@@ -213,7 +219,7 @@ class Prompted(Task[PromptedConfig]):
         box = box_xyxy_to_yxyx(lesson.box_xyxy) / np.array([*size, *size])
         response = np.append(quality_id(lesson.quality), self.vocab.coord_ids(box))
         weights = np.full(len(response), self.config.find_weight, np.float32)
-        found = [Example(prompt, response, response, weights)]
+        found = [Example(prompt, response, response, weights, target=_meant(target, lesson.rings, whole, size))]
         if not (self.config.outlines and outlined):
             return found
         shown = [(lesson.rings, False)]
@@ -236,11 +242,12 @@ class Prompted(Task[PromptedConfig]):
             if is_rated:
                 prompt = np.concatenate([prompt, response])
                 response = np.array([quality_id(lesson.answer_quality)])
-            found.append(Example(prompt, response, response, np.ones(len(response), np.float32), closeup))
+            meant = _meant(target, lesson.rings, frame, size)
+            found.append(Example(prompt, response, response, np.ones(len(response), np.float32), closeup, meant))
         return found
 
     def _background(
-        self, outlines: Sequence[Sequence[Ring]], size: tuple[int, int], rng: np.random.Generator
+        self, target: Target, outlines: Sequence[Sequence[Ring]], size: tuple[int, int], rng: np.random.Generator
     ) -> list[Example]:
         """Return the sequence of a click on no object: quality 0, and a box that does not count."""
         point = rng.uniform(0, size[::-1])
@@ -250,9 +257,8 @@ class Prompted(Task[PromptedConfig]):
         whole = Frame.of_input(size)
         response = np.append(quality_id(0.0), self.vocab.coord_ids(np.array([0.0, 0.0, 1.0, 1.0])))
         weights = np.array([self.config.find_weight, 0, 0, 0, 0], np.float32)
-        return [
-            Example(self._prompt(find_prompt, whole, point[None], np.ones(1, np.bool_)), response, response, weights)
-        ]
+        prompt = self._prompt(find_prompt, whole, point[None], np.ones(1, np.bool_))
+        return [Example(prompt, response, response, weights, target=target.subset([]))]
 
     def _prompt(
         self,
@@ -273,6 +279,33 @@ class Prompted(Task[PromptedConfig]):
             previous=[frame.to_input_yx(ring) for ring in previous],
             short_points=self.config.short_points,
         )
+
+    def generation_of(self, example: Example) -> GenerationConfig:
+        """See `Task`."""
+        return self._generation(_kind(example))
+
+    def judge(self, captions: Sequence[Sequence[str]]) -> Judge:
+        """Reward the IoU after the clicks: of a box with an honest quality, of an outline, and an honest rating."""
+
+        def score(example: Example, completion: Completion, size: tuple[int, int]) -> Verdict:
+            kind, target = _kind(example), example.target
+            assert target is not None
+            frame = Frame.of_input(size)
+            if kind == "rate":
+                iou = decode_quality(int(example.targets[0]))
+                rewards = [rating_reward(decode_quality(int(ids[0])), iou) for ids in completion.tokens]
+            elif kind == "find":
+                true = target.boxes_xyxy[0] if len(target.boxes_xyxy) else None
+                said = [decode_found(ids, self.vocab) for ids in completion.tokens]
+                rewards = [box_reward(q, frame.to_image_xy(box.reshape(2, 2)).ravel(), true) for q, box in said]
+            else:
+                (true_rings,) = target.segmentations
+                assert isinstance(true_rings, list)
+                answers = [read_outline(ids, frame, size[::-1], self.vocab) for ids in completion.tokens]
+                rewards = [outline_iou(rings, true_rings, size) for rings in answers]
+            return Verdict(np.array(rewards))
+
+        return score
 
     # Asking and answering
 
@@ -367,11 +400,11 @@ class Prompted(Task[PromptedConfig]):
 
     def _find(self, image: EncodedImage, step: _Step) -> Request:
         """Ask which box is meant."""
-        clicks, vocab = step.clicks, self.vocab
+        clicks = step.clicks
         prompt = self._prompt(find_prompt, image.frame(), *_arrays(clicks), _box(clicks), clicks.previous)
-        grammar = RatedBoxGrammar(QUALITY[0], QUALITY[-1], vocab.coord_base, vocab.num_bins)
-        greedy = {"temperature": 0.0} if step.role == "grid" else {}
-        generation = GenerationConfig(FIND_LENGTH, grammar=grammar, eos_id=None, **{**self.sampling, **greedy})
+        generation = self._generation("find")
+        if step.role == "grid":
+            generation = replace(generation, temperature=0.0)
         samples = 1 if step.role == "grid" else self.config.num_samples
         return Request(prompt, generation, subject=step, num_samples=samples)
 
@@ -382,10 +415,7 @@ class Prompted(Task[PromptedConfig]):
         closeup = image.frame().around(box, self.config.closeup_padding) if self.config.closeup else None
         frame = closeup or image.frame()
         prompt = self._prompt(outline_prompt, frame, *_arrays(step.clicks), box, step.clicks.previous)
-        grammar = outline_grammar(self.vocab, self.config.max_points)
-        generation = GenerationConfig(
-            2 * self.config.max_points + 1, temperature=0.0, grammar=grammar, eos_id=EOS, with_logprobs=False
-        )
+        generation = self._generation("outline")
         step = replace(step, kind="outline")
         return Request(prompt, generation, subject=step, closeup=closeup, expected_tokens=2 * self.config.even_points)
 
@@ -401,9 +431,25 @@ class Prompted(Task[PromptedConfig]):
         mask = replace(step.mask, polygons=rings, box_xyxy=box)
         return Request(
             np.concatenate([request.prompt, outline, [EOS]]),
-            GenerationConfig(1, temperature=0.0, grammar=RangeGrammar(QUALITY[0], QUALITY[-1]), eos_id=None),
+            self._generation("rate"),
             subject=replace(step, kind="rate", mask=mask),
             closeup=request.closeup,
+        )
+
+    def _generation(self, kind: Kind) -> GenerationConfig:
+        """Return how the answer to a step is generated."""
+        vocab, config = self.vocab, self.config
+        if kind == "find":
+            grammar = RatedBoxGrammar(QUALITY[0], QUALITY[-1], vocab.coord_base, vocab.num_bins)
+            return GenerationConfig(FIND_LENGTH, grammar=grammar, eos_id=None, **self.sampling)
+        if kind == "rate":
+            return GenerationConfig(1, temperature=0.0, grammar=RangeGrammar(QUALITY[0], QUALITY[-1]), eos_id=None)
+        return GenerationConfig(
+            TOKENS_PER_POINT * config.max_points + 1,
+            temperature=0.0,
+            grammar=outline_grammar(vocab, config.max_points),
+            eos_id=EOS,
+            with_logprobs=False,
         )
 
     def _grid(self, image: EncodedImage, results: _Results | None) -> list[Request]:
@@ -575,14 +621,12 @@ class Prompted(Task[PromptedConfig]):
     def summary(self, example: Example) -> str:
         """Say which step it is, and of how many clicks."""
         signs = np.isin(example.prompt, [POSITIVE, NEGATIVE]).sum()
-        first = int(example.targets[0])
-        step = "outline" if first not in QUALITY else "find" if len(example.targets) == FIND_LENGTH else "rate"
-        return f"{step}, {signs} clicks"
+        return f"{_kind(example)}, {signs} clicks"
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[ObjectMask]:
         """Return the box or the outline that a sequence says."""
         frame = Frame.of_input(size)
-        if len(example.targets) == FIND_LENGTH and int(example.targets[0]) in QUALITY:
+        if _kind(example) == "find":
             quality, box = decode_found(example.targets, self.vocab)
             x0, y0, x1, y1 = frame.to_image_xy(box.reshape(2, 2)).ravel().tolist()
             return [ObjectMask((x0, y0, x1, y1), [], quality)] if quality else []
@@ -591,6 +635,20 @@ class Prompted(Task[PromptedConfig]):
         rings = [frame.to_image_xy(ring).astype(np.float32) for ring in decode_polygons(example.targets, self.vocab)]
         x0, y0, x1, y1 = bounds(rings).tolist() if rings else [0.0, 0.0, 0.0, 0.0]
         return [ObjectMask((x0, y0, x1, y1), rings, 1.0)] if rings else []
+
+
+def _kind(example: Example) -> Kind:
+    """Return which step a training sequence is about."""
+    if int(example.targets[0]) not in QUALITY:
+        return "outline"
+    return "find" if len(example.targets) == FIND_LENGTH else "rate"
+
+
+def _meant(target: Target, rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> Target:
+    """Return the target of one object with the outline that is meant, in pixels of an input that shows a frame."""
+    moved = [(ring - frame.origin) / frame.size * size[::-1] for ring in rings]
+    boxes = bounds(moved)[None].astype(np.float32)
+    return replace(target, boxes_xyxy=boxes, segmentations=([ring.astype(np.float32) for ring in moved],))
 
 
 def _arrays(clicks: Clicks) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
