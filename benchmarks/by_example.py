@@ -1,11 +1,11 @@
 """What examples are worth: against a detector that is told the class, and nearest neighbours, on the same images.
 
-    python benchmarks/by_example.py --checkpoint runs/by_example --detector checkpoints/shapes --data world
+    python benchmarks/by_example.py --checkpoint checkpoints/by_example --data scenes [--detector checkpoints/shapes]
 
-All answer the questions of `pix2seq eval --task by_example`. `told_class` are the detections of the true class, which
-needs a detector that knows it. `nearest` are all boxes of the detector, whatever their classes, scored by the cosine of
-the encoder's features in the box and in the example's, both from closeups; the score that counts as found is the best
-for the presence of objects on these very images, which favours it. Prints one JSON object.
+All answer the questions of `pix2seq eval --task by_example`. `told_class` are the detections of the true class, by a
+detector that knows it; without --detector it is left out. `nearest` are the boxes that the model lists, scored by the
+cosine of the encoder's features in the box and in the example's, both from closeups; the score that counts as found is
+the best for the presence of objects on these very images, which favours it. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -26,15 +27,15 @@ from pix2seq import Predictor
 from pix2seq.data.companions import ObjectsByClass
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.image import read_record_image
+from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.model.closeups import sample_maps
 from pix2seq.tasks.by_example import ByExample, Kind
 from pix2seq.tasks.request import EncodedImage
 from pix2seq.types import Category, Instance, Target, category_key
 
-MIN_BOX_SCORE = 0.3  # of the detector's boxes that are compared with the example
 PADDING = 0.1  # of a box's size around it, where features are compared
-NUM_LIMITS = 50  # scores that are tried as the least of what counts as found
+NUM_LIMITS = 200  # scores that are tried as the least of what counts as found
 
 Answers = list[tuple[Target, list[Found]]]
 
@@ -43,38 +44,44 @@ def main() -> None:
     """Measure, and print the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="model that is asked by examples")
-    parser.add_argument("--detector", type=Path, required=True, help="model that detects, and has closeups")
+    parser.add_argument("--detector", type=Path, help="model that detects, and knows the classes of the data")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int, default=0, help="only the first N images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    asked, detector = Predictor.from_pretrained(args.checkpoint), Predictor.from_pretrained(args.detector)
+    asked = Predictor.from_pretrained(args.checkpoint)
+    detector = args.detector and Predictor.from_pretrained(args.detector)
     task = asked.tasks["by_example"]
     assert isinstance(task, ByExample)
     dataset = open_dataset(args.data, args.split)
     objects, names = ObjectsByClass(dataset), {each.label: each.name for each in dataset.categories}
     by_example, told, nearest = Answers(), Answers(), Answers()
-    for index in tqdm(range(min(args.limit or len(dataset), len(dataset)))):
+    for index in tqdm(range(min(args.limit or len(dataset), len(dataset))), mininterval=5):
         target = dataset.target(index)
         rng = np.random.default_rng((args.seed, target.image.id))
         drawn = task.companions(target, objects, rng, scoring=True)
         shown = tuple(dataset.target(each.image).only(each.object) for each in drawn)
         exam = task.questions(replace(target, companions=shown), None)[""]
+        if not exam.asked:
+            continue
         pixels = read_record_image(target.image)
-        by_example.append((target, asked.ask("by_example", [pixels], [exam], seed=args.seed)[0]))
-        image = detector.encode(pixels)
-        found = detector.detect(image)
-        told.append((target, [of_class(found, kind, names[kind.label]) for kind in exam.asked]))
-        likely = [each for each in found if each.score >= MIN_BOX_SCORE]
-        nearest.append((target, [like(detector, image, likely, kind) for kind in exam.asked]))
+        image = asked.encode(pixels)
+        answers = asked.ask("by_example", [image], [exam], seed=args.seed)[0]
+        by_example.append((target, answers))
+        listed = answers[0].instances
+        nearest.append((target, [like(asked, image, listed, kind) for kind in exam.asked]))
+        if detector:
+            found = detector.detect(pixels)
+            told.append((target, [of_class(found, kind, names[kind.label]) for kind in exam.asked]))
     least = task.config.min_score
     numbers = {
         "by_example": scores(by_example, dataset.categories, least),
-        "told_class": scores(told, dataset.categories, least),
-        "nearest": best_scores(nearest, dataset.categories),
+        "nearest": scores(nearest, dataset.categories, best_limit(nearest)),
+        **({"told_class": scores(told, dataset.categories, least)} if detector else {}),
     }
-    print(json.dumps(numbers, indent=2))
+    about = {"data": args.data.name, "checkpoint": args.checkpoint.name, "images": len(by_example)}
+    print(json.dumps({"benchmark": "by_example", "machine": machine(), **about, **numbers}, indent=2))
 
 
 def of_class(found: Sequence[Instance], kind: Kind, name: str) -> Found:
@@ -83,22 +90,23 @@ def of_class(found: Sequence[Instance], kind: Kind, name: str) -> Found:
     return Found(kind.label, tuple(each for each in found if category_key(each.category.name) == key), kind.is_unseen)
 
 
-def like(detector: Predictor, image: EncodedImage, boxes: Sequence[Instance], kind: Kind) -> Found:
+def like(model: Predictor, image: EncodedImage, boxes: Sequence[Instance], kind: Kind) -> Found:
     """Return boxes with the similarity of their features to the example's, 0 to 1, as the score, best first."""
-    (example,) = features(detector, detector.encode(kind.shown.image), [kind.shown.box_xyxy])
+    (example,) = features(model, model.encode(kind.shown.image), [kind.shown.box_xyxy])
     if not boxes:
         return Found(kind.label, (), kind.is_unseen)
-    similarity = (1 + features(detector, image, [each.box_xyxy for each in boxes]) @ example) / 2
+    similarity = (1 + features(model, image, [each.box_xyxy for each in boxes]) @ example) / 2
     order = np.argsort(-similarity, kind="stable").tolist()
-    return Found(kind.label, tuple(replace(boxes[i], score=float(similarity[i])) for i in order), kind.is_unseen)
+    found = tuple(replace(boxes[i], score=float(similarity[i]), polygons=[]) for i in order)
+    return Found(kind.label, found, kind.is_unseen)
 
 
 @torch.inference_mode()
 def features(
-    detector: Predictor, image: EncodedImage, boxes: Sequence[tuple[float, float, float, float]]
+    predictor: Predictor, image: EncodedImage, boxes: Sequence[tuple[float, float, float, float]]
 ) -> NDArray[np.float32]:
     """Return the encoder's mean features (N, C) in boxes of an image, of unit length."""
-    model = detector.model
+    model = predictor.model
     corners = np.stack([image.frame().around(np.array(box), PADDING).xyxy for box in boxes])
     frames = torch.from_numpy(image.frame().to_input_yxyx(corners)).float().to(model.device)
     maps = tuple(each[None] for each in image.maps)
@@ -116,11 +124,14 @@ def scores(answers: Answers, categories: Sequence[Category], min_score: float) -
     return metric.result().metrics
 
 
-def best_scores(answers: Answers, categories: Sequence[Category]) -> dict[str, Any]:
-    """Score answers by the least score that says best whether there is an object."""
-    said = [each.score for _, some in answers for found in some for each in found.instances]
-    limits = np.quantile(said, np.linspace(0, 1, NUM_LIMITS)).tolist() if said else [0.5]
-    return max((scores(answers, categories, limit) for limit in limits), key=lambda each: each["presence_MCC"] or 0.0)
+def best_limit(answers: Answers) -> float:
+    """Return the least score that says best whether there is an object of a kind, by Matthews' correlation."""
+    is_there = np.array([bool((target.labels == found.label).any()) for target, some in answers for found in some])
+    best = np.array(
+        [max((each.score for each in found.instances), default=0.0) for _, some in answers for found in some]
+    )
+    limits = np.quantile(best, np.linspace(0, 1, NUM_LIMITS)).tolist()
+    return max(limits, key=lambda limit: matthews(is_there, best >= limit) or 0.0)
 
 
 if __name__ == "__main__":
