@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def main() -> None:
     by_example, told, nearest = Answers(), Answers(), Answers()
     for index in tqdm(range(min(args.limit or len(dataset), len(dataset))), mininterval=5):
         target = dataset.target(index)
-        rng = np.random.default_rng((args.seed, target.image.id))
+        rng = np.random.default_rng((args.seed, target.image.id % 2**64, zlib.crc32(task.name.encode())))  # as eval
         drawn = task.companions(target, objects, rng, scoring=True)
         shown = tuple(dataset.target(each.image).only(each.object) for each in drawn)
         exam = task.questions(replace(target, companions=shown), None)[""]
@@ -67,13 +68,17 @@ def main() -> None:
             continue
         pixels = read_record_image(target.image)
         image = asked.encode(pixels)
-        answers = asked.ask("by_example", [image], [exam], seed=args.seed)[0]
+        answers = asked.ask("by_example", [image], [exam], seed=args.seed, outlines=False)[0]
         by_example.append((target, answers))
         listed = answers[0].instances
         nearest.append((target, [like(asked, image, listed, kind) for kind in exam.asked]))
         if detector:
             found = detector.detect(pixels)
             told.append((target, [of_class(found, kind, names[kind.label]) for kind in exam.asked]))
+    if not by_example:
+        raise SystemExit(
+            f"no image of {args.data}, split {args.split}, has a class of which another image has an object"
+        )
     least = task.config.min_score
     numbers = {
         "by_example": scores(by_example, dataset.categories, least),
@@ -127,11 +132,10 @@ def scores(answers: Answers, categories: Sequence[Category], min_score: float) -
 def best_limit(answers: Answers) -> float:
     """Return the least score that says best whether there is an object of a kind, by Matthews' correlation."""
     is_there = np.array([bool((target.labels == found.label).any()) for target, some in answers for found in some])
-    best = np.array(
-        [max((each.score for each in found.instances), default=0.0) for _, some in answers for found in some]
-    )
-    limits = np.quantile(best, np.linspace(0, 1, NUM_LIMITS)).tolist()
-    return max(limits, key=lambda limit: matthews(is_there, best >= limit) or 0.0)
+    best = [max((each.score for each in found.instances), default=-1.0) for _, some in answers for found in some]
+    known = [score for score in best if score >= 0]
+    limits = np.quantile(known, np.linspace(0, 1, NUM_LIMITS)).tolist() if known else [0.5]
+    return max(limits, key=lambda limit: matthews(is_there, np.array(best) >= limit) or 0.0)
 
 
 if __name__ == "__main__":

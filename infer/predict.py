@@ -73,8 +73,8 @@ def predict_files(
     files. `about` is text for the tasks that take some, see `Task.parse_about`. `find` are phrases for those that find
     objects by words, `like` examples, in the form of `about`, for those that find objects by them; without `tasks`,
     only such tasks are asked then. `settings` are those of `Predictor.configure`.
-    `min_score` applies to drawings and `label_format`, by default `Predictor.thresholds` do, and to what `find` and
-    `like` find, by default the checkpoint's own.
+    `min_score` applies to drawings and `label_format`, where by default `Predictor.thresholds` do, and is the least
+    score of what tasks find by words or examples, by default that of the checkpoint.
     """
     if not images:
         raise InputError("no image was given; name one or more image files")
@@ -107,16 +107,16 @@ def predict_files(
     if not tasks:
         raise InputError(f"{', '.join(predictor.tasks)} must be told what to look for; give --about, --find or --like")
     told = {name: text for name, text in told.items() if name in tasks}
-    finders = [predictor.tasks[name] for name in told]
-    if find and not any(task.takes_words for task in finders):
+    if find and not any(predictor.tasks[name].takes_words for name in told):
         raise _no_finder("--find", "words")
-    if like and not any(task.takes_examples for task in finders):
+    if like and not any(predictor.tasks[name].takes_examples for name in told):
         raise _no_finder("--like", "examples")
     for name in tasks:
         predictor.require(name)
     predictor.configure(**(settings or {}))
-    if told and min_score is not None:
-        predictor.configure(min_score=min_score)
+    if min_score is not None:
+        finders = [name for name in tasks if predictor.tasks[name].takes_words or predictor.tasks[name].takes_examples]
+        predictor.configure(finders, min_score=min_score)
     asked = {name: predictor.tasks[name] for name in tasks}
     given = {} if about is None else {name: about for name, task in asked.items() if task.about_format}
     if about is not None and not given:

@@ -379,8 +379,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score",
         type=_share,
-        help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has them all. "
-        "Also that of what --find and --like find, by default the checkpoint's",
+        help="least score of boxes in drawings and --format, by default as calibrated, else 0.3; JSON has all boxes. "
+        "Of what is found by words or examples, JSON has those of this score too, by default of the checkpoint's",
     )
     parser.add_argument("--format", choices=LABEL_FORMATS, help="also write files that a labelling tool imports")
     parser.add_argument("--stride", type=_positive, default=1, help="of videos: ask about every N-th frame")

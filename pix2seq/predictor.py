@@ -11,7 +11,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack, overload
@@ -557,14 +557,15 @@ class Predictor:
                 f"{SENTENCEPIECE_FILE} from the checkpoint that training wrote, or ask for other tasks"
             )
 
-    def configure(self, **settings: Any) -> None:
-        """Change settings, such as `num_samples=1` or `num_objects=50`, of every task that has them.
+    def configure(self, tasks: Collection[str] | None = None, /, **settings: Any) -> None:
+        """Change settings, such as `num_samples=1` or `num_objects=50`, of every task, or of `tasks`, that has them.
 
         Raises `InputError` if no task has one of them, or the answers would be longer than the model's sequences.
         """
         for key, value in settings.items():
             having = [name for name, task in self.tasks.items() if key in {f.name for f in fields(task.config)}]
-            if not having:
+            having = [name for name in having if tasks is None or name in tasks]
+            if not having and tasks is None:
                 raise InputError(f"none of this checkpoint's tasks ({', '.join(self.tasks)}) has the setting {key}")
             for name in having:
                 self._set(name, key, value)

@@ -602,7 +602,7 @@ def test_another_example_is_another_question(predictor, images):
         ([], "give one, a list of them"),
         (3, "give one, a list of them"),
         ({"": ("cup.jpg", (0, 0, 1, 1))}, "named by text"),
-        ([("cup.jpg",)], r"an example is \(image"),
+        ([("cup.jpg",)], r"an example is \(image, box or polygon"),
         (("cup.jpg", (0, 0, 1)), "four numbers"),
         (("cup.jpg", (0, 0, "x", 1)), "four numbers"),
         (("cup.jpg", (0, 0, float("nan"), 1)), "four numbers"),

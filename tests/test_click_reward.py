@@ -1,4 +1,4 @@
-"""The reward of answers to clicks: numbers worked by hand, honest qualities, frames, and a run that learns from it."""
+"""The reward of answers to clicks: numbers worked by hand, honest qualities, frames, and a run of its config."""
 
 import json
 from dataclasses import replace
@@ -18,9 +18,11 @@ from pix2seq.data.transforms import AugmentConfig
 from pix2seq.examples import collate
 from pix2seq.metrics.click_reward import box_reward, rating_reward
 from pix2seq.tasks.prompted import Prompted
+from pix2seq.tasks.request import EncodedImage
 from pix2seq.tokenizers.prompted import quality_id
 from pix2seq.training.config import config_file
 from pix2seq.training.reward import RewardConfig, Rewards
+from pix2seq.types import Clicks
 from pix2seq.vocab import EOS, QUALITY
 
 TRUE = (0, 0, 10, 10)
@@ -57,13 +59,13 @@ def examples(shapes):
     ("quality", "box", "true", "expected"),
     [
         (1.0, TRUE, TRUE, 1.0),
-        (0.0, TRUE, TRUE, 0.0),  # right, and said to be wrong
+        (0.0, TRUE, TRUE, 0.5),  # right, and said to be wrong
         (0.5, HALF, TRUE, 0.5),
-        (1.0, HALF, TRUE, 0.5 - 0.25),
+        (1.0, HALF, TRUE, 0.5 - 0.125),
         (0.0, (20, 20, 30, 30), TRUE, 0.0),
-        (1.0, (20, 20, 30, 30), TRUE, -1.0),
+        (1.0, (20, 20, 30, 30), TRUE, -0.5),
         (0.0, TRUE, None, 0.0),  # a click on nothing
-        (0.8, TRUE, None, -0.64),
+        (0.8, TRUE, None, -0.32),
         (0.0, (5, 5, 5, 9), TRUE, 0.0),  # a box without area
     ],
 )
@@ -84,6 +86,12 @@ def test_the_best_quality_to_say_is_the_expected_iou(ious):
     rated = [np.mean([rating_reward(q, iou) for iou in ious]) for q in said_of]
     assert said_of[np.argmax(worth)] == pytest.approx(np.mean(ious), abs=0.0051)
     assert said_of[np.argmax(rated)] == pytest.approx(np.mean(ious), abs=0.0051)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_better_box_is_never_worth_less_whatever_was_said(quality, iou, other):
+    low, high = sorted([iou, other])
+    assert box_reward(quality, (0, 0, 10, 10 * low), TRUE) <= box_reward(quality, (0, 0, 10, 10 * high), TRUE) + 1e-9
 
 
 def test_what_was_annotated_has_the_highest_reward(examples):
@@ -112,10 +120,17 @@ def test_what_was_annotated_has_the_highest_reward(examples):
     assert min(map(len, found.values())) > 10
 
 
-def test_answers_are_made_as_the_steps_are_asked(examples, shapes):
+def test_answers_are_made_as_the_steps_are_asked(examples):
     task, found = examples
-    lengths = {kind: task.generation_of(some[0]).max_new_tokens for kind, some in found.items()}
-    assert lengths == {"find": 5, "outline": 121, "rate": 1}
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    image = EncodedImage(memory=None, pixels=pixels, input_size=SIZE)
+    asked = {"find": task.requests(image, Clicks(((30.0, 30.0),), (True,)))}
+    box = said([quality_id(0.9), 1010, 1010, 1050, 1050])
+    asked["outline"] = task.follow_up(image, asked["find"], [box])
+    ring = said([1010, 1010, 1010, 1050, 1050, 1050, EOS])
+    asked["rate"] = task.follow_up(image, asked["outline"], [ring])
+    for kind, requests in asked.items():
+        assert task.generation_of(found[kind][0]) == requests[0].generation
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +138,18 @@ def rewards(shapes):
     model = untrained_predictor(shapes.categories, varied=True).model
     task = Prompted.from_model(model)
     own = Rewards(model, {"prompted": task}, {"prompted": shapes}, RewardConfig(num_samples=3), seed=0, bf16=False)
-    own.samples = [TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(), seed=0)[0, i] for i in range(3)]
+    own.samples = [TrainingSet(shapes, task, size=SIZE, augment=AugmentConfig(), seed=0)[0, i] for i in range(5)]
     return own
 
 
 def test_recomputed_log_probabilities_are_the_sampled_ones(rewards):
     batch = collate(rewards.samples, ["prompted"], keep_samples=True)
     kinds = {rewards.tasks["prompted"].summary(e).split(",")[0] for s in batch.samples for e in s.examples["prompted"]}
-    assert {"find", "outline"} <= kinds
+    assert kinds == {"find", "outline", "rate"}
     compare_log_probabilities(rewards, batch, "prompted")
 
 
-def test_a_model_of_clicks_learns_from_rewards(rewards, folder, tmp_path):
+def test_a_model_of_clicks_is_tuned_by_its_config(rewards, folder, tmp_path):
     rewards.model.save_pretrained(tmp_path / "model")
     fixed = ["--objective", "reward", "--config", str(config_file("reward_clicks.yaml")), f"data={folder}"]
     settings = [f"init={tmp_path / 'model'}", f"out={tmp_path / 'run'}", *QUICK, "steps=2", "eval_images=0"]

@@ -10,6 +10,7 @@ from example_model import CONFIG, untrained_predictor
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as mask_utils
 from test_slots import CATEGORIES, IMAGE, OTHER, SIZE, THREE, VOCAB, encoded, examples, listed, said, words
 
 from pix2seq.cli import main
@@ -21,9 +22,11 @@ from pix2seq.errors import InputError
 from pix2seq.evaluation import evaluate
 from pix2seq.geometry.boxes import box_iou_xyxy
 from pix2seq.metrics.mask_reward import mask_iou
+from pix2seq.metrics.phrases import Asked
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.tasks.by_example import Exam, Examples, Kind
 from pix2seq.tasks.by_words import ByWords
+from pix2seq.tasks.by_words import Exam as WordsExam
 from pix2seq.tasks.shown import Shown, given_examples
 from pix2seq.tasks.slots import says_outline
 from pix2seq.tokenizers.by_example import example_prompt, prompt_length
@@ -136,6 +139,10 @@ def test_an_object_that_several_kinds_may_mean_is_outlined_once_and_one_of_none_
     scores = [likely[numbers[each.subject.listed.box_xyxy], each.subject.number] for each in comparisons]
     requests = task.follow_up(image, comparisons, [said([NOISE], KINDS[0], score) for score in scores])
     assert [numbers[request.subject.box_xyxy] for request in requests] == [0, 1]
+    by_user = task.requests(image, Examples(shown[:1]))  # who gets what scores at least min_score, 0.5
+    compared = task.follow_up(image, by_user, [listed(first)])
+    found = task.follow_up(image, compared, [said([NOISE], KINDS[0], score) for score in (0.9, 0.4, 0.6)])
+    assert [numbers[request.subject.box_xyxy] for request in found] == [0, 2]
     square = [1010, 1010, 1010, 1060, 1060, 1060, 1060, 1010, EOS]
     one, two = task.answers(image, requests, [said(square), said([EOS])])
     assert [(each.score, len(each.polygons)) for each in one.instances] == [
@@ -145,6 +152,14 @@ def test_an_object_that_several_kinds_may_mean_is_outlined_once_and_one_of_none_
     ]
     assert [round(each.score, 2) for each in two.instances] == [0.8, 0.4, 0.09]
     assert [len(each.polygons) for each in two.instances] == [1, 0, 0]
+
+
+def test_an_exam_of_phrases_is_about_boxes_alone():
+    task, image = words(**OUTLINES), encoded()
+    first, *_ = learned(task, MASKED)
+    exam = WordsExam((Asked("cup", THREE.boxes_xyxy[[0, 2]]),))
+    comparisons = task.follow_up(image, task.requests(image, exam), [listed(first)])
+    assert task.follow_up(image, comparisons, [said([KINDS[0]], KINDS[0], 0.9)] * 3) == []
 
 
 @pytest.mark.parametrize("make", TASKS)
@@ -170,8 +185,10 @@ def test_outlines_need_masks_and_the_setting(make):
     assert outlined(make(**OUTLINES), THREE) == []  # boxes alone
     assert len(outlined(make(**OUTLINES), diamonds(THREE, but=[1]))) == 2
     assert len(outlined(make(**OUTLINES | {"max_outlines": 1}), MASKED)) == 1
-    drawn = {tuple(outlined(make(**OUTLINES | {"max_outlines": 1}), MASKED)[0].prompt.tolist()) for _ in range(3)}
-    assert len(drawn) == 1  # a function of the seed
+    one = make(**OUTLINES | {"max_outlines": 1})
+    drawn = [[e.prompt.tolist() for e in learned(one, MASKED, [OTHER], s) if says_outline(e)] for s in (0, 1, 2, 3, 0)]
+    assert drawn[0] == drawn[-1]  # a function of the seed
+    assert len({tuple(prompt) for (prompt,) in drawn}) > 1
     task = make(**OUTLINES)
     assert {task.summary(each) for each in outlined(task, MASKED)} == {
         f"outline of {len(each.targets)} tokens" for each in outlined(task, MASKED)
@@ -180,6 +197,18 @@ def test_outlines_need_masks_and_the_setting(make):
         (shown,) = task.shown(each, SIZE)
         (i,) = np.flatnonzero(box_iou_xyxy(np.array([shown.box_xyxy]), 2 * THREE.boxes_xyxy)[0] > 0.8)
         assert mask_iou(shown.polygons, [2 * diamond(THREE.boxes_xyxy[i])], SIZE) > 0.8
+
+
+def test_masks_of_run_lengths_are_outlined_and_shown():
+    rle = mask_utils.frPyObjects([(2 * diamond(box)).ravel().tolist() for box in THREE.boxes_xyxy[:1]], *SIZE)[0]
+    big = boxed_target(2 * THREE.boxes_xyxy[:1], [1], SIZE[::-1], image_id=1)
+    masked = replace(big, segmentations=(rle,), companions=(replace(big, segmentations=(rle,)),))
+    task = examples(**OUTLINES | {"polygon_share": 1.0, "max_examples": 1, "short_points": 8, "prompts": 1})
+    found = task.examples(masked, SIZE, np.random.default_rng(0))
+    (outline,) = [each for each in found if says_outline(each)]
+    (shown,) = task.shown(outline, SIZE)
+    assert mask_iou(shown.polygons, [2 * diamond(THREE.boxes_xyxy[0])], SIZE) > 0.8
+    assert all(each.prompt[6] == SEPARATOR for each in found if each.choices is not None)
 
 
 def test_examples_are_taught_as_boxes_and_polygons_in_the_frame_of_their_closeup():
@@ -230,6 +259,10 @@ def test_a_polygon_is_asked_as_it_is_taught(closeup):
         (np.array([[1, 2], [9, 2], [5, 8]]), 1, (1, 2, 9, 8)),
         ([np.array([[1, 2], [9, 2], [5, 8]]), [(0, 0), (2, 0), (2, 3), (0, 3)]], 2, (0, 0, 9, 8)),  # ragged
         ([[(1, 2), (9, 2), (5, 8)], [(0, 0), (2, 0), (2, 3)]], 2, (0, 0, 9, 8)),
+        (np.array([[(1, 2), (9, 2), (5, 8)], [(0, 0), (2, 0), (2, 3)]]), 2, (0, 0, 9, 8)),
+        ([1, 2, 9, 2, 5, 8], 1, (1, 2, 9, 8)),
+        ([[1, 2, 9, 2, 5, 8], [0, 0, 2, 0, 2, 3, 0, 3]], 2, (0, 0, 9, 8)),  # as in NAME.json
+        ([[1, 2, 9, 2, 5, 8]], 1, (1, 2, 9, 8)),
     ],
 )
 def test_an_example_is_a_box_a_polygon_or_several(place, rings, box):
@@ -250,10 +283,18 @@ def test_a_polygon_beyond_its_image_is_clipped():
     task = examples(polygon_share=0.5)
     shown = Shown(encoded(1), (40.0, 20.0, 60.0, 40.0), polygons=(diamond((40, 20, 60, 40)),))
     (clipped,) = task.check_about(encoded(), Examples((shown,))).shown
-    assert clipped.box_xyxy == (40, 20, 48, 32)
+    assert clipped.box_xyxy == (40, 22, 48, 32)  # its upper left side is at y = 22 where the image ends
     points = np.concatenate(clipped.polygons)
     assert (points >= 0).all()
     assert (points <= IMAGE).all()
+    (far,) = given_examples((encoded(1), [(-100, 0), (10, 29), (-100, 32)]))
+    (part,) = task.check_about(encoded(), Examples((far,))).shown
+    x0, y0, x1, y1 = part.box_xyxy
+    assert (x0, x1) == (0, 10)
+    assert 26 < y0 < y1 < 30  # of what is seen, not of the polygon
+    (outside,) = given_examples((encoded(1), [(-40, 10), (10, -40), (-40, -40)]))
+    with pytest.raises(InputError, match="has no area inside its image of 48 x 32"):
+        task.check_about(encoded(), Examples((outside,)))
 
 
 def test_masks_are_scored_beside_boxes_by_hand():
@@ -303,15 +344,18 @@ def test_polygons_are_taken_and_answered_from_python_and_the_command_line(predic
     ring = [(3, 3), (40, 10), (20, 30)]
     found = predictor.find(str(first), like=(str(second), ring), threshold=0.0)
     assert found
-    likely = [each for each in found if each.score >= 0.1]
-    assert all(each.mask_score is not None for each in likely)
+    assert all(each.mask_score is not None for each in found)
+    assert any(each.polygons for each in found)
     width, height = Image.open(first).size
     for each in found:
         for polygon in each.polygons:
             assert ((polygon >= 0) & (polygon <= [width, height])).all()
     predictor.model.save_pretrained(tmp_path / "model")
     command = ["predict", str(first), "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
-    assert main([*command, "--min-score", "0", "--like", f"{second}:3,3,40,10,20,30"]) == 0
+    assert main([*command, "--min-score", "0.3", "--task", "by_example", "--about", f"{second}:3,3,40,10,20,30"]) == 0
+    some = json.loads((tmp_path / "out" / f"{first.stem}.json").read_text())["by_example"]
+    assert len(some) == sum(each.score >= 0.3 for each in found)
+    assert main([*command, "--overwrite", "--min-score", "0", "--like", f"{second}:3,3,40,10,20,30"]) == 0
     content = json.loads((tmp_path / "out" / f"{first.stem}.json").read_text())["by_example"]
     assert len(content) == len(found)
     assert [len(each["segmentation"]) for each in content] == [len(each.polygons) for each in found]

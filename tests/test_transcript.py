@@ -14,6 +14,8 @@ from pix2seq.tasks.detection import Detection, DetectionConfig
 from pix2seq.tasks.request import EncodedImage, Exchange, Frame, Request
 from pix2seq.tasks.segmentation import Segmentation, SegmentationConfig
 from pix2seq.tasks.transcript import read_tokens, transcribe
+from pix2seq.tokenizers.by_example import example_prompt
+from pix2seq.tokenizers.prompted import outline_prompt
 from pix2seq.tokenizers.text import WordTokenizer
 from pix2seq.types import Category, Instance
 from pix2seq.vocab import EOS, INVISIBLE, NOISE, PAD, SEPARATOR, Vocab
@@ -53,7 +55,22 @@ def test_coordinates_are_y_and_x_in_turn_in_pixels_of_the_frame():
 def test_a_separator_takes_the_position_of_a_coordinate(gap):
     frame = Frame(np.zeros(2), np.array([10.0, 10.0]))
     tokens = read_tokens(detection(), [1001, 1002, gap, gap, 1003, 1004, gap, 1005], frame)
-    assert [token.axis for token in tokens] == ["y", "x", None, None, "y", "x", None, "x"]
+    last = "x" if gap == INVISIBLE else "y"  # one separator alone ends a ring, or comes before one
+    assert [token.axis for token in tokens] == ["y", "x", None, None, "y", "x", None, last]
+
+
+def test_an_outline_in_a_prompt_starts_with_y():
+    frame = Frame(np.zeros(2), np.array([10.0, 20.0]))
+    boxes, ring = np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.1, 0.2], [0.3, 0.4], [0.3, 0.2]])
+    examples = example_prompt(15, np.zeros(1, np.int64), boxes, VOCAB, outlines=[[ring, ring]], short_points=9)
+    points = np.array([[0.5, 0.5]])
+    clicks = outline_prompt(
+        14, points, np.ones(1, bool), VOCAB, box_yxyx=boxes[0], previous=[ring, ring], short_points=9
+    )
+    for prompt in (examples, clicks):
+        tokens = [token for token in read_tokens(detection(), prompt.tolist(), frame) if token.axis is not None]
+        assert [token.axis for token in tokens] == ["y", "x"] * (len(tokens) // 2)
+        assert len(tokens) == 16 + 2 * (prompt is clicks)
 
 
 def test_a_list_of_objects_is_told_apart_with_the_answer_of_each():

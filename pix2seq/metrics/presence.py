@@ -29,7 +29,7 @@ class PresenceMetric(Metric):
     """Scores what was found of the kinds that images were asked for, and of those that training left out apart."""
 
     def __init__(self, categories: Sequence[Category], min_score: float, *, with_masks: bool = False) -> None:
-        """Objects of at least `min_score` count as found; AP takes all, by boxes and, `with_masks`, by masks too."""
+        """Objects of at least `min_score` count as found; AP takes all. `with_masks` adds AP of those that have one."""
         self.all, self.seen, self.unseen = (_Part(categories, min_score, with_masks=with_masks) for _ in range(3))
 
     def add(self, target: Target, answers: Sequence[Found]) -> None:

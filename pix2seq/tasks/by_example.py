@@ -18,10 +18,10 @@ from pix2seq.examples import Example, OtherView
 from pix2seq.geometry.polygons import MIN_POINTS, clip_rings
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.settings import Range, Share
-from pix2seq.tasks.outlines import Ring, visible_rings
+from pix2seq.tasks.outlines import Ring, bounds, visible_rings
 from pix2seq.tasks.request import EncodedImage, Reference
 from pix2seq.tasks.shown import Shown, given_examples
-from pix2seq.tasks.slots import BOX_TOKENS, Meaning, SlotConfig, SlotTask, View
+from pix2seq.tasks.slots import MIN_OBJECT, Meaning, SlotConfig, SlotTask, View
 from pix2seq.tokenizers.by_example import example_prompt, prompt_length
 from pix2seq.tokenizers.slots import KINDS, NO_SLOT
 from pix2seq.types import Category, Instance, Target
@@ -212,7 +212,9 @@ class ByExample(SlotTask[ByExampleConfig]):
     def meanings(self, image: EncodedImage, about: Examples | Exam | None) -> list[Meaning]:
         """Return one meaning for all examples of a user, and one for each kind of an exam."""
         if about is None:
-            raise InputError(f"{self.name} is asked by examples; give one as (image, box), or --like IMAGE:x0,y0,x1,y1")
+            raise InputError(
+                f"{self.name} is asked by examples; give one as (image, box or polygon), or --like IMAGE:x0,y0,x1,y1"
+            )
         if isinstance(about, Exam):
             return [self._meaning(Examples((kind.shown,)), subject=kind) for kind in about.asked]
         return [self._meaning(about, subject=None)]
@@ -236,7 +238,8 @@ class ByExample(SlotTask[ByExampleConfig]):
             outlines=outlines,
             short_points=self.config.short_points,
         )
-        return Meaning(prompt, examples.names, subject, tuple(references))
+        outlined_from = self.config.min_score if subject is None else MIN_OBJECT
+        return Meaning(prompt, examples.names, subject, tuple(references), outlined_from)
 
     def told(self, meaning: Meaning, found: list[Instance]) -> list[Any]:
         """Return the objects of at least `min_score`; of an exam, all that was `Found` of a kind."""
@@ -254,10 +257,9 @@ class ByExample(SlotTask[ByExampleConfig]):
                 values = [float(number) for number in numbers.split(",")]
             except ValueError:
                 values = []
-            if not path or len(values) % 2 or len(values) < BOX_TOKENS:
+            if not path or len(values) % 2 or len(values) < 4:
                 raise InputError(f"example {part!r} cannot be read; expected {self.about_format}")
-            place = values if len(values) == BOX_TOKENS else np.reshape(values, (-1, 2))
-            shown += given_examples((path, place))
+            shown += given_examples((path, values))
         if not shown:
             raise InputError(f"no example was given; expected {self.about_format}")
         return Examples(tuple(shown))
@@ -304,11 +306,10 @@ class ByExample(SlotTask[ByExampleConfig]):
             shown, label = Shown(companion.image.path, (x0, y0, x1, y1)), int(companion.labels[0])
             is_unseen = bool(companion.attributes) and companion.attributes[0].get("seen") == "no"
             by_box.append(Kind(label, shown, is_unseen))
-            if companion.segmentations[0]:
+            if self.reads_polygons and companion.segmentations[0]:
                 rings = visible_rings(companion, 0, (companion.image.height, companion.image.width))
                 by_polygon.append(Kind(label, replace(shown, polygons=tuple(rings)), is_unseen))
-        exams = {"": by_box, **({"polygons": by_polygon} if self.reads_polygons else {})}
-        return {question: Exam(tuple(asked)) for question, asked in exams.items() if asked or question == ""}
+        return {"": Exam(tuple(by_box)), **({"polygons": Exam(tuple(by_polygon))} if by_polygon else {})}
 
     def metric(self, categories: Sequence[Category]) -> PresenceMetric:
         """See `Task`."""
@@ -336,12 +337,16 @@ def _image_key(image: Any) -> Any:
 
 
 def _inside(shown: Shown) -> Shown:
-    """Return an example clipped to its image."""
-    x0, y0, x1, y1 = np.clip(shown.box_xyxy, 0, np.tile(shown.image.size, 2)).tolist()
+    """Return an example clipped to its image, with the box around what is left of its polygons, if it has any."""
+    width, height = shown.image.size
+    rings = tuple(clip_rings(shown.polygons, width, height))
+    if shown.polygons and not rings:
+        raise InputError(f"the polygon of an example has no area inside its image of {width} x {height} pixels")
+    box = bounds(rings) if rings else np.clip(shown.box_xyxy, 0, np.tile(shown.image.size, 2))
+    x0, y0, x1, y1 = box.tolist()
     if not (x1 > x0 and y1 > y0):
-        width, height = shown.image.size
         raise InputError(
             f"the box of an example needs x1 > x0 and y1 > y0, inside its image of {width} x {height} pixels; got "
             f"{shown.box_xyxy}"
         )
-    return replace(shown, box_xyxy=(x0, y0, x1, y1), polygons=tuple(clip_rings(shown.polygons, *shown.image.size)))
+    return replace(shown, box_xyxy=(x0, y0, x1, y1), polygons=rings)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -154,8 +155,9 @@ class ByWords(SlotTask[ByWordsConfig]):
         if about is None:
             raise InputError(f"{self.name} is asked about phrases; give some with --find, or Predictor.find")
         asked: Sequence[str | Asked] = about.asked if isinstance(about, Exam) else about
+        outlined_from = inf if isinstance(about, Exam) else self.config.min_score  # exams are about boxes
         return [
-            Meaning(self._prompt(_text(each)), (_text(each),), subject=(number, each))
+            Meaning(self._prompt(_text(each)), (_text(each),), (number, each), outlined_from=outlined_from)
             for number, each in enumerate(asked, start=1)
         ]
 

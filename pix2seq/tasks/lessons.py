@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pix2seq.geometry.boxes import intersects_xyxy
 from pix2seq.geometry.clicks import Click, Mask, disturb, first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import mask_to_rings, rasterize
-from pix2seq.tasks.outlines import Ring
+from pix2seq.tasks.outlines import Ring, bounds
 from pix2seq.tasks.request import Frame
 from pix2seq.types import Target
 
@@ -62,12 +62,6 @@ class Lesson:
     def box_xyxy(self) -> NDArray[np.float64]:
         """The box (4,) around the object."""
         return bounds(self.rings)
-
-
-def bounds(rings: Sequence[Ring]) -> NDArray[np.float64]:
-    """Return the box (4,), `xyxy`, around rings, of which there must be one."""
-    points = np.concatenate(list(rings)).astype(np.float64)
-    return np.concatenate([points.min(axis=0), points.max(axis=0)])
 
 
 def other_meaning(

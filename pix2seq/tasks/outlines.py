@@ -18,6 +18,12 @@ Ring = NDArray[np.floating]
 """Points (P, 2) as x, y, the last joined to the first."""
 
 
+def bounds(rings: Sequence[Ring]) -> NDArray[np.float64]:
+    """Return the box (4,), `xyxy`, around rings, of which there must be one."""
+    points = np.concatenate(list(rings)).astype(np.float64)
+    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+
+
 def visible_rings(target: Target, i: int, size: tuple[int, int]) -> list[Ring]:
     """Return the outline of object `i` within an input of `size` (height, width); its box, if it has no mask."""
     found = target.segmentations[i]

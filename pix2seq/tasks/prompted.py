@@ -34,14 +34,13 @@ from pix2seq.settings import NonNegativeFloat, PositiveInt, PositiveShare, Range
 from pix2seq.tasks.lessons import (
     Lesson,
     Scene,
-    bounds,
     draw_lesson,
     neighbours_of,
     other_meaning,
     recorded_lesson,
 )
 from pix2seq.tasks.objects import Objects, Padding, jitter_box
-from pix2seq.tasks.outlines import Ring, outline_grammar, outline_ids, read_outline, visible_rings
+from pix2seq.tasks.outlines import Ring, bounds, outline_grammar, outline_ids, read_outline, visible_rings
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Judge, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.prompted import (

@@ -28,8 +28,8 @@ class Shown:
 def given_examples(like: Any) -> tuple[Shown, ...]:
     """Return what users ask by: an (image, place), a list of them for one kind of object, or such by the kind's name.
 
-    A place is a box x0, y0, x1, y1, a polygon (P, 2), or a list of the polygons of one object, in pixels. Raises
-    `InputError` for anything else.
+    A place is a box x0, y0, x1, y1, a polygon (P, 2) or (2 P,), or a list of the polygons of one object, in pixels.
+    Raises `InputError` for anything else.
     """
     if isinstance(like, Mapping):
         return tuple(shown for name, some in like.items() for shown in _of_one_kind(some, name))
@@ -41,30 +41,43 @@ def _of_one_kind(like: Any, name: Any) -> tuple[Shown, ...]:
         raise InputError(f"examples are named by text, got {name!r}")
     pairs = [like] if isinstance(like, tuple) else like
     if not isinstance(pairs, Sequence) or isinstance(pairs, str) or not len(pairs):
-        raise InputError("an example is (image, (x0, y0, x1, y1)); give one, a list of them, or such by name")
+        raise InputError("an example is (image, box or polygon); give one, a list of them, or such by name")
     found = []
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise InputError(f"an example is (image, (x0, y0, x1, y1)), got {type(pair).__name__}")
+            raise InputError(f"an example is (image, box or polygon), got {type(pair).__name__}")
         image, place = pair
-        corners = _numbers(place)
-        if corners is not None and corners.shape == (4,):
-            x0, y0, x1, y1 = corners.tolist()
-            found.append(Shown(image, (x0, y0, x1, y1), name))
-            continue
-        several = isinstance(place, list | tuple) and (corners is None or corners.ndim == 3)
-        rings = [_numbers(ring) for ring in (place if several else [place])]
-        usable = [ring for ring in rings if ring is not None and ring.ndim == 2 and ring.shape[1] == 2]
-        usable = [ring for ring in usable if len(ring) >= MIN_POINTS]
-        if not usable or len(usable) < len(rings):
-            raise InputError(
-                "an example is shown by a box, four numbers x0, y0, x1, y1, or by a polygon of three or more points "
-                f"(x, y); got {place!r:.80}"
-            )
-        points = np.concatenate(usable)
-        (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-        found.append(Shown(image, (x0, y0, x1, y1), name, tuple(usable)))
+        found.append(_shown(image, place, name))
     return tuple(found)
+
+
+def _shown(image: Any, place: Any, name: str) -> Shown:
+    """Return the example at a place of an image. Raises `InputError` if it is no place."""
+    numbers = _numbers(place)
+    if numbers is not None and numbers.shape == (4,):
+        x0, y0, x1, y1 = numbers.tolist()
+        return Shown(image, (x0, y0, x1, y1), name)
+    rings = [_ring(numbers)]
+    if rings[0] is None and isinstance(place, Sequence | np.ndarray) and not isinstance(place, str):
+        rings = [_ring(_numbers(each)) for each in place]
+    usable = tuple(ring for ring in rings if ring is not None)
+    if not usable or len(usable) < len(rings):
+        raise InputError(
+            "an example is shown by a box, four numbers x0, y0, x1, y1, or by a polygon of three or more points "
+            f"(x, y), or a list of such; got {place!r:.80}"
+        )
+    points = np.concatenate(usable)
+    (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    return Shown(image, (x0, y0, x1, y1), name, usable)
+
+
+def _ring(numbers: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    """Return points (P, 2) from those, or from x, y, x, y, ... in a row as in COCO files; None if it is no ring."""
+    if numbers is None or not numbers.size:
+        return None
+    if numbers.ndim == 1 and len(numbers) % 2 == 0:
+        numbers = numbers.reshape(-1, 2)
+    return numbers if numbers.ndim == 2 and numbers.shape[1] == 2 and len(numbers) >= MIN_POINTS else None
 
 
 def _numbers(value: Any) -> NDArray[np.float64] | None:

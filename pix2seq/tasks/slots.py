@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -83,6 +84,7 @@ class Meaning:
     names: tuple[str, ...]  # of the slots, the first one first
     subject: Any  # of what is found
     references: tuple[Reference, ...] = ()  # what the prompt speaks of, read after the object
+    outlined_from: float = inf  # score from which an object gets an outline, as what scores less is shown to nobody
 
 
 @dataclass(frozen=True)
@@ -322,8 +324,10 @@ class SlotTask(Task[Config]):
 
     def _outline_requests(self, image: EncodedImage, listing: _Listing, found: list[list[Instance]]) -> list[Request]:
         """Ask for the outline of each object that is found by any meaning, once."""
-        least = min(MIN_OBJECT, self.config.min_score)
-        boxes = dict.fromkeys(each.box_xyxy for some in found for each in some if each.score >= least)
+        pairs = zip(listing.meanings, found, strict=True)
+        boxes = dict.fromkeys(
+            each.box_xyxy for meaning, some in pairs for each in some if each.score >= meaning.outlined_from
+        )
         generation = GenerationConfig(
             self._max_outline,
             temperature=0.0,

@@ -88,16 +88,16 @@ def read_tokens(task: Task[Any], ids: Sequence[int], frame: Frame) -> list[Token
     """Say what the ids of a sequence stand for. Coordinates are y and x in turn, in pixels of what `frame` is in."""
     tokens: list[Token] = []
     axis = 0
-    for token_id in ids:
+    for i, token_id in enumerate(ids):
         token = read_token(task, token_id)
         is_coord = task.vocab.coord_base <= token_id < task.vocab.coord_end
         if is_coord:
             share = float(task.vocab.coords(np.array([token_id]))[0])
             x, y = frame.to_image_xy(np.array([share, share])).tolist()
             token = replace(token, axis="yx"[axis], pixel=(y, x)[axis])
-        # Among coordinates, a separator or an invisible point takes the position of one.
-        ends_text = token_id == SEPARATOR and bool(tokens) and tokens[-1].kind == "text"
-        axis = 1 - axis if is_coord or (token_id in (SEPARATOR, INVISIBLE) and not ends_text) else 0
+        # Two separators between rings take the position of a point, as an invisible point does; one alone takes none.
+        between_rings = token_id == SEPARATOR and SEPARATOR in (*ids[max(i - 1, 0) : i], *ids[i + 1 : i + 2])
+        axis = 1 - axis if is_coord or between_rings or token_id == INVISIBLE else 0
         tokens.append(token)
     return tokens
 
