@@ -13,6 +13,8 @@ from pix2seq.data.phrases import COLOURS, Phrase
 from pix2seq.data.shapes import write_shapes
 from pix2seq.data.things import write_things
 from pix2seq.geometry.boxes import box_iou_xyxy
+from pix2seq.metrics.mask_reward import mask_iou
+from pix2seq.tasks.outlines import visible_rings
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
@@ -77,7 +79,7 @@ def test_another_example_gets_another_answer(letters):
     """Each image is asked by an object of another image that is in it, and by one that is not."""
     predictor, objects = Predictor.from_pretrained(CHECKPOINTS / "by_example"), ObjectsByClass(letters)
     images = [predictor.encode(each.path) for each in letters.images]
-    rng, found, empty = np.random.default_rng(0), [], []
+    rng, found, empty, outlined = np.random.default_rng(0), [], [], []
     for index, image in enumerate(images):
         target = letters.target(index)
         for is_there, labels in (
@@ -92,8 +94,13 @@ def test_another_example_gets_another_answer(letters):
                 answers = predictor.find(image, like=(images[drawn.image], box))
                 if is_there:
                     best = np.array([answers[0].box_xyxy if answers else (0, 0, 0, 0)], float)
-                    found.append(box_iou_xyxy(best, target.boxes_xyxy[target.labels == label]).max() >= 0.5)
+                    overlaps = box_iou_xyxy(best, target.boxes_xyxy)[0] * (target.labels == label)
+                    found.append(overlaps.max() >= 0.5)
+                    if found[-1]:
+                        truth = visible_rings(target, int(overlaps.argmax()), image.pixels.shape[:2])
+                        outlined.append(mask_iou(answers[0].polygons, truth, image.pixels.shape[:2]))
                 else:
                     empty.append(not answers)
     assert np.mean(found) > 0.5
     assert np.mean(empty) >= 0.7
+    assert np.mean(outlined) > 0.5  # letters are thin
