@@ -69,6 +69,7 @@ FROM_SHAPES = {
     "configs/by_words_shapes.yaml": FEW,
     "configs/by_example_shapes.yaml": FEW,
     "configs/reward_shapes.yaml": FEW,
+    "configs/reward_clicks.yaml": FEW,
 }
 FILES = ["street.jpg", "garden.png", "image.png", "a.jpg", "b.jpg", "photos/c.jpg", "photos/d.jpg", "more/e.png"]
 DATA = ["shapes", "MY_DATA", "COCO", "corrected"]
