@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pix2seq import Predictor
-from pix2seq.data.companions import ObjectsByClass
 from pix2seq.data.dataset import open_dataset
 from pix2seq.data.image import read_record_image
+from pix2seq.evaluation import Companions
 from pix2seq.metrics.correlation import matthews
 from pix2seq.metrics.presence import Found, PresenceMetric
 from pix2seq.model.closeups import sample_maps
@@ -56,14 +55,11 @@ def main() -> None:
     task = asked.tasks["by_example"]
     assert isinstance(task, ByExample)
     dataset = open_dataset(args.data, args.split)
-    objects, names = ObjectsByClass(dataset), {each.label: each.name for each in dataset.categories}
+    beside, names = Companions(dataset, [task], args.seed), {each.label: each.name for each in dataset.categories}
     by_example, told, nearest = Answers(), Answers(), Answers()
     for index in tqdm(range(min(args.limit or len(dataset), len(dataset))), mininterval=5):
         target = dataset.target(index)
-        rng = np.random.default_rng((args.seed, target.image.id % 2**64, zlib.crc32(task.name.encode())))  # as eval
-        drawn = task.companions(target, objects, rng, scoring=True)
-        shown = tuple(dataset.target(each.image).only(each.object) for each in drawn)
-        exam = task.questions(replace(target, companions=shown), None)[""]
+        exam = task.questions(replace(target, companions=tuple(beside.draw(task, target))), None)[""]
         if not exam.asked:
             continue
         pixels = read_record_image(target.image)

@@ -195,7 +195,7 @@ def measure(
     categories = dataset.categories if classes is None else classes.categories
     captions = dataset.annotations.all_captions()
     asking = {name: predictor.tasks[name].with_data(captions, categories) for name in tasks}
-    beside = _Companions(dataset, list(asking.values()), seed)
+    beside = Companions(dataset, list(asking.values()), seed)
     measured: Measured = {}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         sizes = [(dataset.images[index].width, dataset.images[index].height) for index in images]
@@ -232,7 +232,7 @@ def measure(
     return measured
 
 
-class _Companions:
+class Companions:
     """Draws what tasks show beside the images that are scored: a function of the seed and the image."""
 
     def __init__(self, dataset: Dataset, tasks: Sequence[Task[Any]], seed: int) -> None:

@@ -224,10 +224,9 @@ class ByExample(SlotTask[ByExampleConfig]):
         references, boxes, outlines = [], [], []
         for shown in examples.shown:
             box = np.array(shown.box_xyxy, np.float64)
-            whole = shown.image.frame()
-            closeup = whole.around(box, self.config.closeup_padding) if self.config.closeup else None
+            closeup = self.closeup_of(shown.image, box)
             references.append(Reference(shown.image, closeup))
-            frame = closeup or whole
+            frame = closeup or shown.image.frame()
             boxes.append(frame.to_input_yxyx(box[None])[0])
             outlines.append([frame.to_input_yx(ring) for ring in shown.polygons] if self.reads_polygons else [])
         prompt = example_prompt(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pix2seq.geometry.boxes import intersects_xyxy
 from pix2seq.geometry.clicks import Click, Mask, disturb, first_click, mask_iou, next_click
 from pix2seq.geometry.polygons import mask_to_rings, rasterize
-from pix2seq.tasks.outlines import Ring, bounds
+from pix2seq.tasks.outlines import Ring, bounds, in_input
 from pix2seq.tasks.request import Frame
 from pix2seq.types import Target
 
@@ -157,4 +157,4 @@ def neighbours_of(target: Target, i: int, outlines: Sequence[list[Ring]]) -> lis
 
 
 def _draw(rings: Sequence[Ring], frame: Frame) -> Mask:
-    return rasterize([(ring - frame.origin) / frame.size * CANVAS for ring in rings], CANVAS, CANVAS)
+    return rasterize(in_input(rings, frame, (CANVAS, CANVAS)), CANVAS, CANVAS)

@@ -320,9 +320,7 @@ class ObjectTask(Task[Config]):
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
         """See `Task`."""
-        frame = Frame.of_input(size)
-        if example.closeup is not None:
-            frame = frame.part(example.closeup)
+        frame = Frame.of_input(size, example.closeup)
         instance = instance_at(
             example.prompt[1:5], self.categories[int(example.prompt[5]) - CLASS_BASE], frame, self.vocab
         )

@@ -34,6 +34,11 @@ def visible_rings(target: Target, i: int, size: tuple[int, int]) -> list[Ring]:
     return [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])]
 
 
+def in_input(rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> list[Ring]:
+    """Return rings in pixels of an input of `size` (height, width) that shows a frame."""
+    return [(ring - frame.origin) / frame.size * size[::-1] for ring in rings]
+
+
 def outline_ids(
     rings: Sequence[Ring], frame: Frame, size: tuple[int, int], vocab: Vocab, *, even_points: int, max_points: int
 ) -> NDArray[np.int64]:
@@ -43,7 +48,7 @@ def outline_ids(
     the model's input, which the frame fills.
     """
     height, width = size
-    near = clip_rings([(ring - frame.origin) / frame.size * [width, height] for ring in rings], width, height)
+    near = clip_rings(in_input(rings, frame, size), width, height)
     even = [ring[:, ::-1] / [height, width] for ring in space_evenly(near, even_points)]
     return encode_polygons(even, vocab, max_points=max_points)
 

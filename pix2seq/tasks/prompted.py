@@ -40,7 +40,7 @@ from pix2seq.tasks.lessons import (
     recorded_lesson,
 )
 from pix2seq.tasks.objects import Objects, Padding, jitter_box
-from pix2seq.tasks.outlines import Ring, bounds, outline_grammar, outline_ids, read_outline, visible_rings
+from pix2seq.tasks.outlines import Ring, bounds, in_input, outline_grammar, outline_ids, read_outline, visible_rings
 from pix2seq.tasks.request import EncodedImage, Frame, Request
 from pix2seq.tasks.task import Judge, Task, TaskConfig, Verdict
 from pix2seq.tokenizers.prompted import (
@@ -629,8 +629,7 @@ class Prompted(Task[PromptedConfig]):
             quality, box = decode_found(example.targets, self.vocab)
             x0, y0, x1, y1 = frame.to_image_xy(box.reshape(2, 2)).ravel().tolist()
             return [ObjectMask((x0, y0, x1, y1), [], quality)] if quality else []
-        if example.closeup is not None:
-            frame = frame.part(example.closeup)
+        frame = Frame.of_input(size, example.closeup)
         rings = [frame.to_image_xy(ring).astype(np.float32) for ring in decode_polygons(example.targets, self.vocab)]
         x0, y0, x1, y1 = bounds(rings).tolist() if rings else [0.0, 0.0, 0.0, 0.0]
         return [ObjectMask((x0, y0, x1, y1), rings, 1.0)] if rings else []
@@ -645,7 +644,7 @@ def _kind(example: Example) -> Kind:
 
 def _meant(target: Target, rings: Sequence[Ring], frame: Frame, size: tuple[int, int]) -> Target:
     """Return the target of one object with the outline that is meant, in pixels of an input that shows a frame."""
-    moved = [(ring - frame.origin) / frame.size * size[::-1] for ring in rings]
+    moved = in_input(rings, frame, size)
     boxes = bounds(moved)[None].astype(np.float32)
     return replace(target, boxes_xyxy=boxes, segmentations=([ring.astype(np.float32) for ring in moved],))
 

@@ -28,9 +28,10 @@ class Frame:
     size: NDArray[np.float64]  # (2,) width, height
 
     @classmethod
-    def of_input(cls, size: tuple[int, int]) -> Frame:
-        """Return the frame of an input of `size` (height, width), in its own pixels."""
-        return cls(np.zeros(2), np.array(size[::-1], np.float64))
+    def of_input(cls, size: tuple[int, int], part: NDArray[np.floating] | None = None) -> Frame:
+        """Return the frame of an input of `size` (height, width), or of a `part` (4,) of it, in the input's pixels."""
+        whole = cls(np.zeros(2), np.array(size[::-1], np.float64))
+        return whole if part is None else whole.part(part)
 
     def to_input_yxyx(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.floating]:
         """Convert boxes (N, 4) in pixels of the image to `yxyx` in [0, 1] of the model's input."""

@@ -217,7 +217,7 @@ class SlotTask(Task[Config]):
         found = []
         for i in rng.permutation(masked)[: config.max_outlines].tolist() if masked else []:
             closeup = objects[i].views[-1].closeup
-            frame = Frame.of_input(size) if closeup is None else Frame.of_input(size).part(closeup)
+            frame = Frame.of_input(size, closeup)
             ids = outline_ids(
                 visible_rings(target, i, size),
                 frame,
@@ -258,10 +258,8 @@ class SlotTask(Task[Config]):
 
     def shown(self, example: Example, size: tuple[int, int]) -> list[Instance]:
         """Return the objects of a list, the one of a comparison if it has a slot, or that of an outline."""
-        frame = Frame.of_input(size)
+        frame = Frame.of_input(size, example.closeup)
         if says_outline(example):
-            if example.closeup is not None:
-                frame = frame.part(example.closeup)
             found = instance_at(example.prompt[-BOX_TOKENS:], ANY, frame, self.vocab)
             return [replace(found, polygons=read_outline(example.targets, frame, size[::-1], self.vocab))]
         if example.choices is None:
@@ -270,8 +268,6 @@ class SlotTask(Task[Config]):
             return [instance_at(group[:4], ANY, frame, self.vocab) for group in groups if group[4] == OBJECT]
         if example.targets[0] == NOISE:
             return []
-        if example.closeup is not None:
-            frame = frame.part(example.closeup)
         category = slot_category(int(example.targets[0]) - KINDS[0])
         return [instance_at(example.prompt[-BOX_TOKENS:], category, frame, self.vocab)]
 
@@ -313,7 +309,8 @@ class SlotTask(Task[Config]):
         """Compare each object of a list with each meaning; ask for the outlines of those that some meaning may mean."""
         compared = [request.subject for request in requests if isinstance(request.subject, _Comparison)]
         if compared and self.config.outlines:
-            return self._outline_requests(image, compared[0].listing, self._found(requests, completions))
+            listing = compared[0].listing
+            return self._outline_requests(image, listing, self._found(listing, requests, completions))
         return [
             self._compare(image, _Comparison(request.subject, number, listed))
             for request, completion in zip(requests, completions, strict=True)
@@ -337,7 +334,7 @@ class SlotTask(Task[Config]):
         further = []
         for box_xyxy in boxes:
             box = np.array(box_xyxy)
-            closeup = image.frame().around(box, self.config.closeup_padding) if self.config.closeup else None
+            closeup = self.closeup_of(image, box)
             inside = (closeup or image.frame()).to_input_yxyx(box[None])[0]
             further.append(
                 Request(
@@ -350,13 +347,16 @@ class SlotTask(Task[Config]):
             )
         return further
 
+    def closeup_of(self, image: EncodedImage, box_xyxy: NDArray[np.float64]) -> Frame | None:
+        """Return what is read of an object in an image, None for the whole image."""
+        return image.frame().around(box_xyxy, self.config.closeup_padding) if self.config.closeup else None
+
     def _compare(self, image: EncodedImage, comparison: _Comparison) -> Request:
         """Ask which slot an object has."""
         meaning = comparison.listing.meanings[comparison.number]
         box, whole = np.array(comparison.listed.box_xyxy), image.frame()
-        frame, closeup, references = whole, None, meaning.references
-        if self.config.closeup:
-            closeup = whole.around(box, self.config.closeup_padding)
+        frame, closeup, references = whole, self.closeup_of(image, box), meaning.references
+        if closeup is not None:
             if self.sees_whole:
                 closeup, references = None, (Reference(image, closeup), *references)
             else:
@@ -410,7 +410,7 @@ class SlotTask(Task[Config]):
         if isinstance(first, _Outline):
             found = self._outlined(image, requests, completions)
         else:
-            found = self._found(requests, completions) or [[] for _ in listing.meanings]
+            found = self._found(listing, requests, completions)
         pairs = zip(listing.meanings, found, strict=True)
         return [
             answer
@@ -418,14 +418,14 @@ class SlotTask(Task[Config]):
             for answer in self.told(meaning, sorted(some, key=lambda each: -each.score))
         ]
 
-    def _found(self, requests: Sequence[Request], completions: Sequence[Completion]) -> list[list[Instance]]:
-        """Return all listed objects with their likeliest slot, for each meaning; none if nothing was compared."""
-        found: list[list[Instance]] = []
+    def _found(
+        self, listing: _Listing, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[list[Instance]]:
+        """Return all compared objects with their likeliest slot, for each meaning of a list."""
+        found: list[list[Instance]] = [[] for _ in listing.meanings]
         for request, completion in zip(requests, completions, strict=True):
             if isinstance(comparison := request.subject, _Comparison):
-                meanings = comparison.listing.meanings
-                found = found or [[] for _ in meanings]
-                names = meanings[comparison.number].names
+                names = listing.meanings[comparison.number].names
                 found[comparison.number].append(_compared(comparison.listed, names, completion))
         return found
 
